@@ -1,0 +1,148 @@
+"""Blocks: readings that are stored and sent together.
+
+Layout, little endian: `b"FLB1"`, header length (u32), header (MessagePack map), zstd of the columns, CRC-32 of
+all before it (u32). The header can be read without decompressing. (device, epoch, lane, sequence) names a
+block for ever; with the row index it names a reading. A receiver ignores header fields that it does not know.
+
+A reserved column, `score`, holds the model's output per reading (NaN: not scored).
+"""
+
+from __future__ import annotations
+
+import zlib
+from enum import StrEnum
+
+import msgspec
+import zstandard
+
+from edge_agent.contract.columns import Table, decode_columns, encode_columns
+from edge_agent.contract.errors import ContractError
+from edge_agent.contract.topics import check_lane, check_name
+
+MAGIC = b"FLB1"
+SCORE = "score"
+ROWS_MAX = 65_536
+HEADER_BYTES_MAX = 16 * 1024
+BLOCK_BYTES_MAX = 8 * 1024 * 1024
+RAW_BYTES_MAX = 64 * 1024 * 1024
+
+QUARANTINE = "quarantine"
+"""The stream of rejected payloads: received_at (us), topic, reason, detail, payload (text; `base64:…` if not UTF-8)."""
+
+NOWHERE = "nowhere"
+"""The lane of readings whose zone is not known. No endpoint is allowed for it: they wait."""
+
+
+class FixQuality(StrEnum):
+    """How well the place of capture was known."""
+
+    STATIC = "static"  # the gateway does not move
+    FIX = "fix"  # a position fix, fresh and inside one zone
+    UNCERTAIN = "uncertain"  # the fix may lie in each of several zones
+    NONE = "none"  # no usable fix
+
+
+class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
+    """What a block is.
+
+    `ordinal` counts the readings that this device stored in this stream since `epoch`, before this block, across all
+    lanes: sorting by (ordinal, row) gives back the order in which the device saw and scored them.
+    Times are microseconds since 1970 UTC, `monotonic_us` since boot. `model` is the SHA-256 of the bundle that
+    scored the block, `policy` that of the zones document it was stamped with.
+    """
+
+    device: str
+    epoch: str
+    lane: str
+    sequence: int
+    stream: str
+    contract_version: str
+    ordinal: int
+    rows: int
+    first_us: int
+    last_us: int
+    fix: FixQuality
+    policy: str
+    boot: str
+    monotonic_us: int
+    sealed_us: int
+    clock_synced: bool
+    model: str | None = None
+    format: int = 1
+
+    @property
+    def identity(self) -> tuple[str, str, str, int]:
+        """The name of this block for ever: device, epoch, lane, sequence."""
+        return self.device, self.epoch, self.lane, self.sequence
+
+
+_encode_header = msgspec.msgpack.Encoder().encode
+_decode_header = msgspec.msgpack.Decoder(BlockHeader).decode
+
+
+def encode_block(header: BlockHeader, table: Table, level: int = 3) -> bytes:
+    """Seal a table of `header.rows` rows into a block.
+
+    Raises:
+        ContractError: the table does not fit the header, or a limit is passed.
+    """
+    _check(header)
+    head = _encode_header(header)
+    body = zstandard.ZstdCompressor(level=level).compress(encode_columns(table, header.rows))
+    block = b"".join([MAGIC, len(head).to_bytes(4, "little"), head, body])
+    if len(block) + 4 > BLOCK_BYTES_MAX:
+        raise ContractError(f"block of {len(block) + 4} bytes; at most {BLOCK_BYTES_MAX}")
+    return block + zlib.crc32(block).to_bytes(4, "little")
+
+
+def read_header(block: bytes) -> BlockHeader:
+    """The header of a block whose CRC is right.
+
+    Raises:
+        ContractError: the bytes are not a whole block of format 1.
+    """
+    return _split(block)[0]
+
+
+def decode_block(block: bytes) -> tuple[BlockHeader, Table]:
+    """Header and columns of a block.
+
+    Raises:
+        ContractError: the bytes are not a whole block of format 1.
+    """
+    header, start = _split(block)
+    try:
+        raw = zstandard.ZstdDecompressor().decompress(block[start:-4], max_output_size=RAW_BYTES_MAX)
+    except zstandard.ZstdError as e:
+        raise ContractError(f"block {header.identity}: columns do not decompress: {e}") from e
+    if len(raw) > RAW_BYTES_MAX:  # the frame names its own size, which zstd then prefers to the limit
+        raise ContractError(f"block {header.identity}: {len(raw)} raw bytes; at most {RAW_BYTES_MAX}")
+    return header, decode_columns(raw, header.rows)
+
+
+def _split(block: bytes) -> tuple[BlockHeader, int]:
+    if not 12 <= len(block) <= BLOCK_BYTES_MAX or block[:4] != MAGIC:
+        raise ContractError(f"{len(block)} bytes starting {block[:4]!r} are not a block (want {MAGIC!r}, 12 to {BLOCK_BYTES_MAX} bytes)")
+    if zlib.crc32(block[:-4]) != int.from_bytes(block[-4:], "little"):
+        raise ContractError(f"block of {len(block)} bytes: CRC does not match, the bytes are damaged")
+    start = 8 + int.from_bytes(block[4:8], "little")
+    if start > min(len(block) - 4, 8 + HEADER_BYTES_MAX):
+        raise ContractError(f"block header of {start - 8} bytes; at most {HEADER_BYTES_MAX}, inside the block")
+    try:
+        header = _decode_header(block[8:start])
+    except msgspec.MsgspecError as e:
+        raise ContractError(f"block header: {e}") from e
+    _check(header)
+    return header, start
+
+
+def _check(header: BlockHeader) -> None:
+    check_name(header.device, "device")
+    check_lane(header.lane)
+    check_name(header.stream, "stream")
+    if header.format != 1:
+        raise ContractError(f"block format {header.format}; this version reads format 1")
+    if not 1 <= header.rows <= ROWS_MAX:
+        raise ContractError(f"block of {header.rows} rows; 1 to {ROWS_MAX} allowed")
+    if header.sequence < 1 or header.ordinal < 0:
+        raise ContractError(f"block sequence {header.sequence} (from 1) or ordinal {header.ordinal} (from 0) is out of bounds")

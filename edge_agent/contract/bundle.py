@@ -1,0 +1,165 @@
+"""Bundles: what a device needs to run one model, in one signed file.
+
+A bundle is a zip of exactly two members: `manifest.json` and `model.onnx`. The model takes one float32 input of shape
+(rows, features) and gives one float32 output of shape (rows, 1) or (rows,). The manifest says how the
+features are made, what the answers should look like, and where all of it came from.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+
+import msgspec
+
+from edge_agent.contract.errors import BundleError
+
+BUNDLE_BYTES_MAX = 256 * 1024 * 1024
+MANIFEST_BYTES_MAX = 8 * 1024 * 1024
+FEATURES_MAX = 2_048
+WINDOW_ROWS_MAX = 1_024
+AGGREGATES = ("last", "mean", "std", "min", "max", "slope", "count")
+
+
+class Feature(msgspec.Struct, frozen=True, array_like=True):
+    """One aggregate over the window of one field. `slope` is per hour, `std` the population's, `count` of values present."""
+
+    field: str
+    aggregate: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.field}_{self.aggregate}"
+
+
+class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """How readings become model inputs.
+
+    The window of a reading holds it and the readings of the same entity that the device saw before it, at most
+    `window_rows` of them, those with an event time in (t - window_s, t]. Features come in the order listed.
+    """
+
+    features: list[Feature]
+    window_rows: int
+    window_s: float
+
+    @property
+    def names(self) -> list[str]:
+        return [f.name for f in self.features]
+
+
+class Golden(msgspec.Struct, frozen=True, kw_only=True):
+    """Readings with the features and scores that they must give, in the order seen; None stands for NaN.
+
+    The features must be equal in every bit, the scores within `tolerance`.
+    """
+
+    entity: list[str]
+    event_us: list[int]
+    fields: dict[str, list[float | None]]
+    features: list[list[float | None]]
+    scores: list[float]
+    tolerance: float = 1e-4
+
+
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model came from: MLflow run, code, pipeline and data versions."""
+
+    run_id: str
+    git_commit: str = ""
+    dvc_lock_sha256: str = ""
+    lake_version: dict[str, int] = {}
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model worker may use; past a limit it is ended and the bundle rolled back."""
+
+    memory_mb: int = 512
+    score_timeout_s: float = 2.0
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything about a model but its weights.
+
+    Scores outside [score_min, score_max] count as bad; `probation_rows` scored readings after activation must
+    hold none. An empty `zones` allows all.
+    """
+
+    model: str
+    model_version: str
+    stream: str
+    contract_version: str
+    features: FeatureSpec
+    golden: Golden
+    provenance: Provenance
+    score_min: float
+    score_max: float
+    probation_rows: int = 20
+    zones: list[str] = []
+    limits: Limits = Limits()
+    format: int = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A manifest and the bytes of an ONNX model."""
+
+    manifest: Manifest
+    model: bytes
+
+
+def pack_bundle(bundle: Bundle) -> bytes:
+    """The bundle as a file; equal bundles give equal bytes."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in (("manifest.json", msgspec.json.encode(bundle.manifest)), ("model.onnx", bundle.model)):
+            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data, zipfile.ZIP_DEFLATED)
+    return out.getvalue()
+
+
+def read_bundle(data: bytes) -> Bundle:
+    """Read a bundle file.
+
+    Raises:
+        BundleError: it is not one, passes a limit, or its manifest does not hold together.
+    """
+    if len(data) > BUNDLE_BYTES_MAX:
+        raise BundleError(f"bundle of {len(data)} bytes; at most {BUNDLE_BYTES_MAX}")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            sizes = {i.filename: i.file_size for i in archive.infolist()}
+            if sorted(sizes) != ["manifest.json", "model.onnx"]:
+                raise BundleError(f"bundle holds {sorted(sizes)}; want exactly manifest.json and model.onnx")
+            if sizes["manifest.json"] > MANIFEST_BYTES_MAX or sizes["model.onnx"] > BUNDLE_BYTES_MAX:
+                raise BundleError(f"bundle members of {sizes} bytes; at most {MANIFEST_BYTES_MAX} and {BUNDLE_BYTES_MAX}")
+            manifest = msgspec.json.decode(archive.read("manifest.json"), type=Manifest)
+            model = archive.read("model.onnx")
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, msgspec.MsgspecError) as e:
+        raise BundleError(f"bundle does not read: {e}") from e
+    check_manifest(manifest)
+    return Bundle(manifest, model)
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise BundleError unless the manifest is within limits and agrees with itself."""
+    spec, golden = manifest.features, manifest.golden
+    if manifest.format != 1:
+        raise BundleError(f"manifest format {manifest.format}; this version reads format 1")
+    if not 1 <= len(spec.features) <= FEATURES_MAX or not 1 <= spec.window_rows <= WINDOW_ROWS_MAX or not spec.window_s > 0:
+        raise BundleError(
+            f"{len(spec.features)} features over {spec.window_rows} rows and {spec.window_s} s; "
+            f"1 to {FEATURES_MAX} features, 1 to {WINDOW_ROWS_MAX} rows and a positive time are allowed"
+        )
+    unknown = sorted({f.aggregate for f in spec.features} - set(AGGREGATES))
+    if unknown:
+        raise BundleError(f"unknown aggregates {unknown}; this version knows {', '.join(AGGREGATES)}")
+    if not manifest.score_min < manifest.score_max:
+        raise BundleError(f"score_min {manifest.score_min} is not below score_max {manifest.score_max}")
+    rows = len(golden.entity)
+    columns = [golden.event_us, golden.features, golden.scores, *golden.fields.values()]
+    if rows == 0 or any(len(c) != rows for c in columns) or any(len(f) != len(spec.features) for f in golden.features):
+        raise BundleError("golden vectors are empty or of unequal length")
+    missing = sorted({f.field for f in spec.features} - set(golden.fields))
+    if missing:
+        raise BundleError(f"golden vectors lack the fields {missing}")

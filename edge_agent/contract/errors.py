@@ -1,0 +1,54 @@
+"""Errors, sorted by what the caller does next, and the reasons they are counted under."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class FencelineError(Exception):
+    """The base of every error that Fenceline raises on purpose."""
+
+
+class ContractError(FencelineError):
+    """Input breaks what edge and cloud agreed on: reject it, count it, never retry."""
+
+
+class BundleError(FencelineError):
+    """A bundle may not run here: reject it, report why, keep the active one."""
+
+
+class UnavailableError(FencelineError):
+    """Something outside does not answer now: keep the data, back off, retry."""
+
+
+class ConfigError(FencelineError):
+    """A person has to change a setting or a command: show the hint, exit 2."""
+
+
+class Reason(StrEnum):
+    """Why something was refused. One word for the result, the log line and the metric label."""
+
+    # A reading goes to quarantine.
+    MALFORMED = "malformed"  # the payload is not in the contract's encoding
+    MISSING_FIELD = "missing_field"
+    WRONG_TYPE = "wrong_type"
+    OUT_OF_RANGE = "out_of_range"
+    OVERSIZE = "oversize"
+    UNKNOWN_TOPIC = "unknown_topic"
+    # A block is refused by ingest.
+    CORRUPT = "corrupt"
+    WRONG_DEVICE = "wrong_device"  # header and topic name different devices, lanes or streams
+    UNKNOWN_STREAM = "unknown_stream"
+    WRONG_REGION = "wrong_region"  # this region may not hold the block's zone
+    # A bundle is refused by the device.
+    UNSIGNED = "unsigned"
+    TAMPERED = "tampered"
+    STALE = "stale"
+    FOREIGN = "foreign"  # meant for another stream, contract version or zone
+    SELF_TEST = "self_test"
+    PROBATION = "probation"  # the first windows after activation were bad
+    # The model worker failed.
+    WORKER_TIMEOUT = "worker_timeout"
+    WORKER_DIED = "worker_died"
+    BAD_SCORES = "bad_scores"
+    UNDONE = "undone"  # an operator asked for the previous bundle

@@ -1,0 +1,96 @@
+"""Receipts: what the lake has committed, so that the device may forget it.
+
+A set of sequences is kept as "all up to `cumulative`" plus sorted, disjoint ranges above it.
+
+>>> settled = SequenceSet(); [settled.add(n) for n in (1, 2, 5)]; settled.cumulative, settled.ranges
+[True, True, True]
+(2, [(5, 5)])
+"""
+
+from __future__ import annotations
+
+import bisect
+
+import msgspec
+
+from edge_agent.contract.errors import ContractError
+
+RANGES_MAX = 1_000
+LANES_MAX = 256
+
+
+class SequenceSet:
+    """A set of positive integers that is mostly a prefix of them."""
+
+    def __init__(self, cumulative: int = 0, ranges: list[tuple[int, int]] | None = None) -> None:
+        self.cumulative = cumulative
+        self.ranges: list[tuple[int, int]] = list(ranges or [])
+
+    def __contains__(self, n: int) -> bool:
+        if n <= self.cumulative:
+            return True
+        i = bisect.bisect_right(self.ranges, (n, float("inf"))) - 1
+        return i >= 0 and self.ranges[i][0] <= n <= self.ranges[i][1]
+
+    def add(self, n: int) -> bool:
+        """Add `n`; False if it was already there."""
+        if n in self:
+            return False
+        i = bisect.bisect_right(self.ranges, (n, n))
+        first = last = n
+        if i < len(self.ranges) and self.ranges[i][0] == n + 1:
+            last = self.ranges.pop(i)[1]
+        if i > 0 and self.ranges[i - 1][1] == n - 1:
+            first = self.ranges.pop(i - 1)[0]
+            i -= 1
+        if first == self.cumulative + 1:
+            self.cumulative = last
+        else:
+            self.ranges.insert(i, (first, last))
+        return True
+
+
+class LaneReceipt(msgspec.Struct, frozen=True, kw_only=True):
+    """The settled sequences of one lane; ranges are inclusive, at most RANGES_MAX of the lowest."""
+
+    lane: str
+    cumulative: int
+    ranges: list[tuple[int, int]] = []
+
+    def settles(self) -> SequenceSet:
+        return SequenceSet(self.cumulative, self.ranges)
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
+    """What the lake holds of one device's buffer (`epoch`)."""
+
+    device: str
+    epoch: str
+    lanes: list[LaneReceipt]
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Receipt).decode
+
+
+def encode_receipt(receipt: Receipt) -> bytes:
+    return _encode(receipt)
+
+
+def decode_receipt(data: bytes) -> Receipt:
+    """Parse a receipt.
+
+    Raises:
+        ContractError: it is not one, or passes a limit.
+    """
+    try:
+        receipt = _decode(data)
+    except msgspec.MsgspecError as e:
+        raise ContractError(f"receipt: {e}") from e
+    if len(receipt.lanes) > LANES_MAX:
+        raise ContractError(f"receipt names {len(receipt.lanes)} lanes; at most {LANES_MAX}")
+    for lane in receipt.lanes:
+        edges = [lane.cumulative, *(edge for pair in lane.ranges for edge in pair)]
+        if lane.cumulative < 0 or len(lane.ranges) > RANGES_MAX or edges != sorted(edges):
+            raise ContractError(f"receipt for lane {lane.lane!r}: ranges must rise, at most {RANGES_MAX}")
+    return receipt

@@ -1,0 +1,172 @@
+"""Stream contracts: what a sensor message must look like (Open Data Contract Standard 3.1).
+
+One ODCS document describes one stream. Fenceline reads
+
+- `schema[0].name`: the stream name; `schema[0].properties`: the fields, with `logicalType`
+  (`string`, `integer`, `number`, `timestamp`), `required`, `unit` and `logicalTypeOptions.minimum|maximum`;
+- `primaryKey`/`primaryKeyPosition` on properties: together they name a reading, so a message that
+  a broker delivers twice is one reading;
+- `customProperties` of the schema: `topic` (MQTT filter with `{device}`), `encoding` (`json`, `msgpack`, `cbor`),
+  `eventTime` (the timestamp field), `entity` (the string field that windows are grouped by),
+  `payloadBytesMax`.
+
+Missing values are allowed in `number` fields only (`required: false`); they become NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import yaml
+
+from edge_agent.contract.errors import ContractError
+from edge_agent.contract.topics import check_name
+
+FIELDS_MAX = 512
+PAYLOAD_BYTES_MAX = 64 * 1024
+
+
+class FieldType(StrEnum):
+    """The logical types of ODCS that a reading may hold."""
+
+    STRING = "string"
+    INTEGER = "integer"
+    NUMBER = "number"
+    TIMESTAMP = "timestamp"
+
+
+class Encoding(StrEnum):
+    """How a sensor encodes a reading."""
+
+    JSON = "json"
+    MSGPACK = "msgpack"
+    CBOR = "cbor"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a reading. `minimum` and `maximum` are inclusive, in `unit`."""
+
+    name: str
+    type: FieldType
+    required: bool = True
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    unit: str = ""
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class StreamContract:
+    """A checked stream contract; `key` are the names of the fields that identify a reading."""
+
+    stream: str
+    version: str
+    fields: tuple[Field, ...]
+    key: tuple[str, ...]
+    event_time: str
+    entity: str
+    topic: str
+    encoding: Encoding = Encoding.JSON
+    payload_bytes_max: int = PAYLOAD_BYTES_MAX
+
+    def field(self, name: str) -> Field:
+        """The field called `name`, or ContractError."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise ContractError(f"stream {self.stream!r} has no field {name!r}")
+
+
+def parse_contract(document: bytes | str, origin: str = "contract") -> StreamContract:
+    """Read an ODCS document.
+
+    Args:
+        document: YAML text.
+        origin: the file's name, for messages.
+
+    Raises:
+        ContractError: the document is not a contract that Fenceline can use; the message says where and why.
+    """
+    try:
+        tree = yaml.safe_load(document)
+    except yaml.YAMLError as e:
+        raise ContractError(f"{origin}: not YAML: {e}") from e
+    try:
+        return _from_tree(tree)
+    except ContractError as e:
+        raise ContractError(f"{origin}: {e}") from e
+
+
+def _from_tree(tree: Any) -> StreamContract:
+    if not isinstance(tree, dict) or tree.get("kind") != "DataContract":
+        raise ContractError("not an ODCS document (kind: DataContract is missing)")
+    if not str(tree.get("apiVersion", "")).startswith("v3."):
+        raise ContractError(f"apiVersion {tree.get('apiVersion')!r} is not ODCS v3.x")
+    schemas = tree.get("schema")
+    if not isinstance(schemas, list) or len(schemas) != 1 or not isinstance(schemas[0], dict):
+        raise ContractError("schema must list exactly one object: one contract, one stream")
+    schema = schemas[0]
+    custom = {p.get("property"): p.get("value") for p in schema.get("customProperties", []) if isinstance(p, dict)}
+    properties = schema.get("properties") or []
+    if not 1 <= len(properties) <= FIELDS_MAX:
+        raise ContractError(f"schema needs 1 to {FIELDS_MAX} properties, has {len(properties)}")
+    fields = tuple(_field(p) for p in properties)
+    names = [f.name for f in fields]
+    if len(set(names)) != len(names):
+        raise ContractError(f"field names repeat: {sorted({n for n in names if names.count(n) > 1})}")
+    key = tuple(p["name"] for p in sorted((p for p in properties if p.get("primaryKey")), key=lambda p: p.get("primaryKeyPosition", 0)))
+    if not key:
+        raise ContractError("no property has primaryKey: true, so a redelivered message could not be told from a new reading")
+    contract = StreamContract(
+        stream=check_name(str(schema.get("name", "")), "stream"),
+        version=str(tree.get("version", "")),
+        fields=fields,
+        key=key,
+        event_time=_named(custom, "eventTime", fields, FieldType.TIMESTAMP),
+        entity=_named(custom, "entity", fields, FieldType.STRING),
+        topic=str(custom.get("topic") or ""),
+        encoding=_encoding(custom.get("encoding", "json")),
+        payload_bytes_max=int(custom.get("payloadBytesMax", PAYLOAD_BYTES_MAX)),
+    )
+    if not contract.version:
+        raise ContractError("version is missing")
+    if not contract.topic:
+        raise ContractError("customProperties needs topic, the MQTT topic of the sensor messages")
+    return contract
+
+
+def _field(tree: Any) -> Field:
+    if not isinstance(tree, dict) or not tree.get("name"):
+        raise ContractError(f"property without a name: {tree!r}")
+    name = str(tree["name"])
+    try:
+        kind = FieldType(str(tree.get("logicalType")))
+    except ValueError:
+        raise ContractError(f"field {name!r}: logicalType {tree.get('logicalType')!r} is none of {', '.join(FieldType)}") from None
+    required = bool(tree.get("required", False))
+    if not required and kind is not FieldType.NUMBER:
+        raise ContractError(f"field {name!r}: only number fields may be optional; set required: true")
+    options = tree.get("logicalTypeOptions") or {}
+    unit = {p.get("property"): p.get("value") for p in tree.get("customProperties", []) if isinstance(p, dict)}.get("unit", "")
+    low, high = float(options.get("minimum", -math.inf)), float(options.get("maximum", math.inf))
+    if not low <= high:
+        raise ContractError(f"field {name!r}: minimum {low} is above maximum {high}")
+    return Field(name, kind, required, low, high, str(unit), str(tree.get("description", "")))
+
+
+def _named(custom: dict[Any, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:
+    name = custom.get(role)
+    if not any(f.name == name and f.type is kind for f in fields):
+        raise ContractError(f"customProperties.{role} is {name!r}; it must name a required {kind} field")
+    return str(name)
+
+
+def _encoding(name: Any) -> Encoding:
+    try:
+        return Encoding(str(name))
+    except ValueError:
+        raise ContractError(f"encoding {name!r} is none of {', '.join(Encoding)}") from None
