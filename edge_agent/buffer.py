@@ -1,0 +1,291 @@
+"""The durable buffer: blocks on the device's disk, in SQLite (WAL, synchronous=FULL), until the lake holds them.
+
+- `append` seals drafts into blocks and returns once they are on disk. Only then may sensor messages be acknowledged.
+- A block leaves when the lake's receipt names it, and no earlier. The newest `history_rows` readings of a stream stay
+  even then: after a restart they rebuild the open windows and the filter of redelivered messages.
+- At `bytes_max`, `append` refuses with BufferFullError. The caller stops acknowledging and tries again.
+- A damaged file is moved aside, never deleted, and a new buffer (a new epoch) takes its place.
+
+One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+
+from edge_agent.clock import Moment
+from edge_agent.contract.block import BlockHeader, FixQuality, decode_block, encode_block
+from edge_agent.contract.columns import Table
+from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.receipt import Receipt
+from edge_agent.core.zones import FIXES_MAX, Fix
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lanes (lane TEXT PRIMARY KEY, last_sequence INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS streams (stream TEXT PRIMARY KEY, next_ordinal INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS fixes (time_us INTEGER PRIMARY KEY, lane TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS blocks (
+  id INTEGER PRIMARY KEY, lane TEXT NOT NULL, sequence INTEGER NOT NULL, stream TEXT NOT NULL,
+  ordinal INTEGER NOT NULL, rows INTEGER NOT NULL, sealed_us INTEGER NOT NULL,
+  settled INTEGER NOT NULL DEFAULT 0, block BLOB NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
+CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
+CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, ordinal);
+"""
+
+
+class BufferFullError(UnavailableError):
+    """No room: acknowledge nothing, and try again when receipts have freed some."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Readings of one stream and lane, ready to be sealed into a block."""
+
+    lane: str
+    stream: str
+    contract_version: str
+    fix: FixQuality
+    policy: str
+    table: Table
+    rows: int
+    first_us: int
+    last_us: int
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A block that is on disk."""
+
+    lane: str
+    sequence: int
+    stream: str
+    rows: int
+    block: bytes
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """What of one lane waits for a receipt; `oldest_us` is the wall time at which its oldest block was sealed."""
+
+    lane: str
+    blocks: int
+    bytes: int
+    rows: int
+    oldest_us: int
+
+
+class Buffer:
+    """Store-and-forward on disk; see the module's rules. `epoch` names this buffer for ever."""
+
+    def __init__(self, path: Path, device: str, boot: str, *, bytes_max: int, history_rows: dict[str, int]) -> None:
+        """Open or create the buffer at `path`; `history_rows` is what to keep per stream after receipts."""
+        self._device, self._boot = device, boot
+        self._bytes_max, self._history_rows = bytes_max, history_rows
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._writer, self._reader = _open_or_move_aside(path)
+        self.epoch = self._epoch()
+        self._sequences = dict(self._writer.execute("SELECT lane, last_sequence FROM lanes"))
+        self._ordinals = dict(self._writer.execute("SELECT stream, next_ordinal FROM streams"))
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            self._reader.close()
+            self._writer.close()
+
+    def append(self, drafts: list[Draft], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
+        """Seal and store drafts and position fixes in one transaction; on return they are on disk.
+
+        Raises:
+            BufferFullError: the file has reached its limit, or the disk has no room. Nothing was stored.
+            UnavailableError: the disk failed. Nothing of this call may be acknowledged.
+        """
+        if not drafts and not fixes:
+            return []
+        with self._write_lock:
+            if drafts and self._used_bytes() >= self._bytes_max:
+                raise BufferFullError(f"buffer holds {self._used_bytes()} bytes; the limit is {self._bytes_max}")
+            sequences, ordinals = dict(self._sequences), dict(self._ordinals)
+            stored = []
+            with self._transaction():
+                for draft in drafts:
+                    header = self._header(draft, sequences, ordinals, now)
+                    stored.append(self._insert(header, draft.table))
+                self._write_counters(sequences, ordinals)
+                self._write_fixes(fixes)
+            self._sequences, self._ordinals = sequences, ordinals
+        return stored
+
+    def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
+        """The next unsettled blocks of a lane, by rising sequence."""
+        rows = self._read(
+            "SELECT lane, sequence, stream, rows, block FROM blocks WHERE settled = 0 AND lane = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+            (lane, after_sequence, limit),
+        )
+        return [StoredBlock(*row) for row in rows]
+
+    def newest(self, lane: str, limit: int) -> list[StoredBlock]:
+        """The newest unsettled blocks of a lane, by falling sequence."""
+        rows = self._read(
+            "SELECT lane, sequence, stream, rows, block FROM blocks WHERE settled = 0 AND lane = ? ORDER BY sequence DESC LIMIT ?",
+            (lane, limit),
+        )
+        return [StoredBlock(*row) for row in rows]
+
+    def lanes(self) -> list[LaneState]:
+        """Every lane that has blocks waiting for a receipt."""
+        rows = self._read(
+            "SELECT lane, count(*), sum(length(block)), sum(rows), min(sealed_us) FROM blocks WHERE settled = 0 GROUP BY lane ORDER BY lane",
+            (),
+        )
+        return [LaneState(*row) for row in rows]
+
+    def settle(self, receipt: Receipt) -> int:
+        """Forget what the lake holds; returns how many blocks it settled. A receipt for another epoch settles none."""
+        if receipt.device != self._device or receipt.epoch != self.epoch:
+            return 0
+        with self._write_lock, self._transaction():
+            before = self._writer.total_changes()
+            for lane in receipt.lanes:
+                self._settle_range(lane.lane, 0, lane.cumulative)
+                for first, last in lane.ranges:
+                    self._settle_range(lane.lane, first, last)
+            settled = self._writer.total_changes() - before
+            if settled:
+                for stream, ordinal in self._ordinals.items():
+                    keep = self._history_rows.get(stream, 0)
+                    self._writer.execute(
+                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND ordinal + rows <= ?", (stream, ordinal - keep)
+                    )
+        return settled
+
+    def history(self, stream: str) -> Iterator[tuple[BlockHeader, Table]]:
+        """The blocks that hold the newest `history_rows` readings of a stream, oldest first."""
+        first = self._ordinals.get(stream, 0) - self._history_rows.get(stream, 0)
+        query = "SELECT block FROM blocks WHERE stream = ? AND ordinal + rows > ? ORDER BY ordinal"
+        for (block,) in self._read(query, (stream, first)):
+            yield decode_block(block)
+
+    def fixes(self) -> list[Fix]:
+        """The newest stored position fixes, oldest first."""
+        return [Fix(*row) for row in self._read("SELECT time_us, lane FROM fixes ORDER BY time_us", ())]
+
+    def readings_stored(self) -> int:
+        """How many readings this buffer has ever stored."""
+        return sum(self._ordinals.values())
+
+    def used_bytes(self) -> int:
+        """Bytes in use in the database, free pages left out."""
+        with self._write_lock:
+            return self._used_bytes()
+
+    def _header(self, draft: Draft, sequences: dict[str, int], ordinals: dict[str, int], now: Moment) -> BlockHeader:
+        sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
+        ordinal = ordinals.get(draft.stream, 0)
+        ordinals[draft.stream] = ordinal + draft.rows
+        return BlockHeader(
+            device=self._device,
+            epoch=self.epoch,
+            lane=draft.lane,
+            sequence=sequences[draft.lane],
+            stream=draft.stream,
+            contract_version=draft.contract_version,
+            ordinal=ordinal,
+            rows=draft.rows,
+            first_us=draft.first_us,
+            last_us=draft.last_us,
+            fix=draft.fix,
+            policy=draft.policy,
+            boot=self._boot,
+            monotonic_us=now.monotonic_us,
+            sealed_us=now.wall_us,
+            clock_synced=now.synced,
+            model=draft.model,
+        )
+
+    def _insert(self, header: BlockHeader, table: Table) -> StoredBlock:
+        block = encode_block(header, table)
+        self._writer.execute(
+            "INSERT INTO blocks (lane, sequence, stream, ordinal, rows, sealed_us, block) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (header.lane, header.sequence, header.stream, header.ordinal, header.rows, header.sealed_us, block),
+        )
+        return StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
+
+    def _write_counters(self, sequences: dict[str, int], ordinals: dict[str, int]) -> None:
+        for lane, sequence in sequences.items() - self._sequences.items():
+            self._writer.execute("INSERT OR REPLACE INTO lanes VALUES (?, ?)", (lane, sequence))
+        for stream, ordinal in ordinals.items() - self._ordinals.items():
+            self._writer.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", (stream, ordinal))
+
+    def _write_fixes(self, fixes: list[Fix]) -> None:
+        if fixes:
+            self._writer.executemany("INSERT OR REPLACE INTO fixes VALUES (?, ?)", [(f.time_us, f.lane) for f in fixes])
+            self._writer.execute(
+                "DELETE FROM fixes WHERE time_us <= (SELECT time_us FROM fixes ORDER BY time_us DESC LIMIT 1 OFFSET ?)", (FIXES_MAX,)
+            )
+
+    def _settle_range(self, lane: str, first: int, last: int) -> None:
+        self._writer.execute("UPDATE blocks SET settled = 1 WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ?", (lane, first, last))
+
+    def _used_bytes(self) -> int:
+        pages = self._writer.pragma("page_count") - self._writer.pragma("freelist_count")
+        return int(pages * self._writer.pragma("page_size"))
+
+    def _epoch(self) -> str:
+        with self._transaction():
+            self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
+        return str(self._writer.execute("SELECT value FROM meta WHERE key = 'epoch'").get)
+
+    def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[object, ...]]:
+        with self._read_lock:
+            return self._reader.execute(query, values).fetchall()  # type: ignore[arg-type]
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            with self._writer:
+                yield
+        except apsw.FullError as e:
+            raise BufferFullError(f"no room on the disk: {e}") from e
+        except (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.CorruptError, apsw.BusyError) as e:
+            raise UnavailableError(f"buffer cannot be written: {e}") from e
+
+
+def _open_or_move_aside(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
+    try:
+        return _open(path)
+    except (apsw.CorruptError, apsw.NotADBError) as e:
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        log.error("buffer damaged path=%s error=%s moved_to=%s", path, e, aside)
+        for suffix in ("", "-wal", "-shm"):
+            part = path.with_name(path.name + suffix)
+            if part.exists():
+                part.rename(aside.with_name(aside.name + suffix))
+        return _open(path)
+
+
+def _open(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = apsw.Connection(str(path))
+    writer.set_busy_timeout(5_000)
+    writer.pragma("journal_mode", "wal")
+    writer.pragma("synchronous", "full")
+    with writer:
+        writer.execute(_SCHEMA)
+    path.chmod(0o600)
+    reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    reader.set_busy_timeout(5_000)
+    return writer, reader

@@ -1,0 +1,96 @@
+"""The buffer on a real SQLite file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_agent.buffer import Buffer, BufferFullError, Draft
+from edge_agent.clock import Moment
+from edge_agent.contract.block import FixQuality, decode_block
+from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.core.zones import FIXES_MAX, Fix
+
+NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
+
+
+def open_buffer(path: Path, *, bytes_max: int = 1 << 30, history_rows: int = 0) -> Buffer:
+    return Buffer(path / "buffer.db", "plane-01", "boot", bytes_max=bytes_max, history_rows={"pump": history_rows})
+
+
+def draft(values: list[float], lane: str = "europe") -> Draft:
+    table = {"t": np.array(values)}
+    return Draft(lane, "pump", "1.0.0", FixQuality.STATIC, "policy", table, len(values), 1, 2)
+
+
+def receipt(buffer: Buffer, cumulative: int, ranges: list[tuple[int, int]] | None = None) -> Receipt:
+    lane = LaneReceipt(lane="europe", cumulative=cumulative, ranges=ranges or [])
+    return Receipt(device="plane-01", epoch=buffer.epoch, lanes=[lane])
+
+
+def test_blocks_survive_a_reopen_with_sequence_ordinal_and_epoch(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0, 2.0]), draft([3.0], "switzerland")], [], NOW)
+    epoch = buffer.epoch
+    buffer.close()
+    buffer = open_buffer(tmp_path)
+    (stored,) = buffer.append([draft([4.0])], [], NOW)
+    header, table = decode_block(stored.block)
+    assert (buffer.epoch, header.epoch, header.sequence, header.ordinal) == (epoch, epoch, 2, 3)
+    assert table["t"].tolist() == [4.0]
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2]
+    assert [(s.lane, s.blocks, s.rows) for s in buffer.lanes()] == [("europe", 2, 3), ("switzerland", 1, 1)]
+
+
+def test_only_a_receipt_of_this_epoch_frees_blocks(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    for i in range(5):
+        buffer.append([draft([float(i)])], [], NOW)
+    foreign = Receipt(device="plane-01", epoch="other", lanes=receipt(buffer, 5).lanes)
+    assert buffer.settle(foreign) == 0
+    assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 3
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [3, 5]
+    assert [b.sequence for b in buffer.newest("europe", 1)] == [5]
+    assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 0
+
+
+def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=3)
+    for i in range(6):
+        buffer.append([draft([float(i)])], [], NOW)
+    buffer.settle(receipt(buffer, 6))
+    assert buffer.lanes() == []
+    assert [table["t"].tolist() for _, table in buffer.history("pump")] == [[3.0], [4.0], [5.0]]
+
+
+def test_a_full_buffer_refuses_and_takes_again_after_a_receipt(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, bytes_max=200_000)
+    noise = np.random.default_rng(1).normal(size=2_000)
+    stored = 0
+    with pytest.raises(BufferFullError, match="limit is 200000"):
+        for _ in range(100):
+            stored += len(buffer.append([draft(noise.tolist())], [], NOW))
+    assert len(buffer.pending("europe", 0, 1_000)) == stored
+    buffer.settle(receipt(buffer, stored))
+    assert buffer.append([draft([1.0])], [], NOW)[0].sequence == stored + 1
+
+
+def test_fixes_are_kept_newest_first_up_to_the_limit(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([], [Fix(t, "europe") for t in range(FIXES_MAX + 10)], NOW)
+    assert len(buffer.fixes()) == FIXES_MAX
+    assert buffer.fixes()[-1] == Fix(FIXES_MAX + 9, "europe")
+
+
+def test_a_damaged_file_is_moved_aside_and_a_new_epoch_begins(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    old_epoch = buffer.epoch
+    buffer.close()
+    (tmp_path / "buffer.db").write_bytes(b"not a database" * 1_000)
+    buffer = open_buffer(tmp_path)
+    assert buffer.epoch != old_epoch
+    (aside,) = tmp_path.glob("buffer.db.damaged-*")
+    assert aside.read_bytes().startswith(b"not a database")
+    assert buffer.append([draft([1.0])], [], NOW)
