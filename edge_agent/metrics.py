@@ -1,0 +1,46 @@
+"""Every metric of the agent, in one place, in Prometheus grammar."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from edge_agent.contract.errors import ConfigError
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class Metrics:
+    """The counters and gauges of one agent, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.messages = Counter("fenceline_sensor_messages_total", "Sensor messages taken from the broker.", registry=r)
+        self.readings = Counter("fenceline_readings_stored_total", "Readings committed to the buffer.", ["stream"], registry=r)
+        self.duplicates = Counter("fenceline_readings_redelivered_total", "Readings dropped because they were stored before.", ["stream"], registry=r)
+        self.rejected = Counter("fenceline_readings_rejected_total", "Payloads sent to quarantine.", ["reason"], registry=r)
+        self.scored = Counter("fenceline_readings_scored_total", "Readings scored by the model.", ["stream"], registry=r)
+        self.model_failures = Counter("fenceline_model_failures_total", "Failures of the model worker.", ["reason"], registry=r)
+        self.block_bytes = Counter("fenceline_block_bytes_total", "Bytes of sealed blocks.", ["stream"], registry=r)
+        self.settled = Counter("fenceline_blocks_settled_total", "Blocks the lake has acknowledged.", registry=r)
+        self.waiting = Gauge("fenceline_buffer_blocks", "Blocks waiting for a receipt.", ["lane"], registry=r)
+        self.waiting_bytes = Gauge("fenceline_buffer_bytes", "Bytes waiting for a receipt.", ["lane"], registry=r)
+        self.full = Counter("fenceline_buffer_refusals_total", "Times the buffer could not store and the source was held.", registry=r)
+        self.batch_seconds = Histogram(
+            "fenceline_batch_seconds",
+            "From taking a batch to releasing its acknowledgements.",
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+            registry=r,
+        )
+
+
+def serve(metrics: Metrics, listen: str) -> None:
+    """Serve `/metrics` at HOST:PORT.
+
+    Raises:
+        ConfigError: the host is not loopback: metrics have no authentication, put a proxy in front.
+    """
+    host, _, port = listen.rpartition(":")
+    if host.strip("[]") not in LOOPBACK or not port.isdigit():
+        raise ConfigError(f"metrics.listen {listen!r} must be HOST:PORT on loopback ({', '.join(LOOPBACK)})")
+    start_http_server(int(port), host.strip("[]"), registry=metrics.registry)

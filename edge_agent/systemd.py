@@ -1,0 +1,26 @@
+"""Talking to systemd (`Type=notify`, watchdog): one datagram to the socket in NOTIFY_SOCKET. See sd_notify(3)."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+def notify(state: str) -> None:
+    """Send `state`, such as `READY=1` or `WATCHDOG=1`; does nothing outside systemd."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+        s.connect(address)
+        s.sendall(state.encode())
+
+
+def watchdog_interval_s() -> float | None:
+    """Half of the watchdog's time, in seconds; None if systemd wants no sign of life from this process."""
+    usec, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
+    if not usec or (pid and int(pid) != os.getpid()):
+        return None
+    return int(usec) / 2e6

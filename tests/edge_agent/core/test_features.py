@@ -1,0 +1,68 @@
+"""Window features: the definition, and equal bits however the readings are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
+from edge_agent.contract.columns import Strings, take
+from edge_agent.contract.errors import ContractError
+from edge_agent.core.features import Windows
+
+HOUR_US = 3_600_000_000
+SPEC = FeatureSpec(features=[Feature(f, a) for f in ("t", "p") for a in AGGREGATES], window_rows=5, window_s=4 * 3600.0)
+
+
+def readings(seed: int, rows: int) -> tuple[Strings, np.ndarray, dict[str, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    entity = Strings.of([f"e{i}" for i in random.integers(0, 3, rows)])
+    event_us = np.cumsum(random.integers(-HOUR_US // 2, 2 * HOUR_US, rows))
+    t = np.where(random.random(rows) < 0.1, np.nan, random.normal(500, 20, rows))
+    return entity, event_us, {"t": t, "p": random.normal(size=rows).round(2)}
+
+
+def by_definition(entity: list[str], event_us: np.ndarray, values: np.ndarray, row: int) -> list[float]:
+    """The features of one reading of one field, straight from the words of FeatureSpec."""
+    seen = [j for j in range(row + 1) if entity[j] == entity[row]][-SPEC.window_rows :]
+    inside = [j for j in seen if event_us[row] - SPEC.window_s * 1e6 < event_us[j] <= event_us[row]]
+    kept = [j for j in inside if not np.isnan(values[j])]
+    x, hours = values[kept], (event_us[kept] - event_us[row]) / HOUR_US
+    if not kept:
+        return [values[row], np.nan, np.nan, np.nan, np.nan, np.nan, 0.0]
+    spread = ((hours - hours.mean()) ** 2).sum()
+    slope = ((x - x.mean()) * (hours - hours.mean())).sum() / spread if spread else 0.0
+    return [values[row], x.mean(), x.std(), x.min(), x.max(), slope, float(len(kept))]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 60))
+def test_features_follow_their_definition(seed: int, rows: int) -> None:
+    entity, event_us, table = readings(seed, rows)
+    features = Windows(SPEC).push(entity, event_us, table)
+    names = entity.tolist()
+    for row in range(rows):
+        want = by_definition(names, event_us, table["t"], row) + by_definition(names, event_us, table["p"], row)
+        np.testing.assert_allclose(features[row], want, rtol=1e-9, atol=1e-9)
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 20), min_size=1, max_size=10))
+def test_any_cut_into_batches_and_a_restart_give_the_same_bits(seed: int, cuts: list[int]) -> None:
+    rows = sum(cuts)
+    entity, event_us, table = readings(seed, rows)
+    whole = Windows(SPEC).push(entity, event_us, table)
+    windows, parts, start = Windows(SPEC), [], 0
+    for cut in cuts:
+        part = slice(start, start + cut)
+        parts.append(windows.push(entity[part], event_us[part], take(table, part)))
+        start += cut
+        restarted = Windows(SPEC)
+        restarted.warm(entity[:start], event_us[:start], take(table, slice(0, start)))
+        windows = restarted
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_a_field_the_stream_lacks_is_named() -> None:
+    with pytest.raises(ContractError, match="'p' is not a numeric column"):
+        Windows(SPEC).push(Strings.of(["a"]), np.array([1]), {"t": np.array([1.0])})
