@@ -32,6 +32,8 @@ ZONES_MAX = 1_000
 FIXES_MAX = 4_096
 ACCURACY_M_MAX = 5_000_000.0
 _METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6,371 km
+_POINT_M = 0.01  # a circle this small is its own centre
+_CIRCLE = Point(0, 0).buffer(1.0 / math.cos(math.pi / 64), quad_segs=16)  # 64 corners, drawn around the unit circle
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Zones:
 
 def _circles(lat: float, lon: float, accuracy_m: float) -> list[BaseGeometry]:
     """The accuracy circle in degrees, cut at the antimeridian, a whole cap where it holds a pole."""
-    if accuracy_m == 0.0:
+    if accuracy_m <= _POINT_M:
         twin = [Point(-lon, lat)] if abs(lon) == 180.0 else []
         return [Point(lon, lat), *twin]
     high = accuracy_m / _METRES_PER_DEGREE
@@ -83,7 +85,7 @@ def _circles(lat: float, lon: float, accuracy_m: float) -> list[BaseGeometry]:
         return [box(-180, lat - high, 180, 90) if lat > 0 else box(-180, -90, 180, lat + high)]
     # The widest parallel inside the circle is the one nearer to the pole.
     wide = min(180.0, high / math.cos(math.radians(abs(lat) + high)))
-    circle = affinity.scale(Point(lon, lat).buffer(1.0), wide, high, origin=(lon, lat))
+    circle = affinity.affine_transform(_CIRCLE, [wide, 0, 0, high, lon, lat])
     world = box(-180, -90, 180, 90)
     turns = [affinity.translate(circle, turn) for turn in (-360.0, 0.0, 360.0)]
     return [part for part in (world.intersection(t) for t in turns) if not part.is_empty]
