@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
+import numpy as np
 
 from edge_agent.clock import Moment
-from edge_agent.contract.block import BlockHeader, FixQuality, decode_block, encode_block
-from edge_agent.contract.columns import Table
+from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block, encode_block
+from edge_agent.contract.columns import Ints, Table, concat, take
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import Receipt
 from edge_agent.core.zones import FIXES_MAX, Fix
@@ -38,11 +39,11 @@ CREATE TABLE IF NOT EXISTS streams (stream TEXT PRIMARY KEY, next_ordinal INTEGE
 CREATE TABLE IF NOT EXISTS fixes (time_us INTEGER PRIMARY KEY, lane TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS blocks (
   id INTEGER PRIMARY KEY, lane TEXT NOT NULL, sequence INTEGER NOT NULL, stream TEXT NOT NULL,
-  ordinal INTEGER NOT NULL, rows INTEGER NOT NULL, sealed_us INTEGER NOT NULL,
+  last_ordinal INTEGER NOT NULL, rows INTEGER NOT NULL, sealed_us INTEGER NOT NULL,
   settled INTEGER NOT NULL DEFAULT 0, block BLOB NOT NULL);
 CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
 CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
-CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, ordinal);
+CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, last_ordinal);
 """
 
 
@@ -52,7 +53,10 @@ class BufferFullError(UnavailableError):
 
 @dataclass(frozen=True)
 class Draft:
-    """Readings of one stream and lane, ready to be sealed into a block."""
+    """Readings of one stream and lane, ready to be sealed into a block.
+
+    `order` is the place of each reading among those of its stream in the same `append`; None means: as they come.
+    """
 
     lane: str
     stream: str
@@ -63,6 +67,7 @@ class Draft:
     rows: int
     first_us: int
     last_us: int
+    order: Ints | None = None
     model: str | None = None
 
 
@@ -122,8 +127,11 @@ class Buffer:
             stored = []
             with self._transaction():
                 for draft in drafts:
-                    header = self._header(draft, sequences, ordinals, now)
-                    stored.append(self._insert(header, draft.table))
+                    sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
+                    ordinals.setdefault(draft.stream, 0)
+                    header = self._header(draft, sequences[draft.lane], now)
+                    stored.append(self._insert(header, draft, self._ordinals.get(draft.stream, 0), ordinals[draft.stream]))
+                    ordinals[draft.stream] += draft.rows
                 self._write_counters(sequences, ordinals)
                 self._write_fixes(fixes)
             self._sequences, self._ordinals = sequences, ordinals
@@ -168,16 +176,20 @@ class Buffer:
                 for stream, ordinal in self._ordinals.items():
                     keep = self._history_rows.get(stream, 0)
                     self._writer.execute(
-                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND ordinal + rows <= ?", (stream, ordinal - keep)
+                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND last_ordinal < ?", (stream, ordinal - keep)
                     )
         return settled
 
-    def history(self, stream: str) -> Iterator[tuple[BlockHeader, Table]]:
-        """The blocks that hold the newest `history_rows` readings of a stream, oldest first."""
+    def history(self, stream: str) -> Table | None:
+        """The newest readings of a stream, `history_rows` or somewhat more, in the order seen; None if there are none."""
         first = self._ordinals.get(stream, 0) - self._history_rows.get(stream, 0)
-        query = "SELECT block FROM blocks WHERE stream = ? AND ordinal + rows > ? ORDER BY ordinal"
-        for (block,) in self._read(query, (stream, first)):
-            yield decode_block(block)
+        blocks = self._read("SELECT block FROM blocks WHERE stream = ? AND last_ordinal >= ? ORDER BY last_ordinal", (stream, first))
+        tables = [decode_block(block)[1] for (block,) in blocks]
+        if not tables:
+            return None
+        shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
+        rows = concat([{name: column for name, column in table.items() if name in shared} for table in tables])
+        return take(rows, np.argsort(rows[ORDINAL], kind="stable"))
 
     def fixes(self) -> list[Fix]:
         """The newest stored position fixes, oldest first."""
@@ -192,18 +204,14 @@ class Buffer:
         with self._write_lock:
             return self._used_bytes()
 
-    def _header(self, draft: Draft, sequences: dict[str, int], ordinals: dict[str, int], now: Moment) -> BlockHeader:
-        sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
-        ordinal = ordinals.get(draft.stream, 0)
-        ordinals[draft.stream] = ordinal + draft.rows
+    def _header(self, draft: Draft, sequence: int, now: Moment) -> BlockHeader:
         return BlockHeader(
             device=self._device,
             epoch=self.epoch,
             lane=draft.lane,
-            sequence=sequences[draft.lane],
+            sequence=sequence,
             stream=draft.stream,
             contract_version=draft.contract_version,
-            ordinal=ordinal,
             rows=draft.rows,
             first_us=draft.first_us,
             last_us=draft.last_us,
@@ -216,11 +224,13 @@ class Buffer:
             model=draft.model,
         )
 
-    def _insert(self, header: BlockHeader, table: Table) -> StoredBlock:
-        block = encode_block(header, table)
+    def _insert(self, header: BlockHeader, draft: Draft, base: int, following: int) -> StoredBlock:
+        """Store one block; `base` is the stream's ordinal before this append, `following` after the drafts before this one."""
+        ordinals = np.arange(following, following + draft.rows) if draft.order is None else base + draft.order
+        block = encode_block(header, {**draft.table, ORDINAL: ordinals})
         self._writer.execute(
-            "INSERT INTO blocks (lane, sequence, stream, ordinal, rows, sealed_us, block) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (header.lane, header.sequence, header.stream, header.ordinal, header.rows, header.sealed_us, block),
+            "INSERT INTO blocks (lane, sequence, stream, last_ordinal, rows, sealed_us, block) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (header.lane, header.sequence, header.stream, int(ordinals.max()), header.rows, header.sealed_us, block),
         )
         return StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
 

@@ -4,7 +4,9 @@ Layout, little endian: `b"FLB1"`, header length (u32), header (MessagePack map),
 all before it (u32). The header can be read without decompressing. (device, epoch, lane, sequence) names a
 block for ever; with the row index it names a reading. A receiver ignores header fields that it does not know.
 
-A reserved column, `score`, holds the model's output per reading (NaN: not scored).
+Two reserved columns go with the readings: `ordinal` counts the readings that this device stored in this stream since
+`epoch`, across all lanes, so that sorting by it gives back the order in which the device saw and scored them; `score`
+holds the model's output per reading (NaN: not scored) and is there only if a model was active.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from edge_agent.contract.topics import check_lane, check_name
 
 MAGIC = b"FLB1"
 SCORE = "score"
+ORDINAL = "ordinal"
 ROWS_MAX = 65_536
 HEADER_BYTES_MAX = 16 * 1024
 BLOCK_BYTES_MAX = 8 * 1024 * 1024
@@ -45,8 +48,6 @@ class FixQuality(StrEnum):
 class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What a block is.
 
-    `ordinal` counts the readings that this device stored in this stream since `epoch`, before this block, across all
-    lanes: sorting by (ordinal, row) gives back the order in which the device saw and scored them.
     Times are microseconds since 1970 UTC, `monotonic_us` since boot. `model` is the SHA-256 of the bundle that
     scored the block, `policy` that of the zones document it was stamped with.
     """
@@ -57,7 +58,6 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
     sequence: int
     stream: str
     contract_version: str
-    ordinal: int
     rows: int
     first_us: int
     last_us: int
@@ -144,5 +144,5 @@ def _check(header: BlockHeader) -> None:
         raise ContractError(f"block format {header.format}; this version reads format 1")
     if not 1 <= header.rows <= ROWS_MAX:
         raise ContractError(f"block of {header.rows} rows; 1 to {ROWS_MAX} allowed")
-    if header.sequence < 1 or header.ordinal < 0:
-        raise ContractError(f"block sequence {header.sequence} (from 1) or ordinal {header.ordinal} (from 0) is out of bounds")
+    if header.sequence < 1:
+        raise ContractError(f"block sequence {header.sequence}; they start at 1")

@@ -28,6 +28,11 @@ from edge_agent.contract.topics import check_name
 FIELDS_MAX = 512
 PAYLOAD_BYTES_MAX = 64 * 1024
 
+# Columns that blocks and the lake add to a stream's fields.
+RESERVED = frozenset(
+    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()
+)
+
 
 class FieldType(StrEnum):
     """The logical types of ODCS that a reading may hold."""
@@ -118,6 +123,9 @@ def _from_tree(tree: Any) -> StreamContract:
     names = [f.name for f in fields]
     if len(set(names)) != len(names):
         raise ContractError(f"field names repeat: {sorted({n for n in names if names.count(n) > 1})}")
+    taken = sorted(RESERVED.intersection(names))
+    if taken:
+        raise ContractError(f"field names {taken} are kept for the lake; rename them")
     key = tuple(p["name"] for p in sorted((p for p in properties if p.get("primaryKey")), key=lambda p: p.get("primaryKeyPosition", 0)))
     if not key:
         raise ContractError("no property has primaryKey: true, so a redelivered message could not be told from a new reading")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,8 @@ def test_blocks_survive_a_reopen_with_sequence_ordinal_and_epoch(tmp_path: Path)
     buffer = open_buffer(tmp_path)
     (stored,) = buffer.append([draft([4.0])], [], NOW)
     header, table = decode_block(stored.block)
-    assert (buffer.epoch, header.epoch, header.sequence, header.ordinal) == (epoch, epoch, 2, 3)
-    assert table["t"].tolist() == [4.0]
+    assert (buffer.epoch, header.epoch, header.sequence) == (epoch, epoch, 2)
+    assert (table["t"].tolist(), table["ordinal"].tolist()) == ([4.0], [3])
     assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2]
     assert [(s.lane, s.blocks, s.rows) for s in buffer.lanes()] == [("europe", 2, 3), ("switzerland", 1, 1)]
 
@@ -62,7 +63,19 @@ def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -
         buffer.append([draft([float(i)])], [], NOW)
     buffer.settle(receipt(buffer, 6))
     assert buffer.lanes() == []
-    assert [table["t"].tolist() for _, table in buffer.history("pump")] == [[3.0], [4.0], [5.0]]
+    history = buffer.history("pump")
+    assert history is not None and history["t"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_history_comes_in_the_order_seen_across_lanes(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=10)
+    first = replace(draft([0.0, 2.0]), order=np.array([0, 2]))
+    second = replace(draft([1.0, 3.0], "switzerland"), order=np.array([1, 3]))
+    buffer.append([first, second], [], NOW)
+    buffer.append([draft([4.0])], [], NOW)
+    history = buffer.history("pump")
+    assert history is not None and history["t"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert history["ordinal"].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_a_full_buffer_refuses_and_takes_again_after_a_receipt(tmp_path: Path) -> None:
