@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 
 import paho.mqtt.client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cloud.demo.journey import Message, Reading
@@ -38,7 +39,7 @@ class Sensors:
     def __enter__(self) -> Sensors:
         self._answers: queue.SimpleQueue[ReasonCode] = queue.SimpleQueue()
         self._waiting: deque[tuple[mqtt.MQTTMessageInfo, Message]] = deque()
-        self._client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, client_id="fenceline-demo-sensors", clean_session=True)
+        self._client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="fenceline-demo-sensors", clean_session=True)
         self._client.username_pw_set(self.username, self.password)
         self._client.on_connect = self._on_connect
         self._client.max_inflight_messages_set(WINDOW)
