@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections import defaultdict
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_agent.core.routing import Held, Move, Plan, Route, Router, RoutingConfig
+
+CONFIG = RoutingConfig(endpoints=("eu", "us", "asia"), failback_s=10.0, connect_timeout_s=5.0, stable_s=5.0, linger_s=20.0)
+
+
+def router(lanes: dict[str, tuple[str, ...]], **changes: Any) -> Router:
+    made = Router(RoutingConfig(**{**CONFIG.__dict__, **changes}), random.Random(7))
+    made.use(lanes)
+    return made
+
+
+def test_first_step_opens_the_preferred_endpoint_and_a_warm_standby() -> None:
+    assert router({"atlantic": ("eu", "us", "asia")}).step(0.0).open == ["eu", "us"]
+
+
+def test_lane_is_held_until_an_allowed_endpoint_is_connected() -> None:
+    r = router({"europe": ("eu",)})
+    assert r.step(0.0).routes["europe"] == Route(None, held=Held.NOT_CONNECTED)
+    r.connected("us", 0.1)
+    assert r.step(0.1).routes["europe"].endpoint is None
+    r.connected("eu", 0.2)
+    assert r.step(0.2).routes["europe"] == Route("eu")
+
+
+def test_lane_that_allows_nothing_says_so() -> None:
+    assert router({"nowhere": ()}).step(0.0).routes["nowhere"].held is Held.NOT_ALLOWED
+
+
+def test_control_link_is_kept_while_no_lane_wants_any() -> None:
+    assert router({"nowhere": ()}).step(0.0).open == ["eu"]
+    assert router({}, control=("us",)).step(0.0).open == ["us"]
+    assert router({}, control=()).step(0.0).open == []
+    assert router({"switzerland": ("us",)}).step(0.0).open == ["us"]
+
+
+def test_lost_endpoint_moves_its_lanes_to_the_standby_at_once_and_names_the_reason() -> None:
+    r = router({"atlantic": ("eu", "us"), "europe": ("eu",)})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.connected("us", 0.2)
+    assert r.step(0.2).routes["atlantic"] == Route("eu", "us")
+    r.lost("eu", 1.0, "broker died")
+    plan = r.step(1.0)
+    assert plan.routes["atlantic"] == Route("us")
+    assert plan.routes["europe"] == Route(None, held=Held.NOT_CONNECTED)
+    assert plan.moves == [Move("atlantic", "eu", "us", "broker died"), Move("europe", "eu", None, "broker died")]
+
+
+def test_preferred_endpoint_that_connects_second_is_used_at_once_if_it_never_failed() -> None:
+    r = router({"atlantic": ("eu", "us")})
+    r.step(0.0)
+    r.connected("us", 0.1)
+    assert r.step(0.1).routes["atlantic"].endpoint == "us"
+    r.connected("eu", 0.2)
+    assert r.step(0.2).routes["atlantic"].endpoint == "eu"
+
+
+def test_failback_waits_until_the_preferred_endpoint_has_proved_itself() -> None:
+    r = router({"atlantic": ("eu", "us")})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.connected("us", 0.1)
+    r.step(0.1)
+    r.lost("eu", 1.0, "gone")
+    assert r.step(1.0).routes["atlantic"].endpoint == "us"
+    assert "eu" in r.step(2.0).open
+    r.connected("eu", 2.5)
+    plan = r.step(2.5)
+    assert plan.routes["atlantic"] == Route("us", "eu")
+    assert plan.wake_at == pytest.approx(12.5)
+    assert r.step(12.4).routes["atlantic"].endpoint == "us"
+    assert r.step(12.5).moves == [Move("atlantic", "us", "eu", "preferred")]
+
+
+def test_third_endpoint_is_opened_when_the_first_two_fail() -> None:
+    r = router({"any": ("eu", "us", "asia")})
+    r.step(0.0)
+    r.lost("eu", 0.1, "refused")
+    r.lost("us", 0.1, "refused")
+    assert r.step(0.1).open == ["asia"]
+
+
+def test_attempt_without_answer_is_given_up() -> None:
+    r = router({"europe": ("eu",)})
+    assert r.step(0.0).wake_at == 5.0
+    plan = r.step(5.0)
+    assert plan.close == ["eu"]
+    assert r.reason("eu") == "no connection within 5 s"
+    assert plan.wake_at is not None
+    assert plan.wake_at > 5.0
+
+
+def test_unwanted_link_lingers_then_closes() -> None:
+    r = router({"europe": ("eu",)})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.step(0.1)
+    r.use({"canada": ("us",)})
+    assert r.step(19.0).close == []
+    assert r.step(20.1).close == ["eu"]
+
+
+def test_backoff_grows_to_its_limit_and_starts_again_after_a_stable_connection() -> None:
+    r = router({"europe": ("eu",)}, backoff_min_s=0.1, backoff_max_s=4.0)
+    now, waits = 0.0, []
+    for _ in range(40):
+        assert r.step(now).open == ["eu"]
+        r.lost("eu", now, "refused")
+        wake = r.step(now).wake_at
+        assert wake is not None
+        waits.append(wake - now)
+        now = wake
+    assert max(waits) <= 4.0
+    assert min(waits) >= 0.1
+    assert max(waits) > 2.0
+    r.step(now)
+    r.connected("eu", now)
+    r.lost("eu", now + 6.0, "gone")
+    wake = r.step(now + 6.0).wake_at
+    assert wake is not None
+    assert wake - (now + 6.0) <= 0.3
+
+
+def test_broker_that_accepts_and_kicks_is_not_hammered() -> None:
+    r = router({"europe": ("eu",)}, backoff_max_s=10.0)
+    now, opens = 0.0, 0
+    while now < 600.0:
+        plan = r.step(now)
+        if plan.open:
+            opens += 1
+            r.connected("eu", now)
+            r.lost("eu", now + 0.01, "kicked")
+        now = max(now + 0.01, plan.wake_at or 0.0)
+    assert opens < 200
+
+
+def test_routes_follow_a_changed_policy_though_the_old_link_lives() -> None:
+    r = router({"canada": ("us", "eu")})
+    r.step(0.0)
+    r.connected("us", 0.1)
+    r.connected("eu", 0.1)
+    r.step(0.1)
+    r.use({"canada": ("eu",)})
+    assert r.step(0.2).moves == [Move("canada", "us", "eu", "policy")]
+
+
+LANES = {"europe": ("eu",), "canada": ("us", "eu"), "atlantic": ("eu", "us"), "any": ("asia", "us", "eu"), "nowhere": ()}
+NAMES = st.sampled_from(["eu", "us", "asia"])
+EVENTS = st.lists(
+    st.tuples(st.floats(0.0, 8.0), st.sampled_from(["up", "down", "use", "none"]), NAMES, st.integers(0, 31)),
+    max_size=80,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(events=EVENTS, seed=st.integers(0, 2**16))
+def test_no_event_sequence_breaks_the_rules(events: list[tuple[float, str, str, int]], seed: int) -> None:
+    r = Router(CONFIG, random.Random(seed))
+    lanes = dict(LANES)
+    r.use(lanes)
+    now = 0.0
+    state = dict.fromkeys(CONFIG.endpoints, "closed")
+    up_since: dict[str, float] = {}
+    failed: set[str] = set()
+    opened: dict[str, list[float]] = defaultdict(list)
+    before: dict[str, str | None] = {}
+    for wait_s, kind, name, bits in events:
+        now += wait_s
+        if kind == "up" and state[name] == "connecting":
+            state[name], up_since[name] = "up", now
+            r.connected(name, now)
+        elif kind == "down" and state[name] != "closed":
+            state[name] = "closed"
+            failed.add(name)
+            r.lost(name, now, "test")
+        elif kind == "use":
+            lanes = {lane: allowed for i, (lane, allowed) in enumerate(LANES.items()) if bits >> i & 1}
+            r.use(lanes)
+        plan = r.step(now)
+        _apply(plan, state, opened, failed, now)
+        for lane, allowed in lanes.items():
+            route = plan.routes[lane]
+            usable = [e for e in allowed if state[e] == "up"]
+            assert (route.endpoint in usable) if usable else route.endpoint is None
+            assert route.standby is None or (route.standby in usable and route.standby != route.endpoint)
+            old = before.get(lane)
+            if old in usable and route.endpoint != old:
+                assert allowed.index(str(route.endpoint)) < allowed.index(str(old))
+                assert route.endpoint not in failed or now - up_since[str(route.endpoint)] >= CONFIG.failback_s
+        before = {lane: route.endpoint for lane, route in plan.routes.items()}
+    for times in opened.values():
+        gaps = [b - a for a, b in itertools.pairwise(times)]
+        assert all(gap >= CONFIG.backoff_min_s - 1e-9 for gap in gaps)
+
+
+def _apply(plan: Plan, state: dict[str, str], opened: dict[str, list[float]], failed: set[str], now: float) -> None:
+    carrying = {route.endpoint for route in plan.routes.values()}
+    for name in plan.close:
+        assert name not in carrying
+        if state[name] == "connecting":
+            failed.add(name)
+        state[name] = "closed"
+    for name in plan.open:
+        assert state[name] == "closed"
+        state[name] = "connecting"
+        opened[name].append(now)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**16), alive=st.sets(st.sampled_from(["eu", "us", "asia"]), min_size=1))
+def test_an_allowed_endpoint_that_answers_is_found_and_used(seed: int, alive: set[str]) -> None:
+    r = Router(CONFIG, random.Random(seed))
+    r.use(LANES)
+    now = 0.0
+    for _ in range(200):
+        plan = r.step(now)
+        for name in plan.open:
+            if name in alive:
+                r.connected(name, now)
+            else:
+                r.lost(name, now, "dead")
+        now += 0.5
+    routes = r.step(now).routes
+    for lane, allowed in LANES.items():
+        assert routes[lane].endpoint == next((e for e in allowed if e in alive), None)
