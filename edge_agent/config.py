@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from edge_agent.contract.block import NOWHERE, QUARANTINE
+from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.stream import QUARANTINE, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
 from edge_agent.core.zones import Zones, parse_zones
@@ -187,8 +187,8 @@ def load(path: Path) -> AgentConfig:
     except ContractError as e:
         raise ConfigError(str(e)) from e
     streams = [c.stream for c in contracts]
-    if not streams or len(set(streams)) != len(streams) or QUARANTINE in streams:
-        raise ConfigError(f"{path}: streams must be distinct, at least one, and not {QUARANTINE!r}; they are {streams}")
+    if not streams or len(set(streams)) != len(streams) or QUARANTINE.stream in streams:
+        raise ConfigError(f"{path}: streams must be distinct, at least one, and not {QUARANTINE.stream!r}; they are {streams}")
     endpoints = {e.name: _broker(e, base, f"endpoint {e.name!r}") for e in settings.endpoints}
     known = {name for z in zones.zones for name in z.endpoints}
     for name in endpoints:

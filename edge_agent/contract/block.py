@@ -29,9 +29,6 @@ HEADER_BYTES_MAX = 16 * 1024
 BLOCK_BYTES_MAX = 8 * 1024 * 1024
 RAW_BYTES_MAX = 64 * 1024 * 1024
 
-QUARANTINE = "quarantine"
-"""The stream of rejected payloads: received_at (us), topic, reason, detail, payload (text; `base64:…` if not UTF-8)."""
-
 NOWHERE = "nowhere"
 """The lane of readings whose zone is not known. No endpoint is allowed for it: they wait."""
 

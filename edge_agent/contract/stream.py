@@ -86,6 +86,24 @@ class StreamContract:
         raise ContractError(f"stream {self.stream!r} has no field {name!r}")
 
 
+QUARANTINE = StreamContract(
+    stream="quarantine",
+    version="1",
+    fields=(
+        Field("captured_at", FieldType.TIMESTAMP, description="when the agent took the payload from the broker"),
+        Field("topic", FieldType.STRING),
+        Field("reason", FieldType.STRING, description="a contract.errors.Reason"),
+        Field("detail", FieldType.STRING, description="what was wrong, with the value and the limit"),
+        Field("payload", FieldType.STRING, description="the payload; `base64:…` if it is not UTF-8"),
+    ),
+    key=(),
+    event_time="captured_at",
+    entity="topic",
+    topic="",
+)
+"""The stream that every agent has: rejected payloads, each with its reason."""
+
+
 def parse_contract(document: bytes | str, origin: str = "contract") -> StreamContract:
     """Read an ODCS document.
 
