@@ -1,0 +1,115 @@
+"""`edge-agent`: run, check and look at the agent of one gateway.
+
+Exit codes: 0 done, 1 it failed while running, 2 a setting or the command line has to change. Heavy modules are imported by the
+command that needs them, so that `--help` and `status` answer at once on small hardware.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from edge_agent import __version__
+from edge_agent.contract.errors import ConfigError, FencelineError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    try:
+        return int(args.command(args))
+    except ConfigError as e:
+        print(f"edge-agent: {e}", file=sys.stderr)
+        return 2
+    except FencelineError as e:
+        print(f"edge-agent: {e}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-agent", description="Fenceline's agent: sensors in, scored and fenced blocks out.")
+    parser.add_argument("--version", action="version", version=f"edge-agent {__version__}")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, function, text in (
+        ("run", _run, "read sensors, score, store and send, until SIGTERM or Ctrl-C"),
+        ("check", _check, "read agent.toml and all it names, and say what would run"),
+        ("status", _status, "what the running agent is doing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(command=function)
+        command.add_argument("--config", type=Path, default=Path("agent.toml"), help="default: agent.toml")
+        if name != "run":
+            command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edge_agent.agent import Agent
+    from edge_agent.config import load
+
+    return Agent(load(args.config)).run()
+
+
+def _check(args: argparse.Namespace) -> int:
+    from edge_agent.config import load
+
+    config = load(args.config)
+    position = config.settings.position
+    _print(
+        {
+            "device": config.device,
+            "state_dir": str(config.state_dir),
+            "streams": {c.stream: f"{c.version}, {c.encoding} on {c.topic}" for c in config.contracts},
+            "position": f"in {config.fixed_lane}" if config.fixed_lane else f"from {position.topic}, home {position.home or 'none'}",
+            "zones": {z.name: list(z.endpoints) for z in config.zones.zones},
+            "endpoints": {name: f"{e.host}:{e.port}{' (TLS)' if e.tls else ''}" for name, e in config.endpoints.items()},
+            "releases": config.settings.releases.url if config.settings.releases else None,
+        },
+        args.json,
+    )
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    import tomllib
+
+    from edge_agent.status import ask
+
+    # Only the state directory is needed: `status` must work, and fast, while other settings are being mended.
+    try:
+        state_dir = tomllib.loads(args.config.read_text())["state_dir"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as e:
+        raise ConfigError(f"cannot read state_dir from {args.config}: {e}; `edge-agent check` tells more") from e
+    _print(ask(args.config.resolve().parent / state_dir), args.json)
+    return 0
+
+
+def _print(document: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2))
+        return
+    for key, value in document.items():
+        if isinstance(value, dict):
+            print(f"{key}:")
+            for name, item in value.items():
+                print(f"  {name}: {_text(item)}")
+        else:
+            print(f"{key}: {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_text(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(v) for v in value) or "none"
+    return "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""From a batch of sensor messages to checked readings, fixes and rejects. No I/O: everything comes in, everything goes out.
+
+- A message's topic decides what it is: a reading of one stream, a position, or unknown.
+- What breaks its contract is rejected with a reason, never silently away.
+- A reading seen before (the broker delivered it again) is dropped and counted.
+- Fixes are taken first: readings are stamped by event time, not by their place in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from paho.mqtt.client import topic_matches_sub
+
+from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.contract.stream import StreamContract
+from edge_agent.core.decode import Decoder
+from edge_agent.core.dedupe import RecentKeys
+from edge_agent.core.validate import validate
+from edge_agent.core.zones import Fix, Track, Zones
+from edge_agent.position import read_fix
+
+ROUTES_MAX = 10_000
+_POSITION = "position"
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A payload that goes to quarantine, and why."""
+
+    topic: str
+    reason: Reason
+    detail: str
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Fresh, valid readings of one stream, in the order seen, with the lane of each."""
+
+    contract: StreamContract
+    table: Table
+    lanes: Strings
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+
+@dataclass
+class Intaken:
+    """What one batch held; `redelivered` counts dropped readings by stream."""
+
+    readings: list[Readings] = field(default_factory=list)
+    fixes: list[Fix] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    redelivered: dict[str, int] = field(default_factory=dict)
+
+
+class Intake:
+    """The checks of one agent. `track` holds its fixes, `recent_rows` how many readings the redelivery filter remembers."""
+
+    def __init__(self, contracts: tuple[StreamContract, ...], position_topic: str | None, zones: Zones, track: Track, recent_rows: int) -> None:
+        self.track = track
+        self._contracts = {c.stream: c for c in contracts}
+        self._decoders = {c.stream: Decoder(c) for c in contracts}
+        self._recent = {c.stream: RecentKeys(recent_rows) for c in contracts}
+        self._position_topic = position_topic
+        self._zones = zones
+        self._routes: dict[str, str | None] = {}
+
+    def remember(self, stream: str, table: Table) -> None:
+        """Take stored readings as seen: after a restart, those that the buffer still holds."""
+        self._recent[stream].remember(self._contracts[stream], table)
+
+    def take(self, topics: list[str], payloads: list[bytes]) -> Intaken:
+        """Check one batch; afterwards its readings count as seen."""
+        out = Intaken()
+        places: dict[str | None, list[int]] = {}
+        for i, topic in enumerate(topics):
+            places.setdefault(self._route(topic), []).append(i)
+        for i in places.pop(None, []):
+            out.rejected.append(Rejected(topics[i], Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i]!r}", payloads[i]))
+        for i in places.pop(_POSITION, []):
+            self._take_position(topics[i], payloads[i], out)
+        for stream, rows in places.items():
+            self._take_readings(str(stream), [topics[i] for i in rows], [payloads[i] for i in rows], out)
+        return out
+
+    def _route(self, topic: str) -> str | None:
+        """The stream of a topic, `position`, or None."""
+        if topic in self._routes:
+            return self._routes[topic]
+        route = None
+        if topic == self._position_topic:
+            route = _POSITION
+        else:
+            route = next((s for s, c in self._contracts.items() if topic_matches_sub(c.topic, topic)), None)
+        if len(self._routes) < ROUTES_MAX:
+            self._routes[topic] = route
+        return route
+
+    def _take_position(self, topic: str, payload: bytes, out: Intaken) -> None:
+        try:
+            fix = read_fix(payload, self._zones)
+        except ContractError as e:
+            out.rejected.append(Rejected(topic, Reason.MALFORMED, str(e), payload))
+            return
+        self.track.add(fix)
+        out.fixes.append(fix)
+
+    def _take_readings(self, stream: str, topics: list[str], payloads: list[bytes], out: Intaken) -> None:
+        contract = self._contracts[stream]
+        decoded = self._decoders[stream].decode(payloads)
+        valid, out_of_range = validate(contract, decoded.table)
+        for reject in decoded.rejects:
+            out.rejected.append(Rejected(topics[reject.index], reject.reason, reject.detail, payloads[reject.index]))
+        for reject in out_of_range:
+            place = int(decoded.rows[reject.index])
+            out.rejected.append(Rejected(topics[place], reject.reason, reject.detail, payloads[place]))
+        table = take(decoded.table, valid)
+        fresh = self._recent[stream].fresh(contract, table)
+        self._recent[stream].remember(contract, table)
+        redelivered = len(fresh) - int(np.count_nonzero(fresh))
+        if redelivered:
+            out.redelivered[stream] = redelivered
+            table = take(table, fresh)
+        event_us = table[contract.event_time]
+        assert isinstance(event_us, np.ndarray)
+        if len(event_us):
+            out.readings.append(Readings(contract, table, self.track.stamp(event_us)))
