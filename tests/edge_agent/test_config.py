@@ -1,0 +1,95 @@
+"""agent.toml: strict, and every message says what, where and what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_agent.cli import main
+from edge_agent.config import load
+from edge_agent.contract.errors import ConfigError
+
+CONTRACTS = Path(__file__).parents[2] / "contracts"
+
+def write(folder: Path, change: str = "") -> Path:
+    """A working agent.toml with its documents, after one change, `old=>new`."""
+    for name in ("turbofan.odcs.yaml", "zones.geojson"):
+        shutil.copy(CONTRACTS / name, folder)
+    text = """
+device = "plane-01"
+state_dir = "state"
+zones = "zones.geojson"
+
+[sensors]
+url = "mqtt://127.0.0.1:1883"
+subscribe = "sensors/plane-01/#"
+
+[[streams]]
+contract = "turbofan.odcs.yaml"
+
+[position]
+source = "static"
+lat = 50.0
+lon = 9.0
+
+[[endpoints]]
+name = "eu"
+url = "mqtt://127.0.0.1:18831"
+"""
+    if change:
+        old, new = change.split("=>")
+        assert old in text
+        text = text.replace(old, new)
+    path = folder / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
+    config = load(write(tmp_path))
+    assert config.fixed_lane == "europe"
+    assert config.contracts[0].topic == "sensors/plane-01/turbofan"
+    assert (config.sensors.host, config.sensors.port, config.sensors.tls) == ("127.0.0.1", 1883, None)
+    assert config.state_dir == tmp_path / "state"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("subscribe = =>subscibe = ", r"unknown key sensors.subscibe; did you mean 'subscribe'\?"),
+        ('name = "eu"=>name = "eu"\nurll = "x"', r"unknown key endpoints\[0\].urll; did you mean 'url'\?"),
+        ('device = "plane-01"=>device = "Plane 1"', "device 'Plane 1' must match"),
+        ('device = "plane-01"=>device = 7', r"Expected `str`, got `int` - at `\$.device`"),
+        ("turbofan.odcs.yaml=>pump.odcs.yaml", "contract: cannot read .*pump.odcs.yaml: No such file or directory; check the path"),
+        ("lat = 50.0=>lat = -50.0", "lies in no zone"),
+        ('name = "eu"=>name = "mars"', "endpoint 'mars' is allowed in no zone .*'eu', 'us'"),
+        ('"mqtt://127.0.0.1:18831"=>"http://127.0.0.1"', "endpoint 'eu': url 'http://127.0.0.1' must be mqtt://HOST:PORT"),
+        ('name = "eu"=>name = "eu"\nca_file = "ca.pem"', "file .*ca.pem does not exist"),
+        ('source = "static"=>source = "mqtt"', "needs position.topic"),
+        ("[sensors]=>[sensors", "not TOML"),
+    ],
+)
+def test_a_bad_config_says_what_where_and_what_to_do(tmp_path: Path, change: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load(write(tmp_path, change))
+
+
+def test_a_zone_file_with_an_open_ring_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    zones = json.loads((tmp_path / "zones.geojson").read_text())
+    zones["features"][0]["geometry"]["coordinates"][0].pop()
+    (tmp_path / "zones.geojson").write_text(json.dumps(zones))
+    with pytest.raises(ConfigError, match="zones.geojson: feature 0 .* is open: it starts at .* repeat the first position at the end"):
+        load(path)
+
+
+def test_check_exits_0_on_a_good_config_and_2_with_the_hint_on_a_bad_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path)
+    assert main(["check", "--config", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["streams"] == {"turbofan": "1.0.0, json on sensors/plane-01/turbofan"}
+    path.write_text(path.read_text().replace("state_dir", "state_dirr"))
+    assert main(["check", "--config", str(path)]) == 2
+    assert "did you mean 'state_dir'?" in capsys.readouterr().err
