@@ -146,7 +146,8 @@ def nats_broker(
 
     def command(port: int) -> list[str]:
         config = home / "nats.conf"
-        mqtt: dict[str, object] = {"listen": f"{HOST}:{port}", "ack_wait": f"{int(ack_wait_s * 1000)}ms", "max_ack_pending": max_ack_pending}
+        mqtt: dict[str, object] = {"listen": f"{HOST}:{port}", "max_ack_pending": max_ack_pending}
+        mqtt["ack_wait"] = f"{int(ack_wait_s * 1000)}ms"
         if tls is not None:
             mqtt["tls"] = _nats_tls(tls)
         document: dict[str, object] = {
