@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import paho.mqtt.client as mqtt
 import pytest
@@ -52,7 +53,7 @@ def test_region_broker_refuses_a_client_without_certificate(tmp_path: Path) -> N
     with broker(tmp_path, "region", ["plane-01"]) as port:
         client = new_client("plane-01")
         client.tls_set(str(tmp_path / "ca.crt"))
-        with pytest.raises(OSError):
+        with pytest.raises(ConnectionRefusedError):
             connect(client, port)
 
 
@@ -133,19 +134,12 @@ def named(folder: Path, name: str, port: int, password: str | None = None) -> mq
 
 def connect(client: mqtt.Client, port: int) -> mqtt.Client:
     """Connect and wait for the broker's answer."""
-    answered = threading.Event()
-    codes: list[bool] = []
-
-    def on_connect(_client: mqtt.Client, _data: object, _flags: object, reason: mqtt.ReasonCode, _properties: object) -> None:
-        codes.append(reason.is_failure)
-        answered.set()
-
-    client.on_connect = on_connect
+    answers: SimpleQueue[bool] = SimpleQueue()
+    client.on_connect = lambda _client, _data, _flags, reason, _properties: answers.put(not reason.is_failure)
+    client.on_disconnect = lambda *_: answers.put(False)
     client.connect(HOST, port)
     client.loop_start()
-    if not answered.wait(WAIT_S):
-        raise OSError("no answer from the broker")
-    if codes[0]:
+    if not answers.get(timeout=WAIT_S):
         raise ConnectionRefusedError("the broker refused the connection")
     return client
 
