@@ -1,0 +1,350 @@
+"""Rollouts: the pure core against a simulated fleet, then the shell with its table on disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cloud.rollout import (
+    Action,
+    Controller,
+    Member,
+    Place,
+    Rollout,
+    Status,
+    done,
+    history,
+    plan,
+    start,
+    status,
+    step,
+    undo,
+    undone,
+)
+from edge_agent.contract.errors import ConfigError, Reason
+from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
+
+
+def a_ref(version: int) -> BundleRef:
+    return BundleRef(target=f"bundles/m/{version}.bundle", model="m", model_version=str(version), sha256=f"{version:064x}")
+
+
+OLD, NEW = a_ref(1), a_ref(2)
+FINAL = (Status.COMPLETE, Status.UNDONE, Status.FAILED)
+
+
+@dataclass
+class SimulatedFleet:
+    """Desired documents per device, and whatever the devices were made to report."""
+
+    desires: dict[str, Desired]
+    reports: dict[str, Reported] = field(default_factory=dict)
+    asked: list[Action] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, *devices: str, ref: BundleRef | None = OLD) -> SimulatedFleet:
+        return cls({d: Desired(version=1, bundle=ref) for d in devices})
+
+    def devices(self) -> list[str]:
+        return list(self.desires)
+
+    def desired(self, device: str) -> Desired:
+        return self.desires[device]
+
+    def set_desired(self, device: str, bundle: BundleRef | None) -> Desired:
+        self.asked.append(Action(device, bundle))
+        self.desires[device] = Desired(version=self.desires[device].version + 1, bundle=bundle)
+        return self.desires[device]
+
+    def reported(self, device: str) -> Reported | None:
+        return self.reports.get(device)
+
+    def report(self, device: str, phase: Phase, active: BundleRef | None = None, reason: Reason | None = None) -> None:
+        version = self.desires[device].version
+        self.reports[device] = Reported(
+            device=device, agent_version="1", desired_version=version, phase=phase, active=active, reason=reason, detail="said so"
+        )
+
+    def accept(self, *devices: str) -> None:
+        for device in devices:
+            self.report(device, Phase.ACTIVE, self.desires[device].bundle)
+
+    def wants(self) -> dict[str, BundleRef | None]:
+        return {d: w.bundle for d, w in self.desires.items()}
+
+
+@dataclass(frozen=True)
+class StateDir:
+    state_dir: Path
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> StateDir:
+    return StateDir(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    ("canary", "sizes"),
+    [(1, [1, 4]), (2, [2, 3]), (0.2, [1, 4]), (0.21, [2, 3]), (0.9, [5]), (0, [5]), (5, [5]), (9, [5])],
+)
+def test_canary_is_a_count_or_a_fraction(canary: float, sizes: list[int]) -> None:
+    assert [len(w) for w in plan(list("abcde"), canary)] == sizes
+
+
+@pytest.mark.parametrize("canary", [-1, 1.5, float("nan"), float("inf")])
+def test_canary_that_is_neither_is_refused(canary: float) -> None:
+    with pytest.raises(ConfigError, match="canary"):
+        plan(["a"], canary)
+
+
+def test_canary_moves_first_and_the_rest_after_it_is_active(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b", "c")
+    rollout = start(state, fleet, NEW, now=0.0)
+    assert rollout.status is Status.RUNNING
+    assert fleet.wants() == {"a": NEW, "b": OLD, "c": OLD}
+    control = Controller(state, fleet)
+    fleet.report("a", Phase.PROBATION, NEW)
+    control.tick(1.0)
+    assert fleet.wants()["b"] == OLD, "probation is not yet success"
+    fleet.accept("a")
+    control.tick(2.0)
+    assert fleet.wants() == {"a": NEW, "b": NEW, "c": NEW}
+    fleet.accept("b", "c")
+    assert [r.status for r in control.tick(3.0)] == [Status.COMPLETE]
+    assert control.tick(4.0) == []
+    assert status(state).status is Status.COMPLETE
+
+
+def test_report_to_an_older_document_does_not_count(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    fleet.report("a", Phase.ROLLED_BACK, OLD, Reason.PROBATION)
+    start(state, fleet, NEW, now=0.0)
+    (rollout,) = Controller(state, fleet).tick(1.0)
+    assert (rollout.status, rollout.failed) == (Status.RUNNING, [])
+
+
+@pytest.mark.parametrize(("phase", "reason"), [(Phase.REJECTED, Reason.SELF_TEST), (Phase.ROLLED_BACK, Reason.PROBATION)])
+def test_refused_bundle_gives_every_moved_device_its_own_previous_bundle_back(state: StateDir, phase: Phase, reason: Reason) -> None:
+    fleet = SimulatedFleet.of("a", "b", "c")
+    fleet.desires["b"] = Desired(version=7, bundle=None)
+    start(state, fleet, NEW, now=0.0, canary=2)
+    fleet.accept("a")
+    fleet.report("b", phase, OLD, reason)
+    (rollout,) = Controller(state, fleet).tick(1.0)
+    assert rollout.status is Status.FAILED
+    assert rollout.failed == ["b"]
+    assert reason in rollout.reason and "b" in rollout.reason
+    assert fleet.wants() == {"a": OLD, "b": None, "c": OLD}
+    assert Action("c", NEW) not in fleet.asked
+
+
+def test_tolerated_failure_lets_the_rollout_complete(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b", "c")
+    start(state, fleet, NEW, now=0.0, failures_allowed=1)
+    control = Controller(state, fleet)
+    fleet.report("a", Phase.REJECTED, OLD, Reason.SELF_TEST)
+    control.tick(1.0)
+    fleet.accept("b", "c")
+    (rollout,) = control.tick(2.0)
+    assert (rollout.status, rollout.failed) == (Status.COMPLETE, ["a"])
+
+
+def test_late_device_of_an_earlier_wave_still_undoes_the_rollout(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0)
+    control = Controller(state, fleet)
+    fleet.accept("a")
+    control.tick(1.0)
+    fleet.report("a", Phase.ROLLED_BACK, OLD, Reason.WORKER_DIED)
+    control.tick(2.0)
+    assert status(state).status is Status.FAILED
+    assert fleet.wants() == {"a": OLD, "b": OLD}
+
+
+def test_silent_wave_pauses_then_goes_on_when_it_answers(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0, wave_timeout_s=10.0)
+    control = Controller(state, fleet)
+    assert [r.status for r in control.tick(9.9)] == [Status.RUNNING]
+    (paused,) = control.tick(10.0)
+    assert (paused.status, paused.reason) == (Status.PAUSED, "wave 1 of 2 waits for a")
+    assert fleet.wants()["b"] == OLD
+    fleet.accept("a")
+    assert [r.status for r in control.tick(11.0)] == [Status.RUNNING]
+    assert fleet.wants()["b"] == NEW
+
+
+def test_operator_undoes_a_complete_rollout(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b", ref=None)
+    start(state, fleet, NEW, now=0.0, canary=0)
+    fleet.accept("a", "b")
+    Controller(state, fleet).tick(1.0)
+    rollout = undo(state, fleet, now=2.0)
+    assert rollout.status is Status.UNDONE
+    assert fleet.wants() == {"a": None, "b": None}
+    with pytest.raises(ConfigError, match="already undone"):
+        undo(state, fleet, now=3.0)
+
+
+def test_older_rollout_is_not_undone_under_a_newer_one(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a")
+    for ref in (NEW, a_ref(3)):
+        start(state, fleet, ref, now=0.0)
+        fleet.accept("a")
+        Controller(state, fleet).tick(1.0)
+    with pytest.raises(ConfigError, match="rollout 2 has moved the same devices since"):
+        undo(state, fleet, 1, now=2.0)
+    undo(state, fleet, 2, now=3.0)
+    undo(state, fleet, 1, now=4.0)
+    assert fleet.wants() == {"a": OLD}
+
+
+def test_device_in_an_open_rollout_is_not_taken_by_another(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0, devices=["a"])
+    with pytest.raises(ConfigError, match="rollout 1 is running and holds a"):
+        start(state, fleet, a_ref(3), now=0.0)
+    start(state, fleet, a_ref(3), now=0.0, devices=["b"])
+    assert [r.id for r in history(state)] == [1, 2]
+
+
+def test_devices_that_already_want_the_release_are_left_out(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", ref=NEW)
+    rollout = start(state, fleet, NEW, now=0.0)
+    assert (rollout.status, rollout.members, fleet.asked) == (Status.COMPLETE, {}, [])
+
+
+def test_unknown_device_and_unknown_rollout_name_the_known_ones(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a")
+    with pytest.raises(ConfigError, match="unknown: z; known: a"):
+        start(state, fleet, NEW, now=0.0, devices=["a", "z"])
+    with pytest.raises(ConfigError, match="rollouts: none yet"):
+        status(state)
+    start(state, fleet, NEW, now=0.0)
+    with pytest.raises(ConfigError, match="no rollout 9; rollouts: 1"):
+        status(state, 9)
+
+
+def test_crash_between_intention_and_action_is_made_good(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+
+    def fails(device: str, bundle: BundleRef | None) -> Desired:
+        raise OSError("power cut")
+
+    works, fleet.set_desired = fleet.set_desired, fails  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="power cut"):
+        start(state, fleet, NEW, now=0.0)
+    assert status(state).members["a"].place is Place.MOVING
+    fleet.set_desired = works  # type: ignore[method-assign]
+    Controller(state, fleet).tick(1.0)
+    Controller(state, fleet).tick(2.0)
+    assert fleet.asked == [Action("a", NEW)]
+
+
+def test_device_that_leaves_the_fleet_while_moved_counts_as_failed(state: StateDir) -> None:
+    fleet = SimulatedFleet.of("a", "b", "c")
+    start(state, fleet, NEW, now=0.0, canary=2)
+    del fleet.desires["b"], fleet.desires["c"]
+    (rollout,) = Controller(state, fleet).tick(1.0)
+    assert rollout.status is Status.FAILED
+    assert "left the fleet" in rollout.reason
+    assert set(rollout.members) == {"a", "b"}, "c had not been moved and is forgotten"
+    assert fleet.wants() == {"a": OLD}
+
+
+# --- properties of the core ---
+
+PHASES = st.sampled_from(list(Phase))
+
+
+@st.composite
+def fleets(draw: st.DrawFn) -> tuple[Rollout, dict[str, BundleRef | None]]:
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    members: dict[str, Member] = {}
+    for wave, size in enumerate(sizes):
+        for _ in range(size):
+            previous = draw(st.sampled_from([None, OLD, a_ref(9)]))
+            members[f"d{len(members)}"] = Member(wave=wave, previous=previous)
+    rollout = Rollout(
+        id=1,
+        ref=NEW,
+        members=members,
+        waves=len(sizes),
+        failures_allowed=draw(st.integers(0, 2)),
+        wave_timeout_s=draw(st.sampled_from([3.0, 1e9])),
+        created_s=0.0,
+        wave_started_s=0.0,
+    )
+    return rollout, {d: m.previous for d, m in members.items()}
+
+
+def run(rollout: Rollout, wants: dict[str, BundleRef | None], data: st.DataObject, undo_at: int) -> Rollout:
+    """Let devices answer at random until the rollout ends; checks the promise about waves on the way."""
+    versions = dict.fromkeys(wants, 1)
+    answered: dict[str, Reported] = {}
+    for now in range(40):
+        if now == undo_at and rollout.status not in FINAL:
+            rollout = undone(rollout, "asked", by_operator=True)
+        rollout, actions = step(rollout, answered, float(now))
+        for action in actions:
+            if data.draw(st.booleans(), label="the action is done"):
+                wants[action.device], versions[action.device] = action.ref, versions[action.device] + 1
+                rollout = done(rollout, action, versions[action.device])
+        if rollout.status in FINAL:
+            break
+        check_waves(rollout, answered)
+        for device in data.draw(st.lists(st.sampled_from(sorted(wants))), label="who answers"):
+            phase = data.draw(PHASES)
+            active = wants[device] if phase in (Phase.ACTIVE, Phase.PROBATION) else OLD
+            answered[device] = Reported(
+                device=device, agent_version="1", desired_version=versions[device], phase=phase, active=active, reason=Reason.PROBATION
+            )
+    return rollout
+
+
+def check_waves(rollout: Rollout, answered: dict[str, Reported]) -> None:
+    for member in rollout.members.values():
+        assert member.place is Place.WAITING or member.wave <= rollout.wave, "a later wave is never moved early"
+
+
+@settings(max_examples=150, deadline=None)
+@given(fleets(), st.data(), st.integers(0, 60))
+def test_undone_or_failed_rollout_leaves_every_device_with_its_previous_bundle(
+    fleet: tuple[Rollout, dict[str, BundleRef | None]], data: st.DataObject, undo_at: int
+) -> None:
+    rollout, previous = fleet
+    wants = dict(previous)
+    rollout = run(rollout, wants, data, undo_at)
+    if rollout.status in (Status.UNDONE, Status.FAILED):
+        assert wants == previous
+    if rollout.status is Status.COMPLETE:
+        assert all(m.place is Place.MOVED for m in rollout.members.values())
+        assert len(rollout.failed) <= rollout.failures_allowed
+        assert set(wants.values()) == {NEW}
+
+
+@settings(max_examples=150, deadline=None)
+@given(fleets(), st.data())
+def test_next_wave_moves_only_after_every_device_of_this_one_was_active_or_tolerated(
+    fleet: tuple[Rollout, dict[str, BundleRef | None]], data: st.DataObject
+) -> None:
+    rollout = msgspec.structs.replace(fleet[0], failures_allowed=0)
+    answered: dict[str, Reported] = {}
+    rollout, actions = step(rollout, answered, 0.0)
+    for version in range(2, 2 + rollout.waves):
+        moved = {a.device for a in actions}
+        assert moved == {d for d, m in rollout.members.items() if m.wave == version - 2}
+        for action in actions:
+            rollout = done(rollout, action, version)
+        for device in data.draw(st.permutations(sorted(moved))):
+            before = {d for d, m in rollout.members.items() if m.place is not Place.WAITING}
+            rollout, actions = step(rollout, answered, 0.0)
+            assert {d for d, m in rollout.members.items() if m.place is not Place.WAITING} == before
+            answered[device] = Reported(device=device, agent_version="1", desired_version=version, phase=Phase.ACTIVE, active=NEW)
+        rollout, actions = step(rollout, answered, 0.0)
+    assert rollout.status is Status.COMPLETE
