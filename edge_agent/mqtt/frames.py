@@ -32,7 +32,7 @@ PACKET_BYTES_MAX = 1024 * 1024
 CONTROL_BYTES_MAX = 64 * 1024
 LENGTH_MAX = 268_435_455
 TEXT_BYTES_MAX = 65_535
-TOPICS_KNOWN_MAX = 4_096
+TOPICS_KNOWN_BYTES_MAX = 1024 * 1024
 PROPERTIES_KNOWN_MAX = 256
 SESSION_EXPIRY_S_MAX = 0xFFFF_FFFF
 RECEIVE_MAX = 65_535
@@ -169,6 +169,7 @@ class Decoder:
         self._skip = 0  # bytes left of a publish that was cut
         self._connected = False
         self._topics_known: dict[bytes, str] = {}
+        self._topics_bytes = 0
         self._properties_known: set[bytes] = set()
 
     def feed(self, data: bytes, packets_max: int = 65_536) -> Frames:
@@ -274,9 +275,10 @@ class Decoder:
         if topics and not self._connected:
             raise ContractError("MQTT: PUBLISH before CONNACK")
         new = set(topics).difference(self._topics_known)
-        if len(self._topics_known) + len(new) > TOPICS_KNOWN_MAX:
+        self._topics_bytes += sum(len(topic) + 200 for topic in new)  # 200: what an entry costs besides
+        if self._topics_bytes > TOPICS_KNOWN_BYTES_MAX:
             self._topics_known.clear()
-            new = set(topics)
+            self._topics_bytes, new = 0, set(topics)
         self._topics_known.update((topic, _topic(topic, self._version)) for topic in new)
         return list(map(self._topics_known.__getitem__, topics))
 

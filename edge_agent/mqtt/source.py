@@ -1,0 +1,479 @@
+"""The sensor side: one thread, one connection to the sensors' broker, whole batches out.
+
+- The thread owns the socket. It waits in one place (`select`), on the socket and on a wake-up pipe, always with a limit.
+- A batch is handed over when it is full, or when its first message is `batch_ms` old and the consumer has nothing else to do:
+  low latency when quiet, large batches under load.
+- Back-pressure: while `queue_batches_max` batches wait and another is full, the socket is not read, so TCP holds the broker.
+  Keepalive pings go on meanwhile, and the broker's silence is not held against it.
+- `Batch.release()` queues the PUBACKs, in any thread, without blocking; the thread sends them in one piece. If the connection
+  has changed since, nothing is sent: the broker delivers those messages again.
+- The session is persistent and QoS 1 is asked for; a broker that grants less is refused.
+- Connection losses are retried for ever with decorrelated jitter (Brooker, 2015); the last error stays in `status`.
+- Memory: at most (queue_batches_max + 2) * (batch_bytes_max + one packet), and one `recv`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import random
+import select
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
+from edge_agent.mqtt import frames
+
+if TYPE_CHECKING:
+    from edge_agent.config import Tls
+
+log = logging.getLogger(__name__)
+
+RECV_BYTES = 256 * 1024
+OUTBOX_BYTES_MAX = 4 * 1024 * 1024
+IDLE_S_MAX = 60.0
+STOP_S_MAX = 10.0
+_SUBSCRIBE_ID = 1
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One sensor broker and one filter. `version`: 4 is MQTT 3.1.1, 5 is 5.
+
+    `packet_bytes_max`: a larger message arrives cut to this size, so it must be above `payload_bytes_max` of every contract.
+    """
+
+    host: str
+    port: int
+    client_id: str
+    subscribe: str
+    version: frames.Version = 4
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: Tls | None = None
+    batch_rows_max: int = 4_096
+    batch_bytes_max: int = 4 * 1024 * 1024
+    batch_ms: float = 10.0
+    queue_batches_max: int = 4
+    keepalive_s: int = 30
+    session_expiry_s: int = 30 * 24 * 3600
+    connect_timeout_s: float = 10.0
+    backoff_s_min: float = 0.2
+    backoff_s_max: float = 30.0
+    packet_bytes_max: int = frames.PACKET_BYTES_MAX
+
+    def __post_init__(self) -> None:
+        low = {
+            "batch_rows_max": self.batch_rows_max,
+            "batch_bytes_max": self.batch_bytes_max,
+            "queue_batches_max": self.queue_batches_max,
+            "keepalive_s": self.keepalive_s - 1,  # at least 2 s, as pings go out at half of it
+        }
+        for name, value in low.items():
+            if value < 1:
+                raise ConfigError(f"sensors: {name} is too small")
+        if not 0 < self.backoff_s_min <= self.backoff_s_max or self.packet_bytes_max < 1024 or self.batch_ms < 0:
+            raise ConfigError(
+                f"sensors: want 0 < backoff_s_min {self.backoff_s_min} <= backoff_s_max {self.backoff_s_max}, "
+                f"packet_bytes_max {self.packet_bytes_max} >= 1024, batch_ms {self.batch_ms} >= 0"
+            )
+
+
+@dataclass(frozen=True)
+class SourceStatus:
+    """How the source stands. `error` is why the last connection failed or ended, empty while all is well."""
+
+    connected: bool = False
+    error: str = ""
+    connections: int = 0
+    messages: int = 0
+    batches: int = 0
+    queued_batches: int = 0
+    paused: bool = False
+    last_received_us: int | None = None
+
+
+class Batch:
+    """Messages handled together: message i is `payloads[i]` on `topics[i]`. `received_us`: wall clock of the last of them."""
+
+    __slots__ = ("_acks", "_connection", "payloads", "received_us", "topics")
+
+    def __init__(self, topics: list[str], payloads: list[bytes], received_us: int, connection: _Connection, acks: bytes) -> None:
+        self.topics = topics
+        self.payloads = payloads
+        self.received_us = received_us
+        self._connection = connection
+        self._acks = acks
+
+    def __len__(self) -> int:
+        return len(self.payloads)
+
+    def release(self) -> None:
+        """Acknowledge all messages to the broker: they are safe now. Never blocks; a second call does nothing."""
+        acks, self._acks = self._acks, b""
+        if acks:
+            self._connection.send(acks)
+
+
+class Source:
+    """Reads one sensor broker in its own thread, from `start` to `stop`."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._tls = _tls_context(config.tls)
+        self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self._wake = _Wake()
+        self._stopping = threading.Event()
+        self._status = SourceStatus()
+        self._connection: _Connection | None = None
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="source", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; it connects and keeps connected."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the connection and the thread. What was not released is delivered again to the next session."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_S_MAX)
+        if not self._thread.is_alive():
+            self._wake.close()
+
+    def get(self, timeout_s: float) -> Batch | None:
+        """The next batch, or None if there is none in time.
+
+        Raises:
+            RuntimeError: the source's thread has died of a defect.
+        """
+        try:
+            batch = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            if self._failure is not None:
+                raise RuntimeError(f"source thread died: {self._failure!r}") from self._failure
+            return None
+        self._wake.set()  # there is room for another
+        return batch
+
+    @property
+    def status(self) -> SourceStatus:
+        """A snapshot, from any thread."""
+        return replace(self._status, queued_batches=self._queue.qsize())
+
+    def _run(self) -> None:
+        try:
+            self._keep_connected()
+        except BaseException as e:
+            self._failure = e  # for the consumer, who would otherwise wait for ever
+            raise
+        finally:
+            self._status = replace(self._status, connected=False, paused=False)
+
+    def _keep_connected(self) -> None:
+        pause_s = self._config.backoff_s_min
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            try:
+                self._connect_and_read()
+            except (UnavailableError, ContractError) as e:
+                self._status = replace(self._status, connected=False, paused=False, error=str(e))
+                log.warning("source connection lost broker=%s:%d error=%s", self._config.host, self._config.port, e)
+            if time.monotonic() - started > self._config.backoff_s_max:  # it held: forget earlier failures
+                pause_s = self._config.backoff_s_min
+            pause_s = min(self._config.backoff_s_max, random.uniform(self._config.backoff_s_min, 3 * pause_s))
+            self._stopping.wait(pause_s)
+
+    def _connect_and_read(self) -> None:
+        with contextlib.closing(_Connection(self._config, self._tls, self._wake)) as connection:
+            while not self._stopping.is_set():
+                for packet in connection.step(hungry=self._queue.empty()):
+                    self._on_packet(packet, connection)
+                if self._queue.qsize() < self._config.queue_batches_max:
+                    batch = connection.take_batch(hungry=self._queue.empty())
+                    if batch is not None:
+                        self._hand_over(batch)
+                if connection.full != self._status.paused:
+                    self._status = replace(self._status, paused=connection.full)
+            connection.finish()
+
+    def _hand_over(self, batch: Batch) -> None:
+        status = self._status
+        self._status = replace(
+            status, messages=status.messages + len(batch), batches=status.batches + 1, last_received_us=batch.received_us
+        )
+        self._queue.put(batch)
+
+    def _on_packet(self, packet: frames.Packet, connection: _Connection) -> None:
+        config = self._config
+        if isinstance(packet, frames.PingResp):
+            return
+        refused = frames.refusal(packet, config.version)
+        if isinstance(packet, frames.Disconnect):
+            raise UnavailableError(f"broker {config.host}:{config.port} disconnected us: {refused or 'no reason given'}")
+        if isinstance(packet, frames.ConnAck):
+            if refused:
+                raise UnavailableError(f"broker {config.host}:{config.port} refuses client {config.client_id!r}: {refused}")
+            if self._status.connections and not packet.session_present:
+                log.warning("source session lost by broker client=%s hint=messages queued meanwhile are gone", config.client_id)
+            connection.accepted(packet)
+            return
+        if refused or packet.packet_id != _SUBSCRIBE_ID or packet.codes != (1,):
+            got = refused or f"granted QoS {packet.codes} instead of (1,)"
+            raise UnavailableError(f"broker {config.host}:{config.port} refuses the subscription to {config.subscribe!r}: {got}")
+        connection.subscribed()
+        self._status = replace(self._status, connected=True, error="", connections=self._status.connections + 1)
+        log.info("source connected broker=%s:%d filter=%s", config.host, config.port, config.subscribe)
+
+
+class _Connection:
+    """One connection: socket, decoder, the open batch, what is to be sent, and the times that matter.
+
+    Only `send` may be called from other threads.
+    """
+
+    def __init__(self, config: SourceConfig, tls: ssl.SSLContext | None, wake: _Wake) -> None:
+        self._config = config
+        self._wake = wake
+        self._decoder = frames.Decoder(config.version, config.packet_bytes_max)
+        self._lock = threading.Lock()  # guards _outbox and _closed
+        self._outbox = bytearray()
+        self._closed = False
+        self._topics: list[str] = []
+        self._payloads: list[bytes] = []
+        self._acks: list[bytes] = []
+        self._bytes = 0
+        self._opened = 0.0  # when the first message of the open batch came
+        self._received_us = 0
+        self._more = False  # the decoder holds whole packets
+        self._keepalive_s = float(config.keepalive_s)
+        self._pinged: float | None = None  # since when an answer is due
+        self._handshake = True
+        self._outbox += frames.connect(
+            config.version,
+            config.client_id,
+            config.keepalive_s,
+            username=config.username,
+            password=config.password,
+            session_expiry_s=config.session_expiry_s,
+        )
+        self._socket = _open_socket(config, tls)
+        self._heard = self._sent = time.monotonic()
+        self._deadline = self._heard + config.connect_timeout_s
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes for sending; dropped if the connection is closed."""
+        with self._lock:
+            if self._closed:
+                return
+            self._outbox += data
+        self._wake.set()
+
+    def accepted(self, packet: frames.ConnAck) -> None:
+        """The broker took our CONNECT: subscribe."""
+        if packet.keepalive_s:
+            self._keepalive_s = float(packet.keepalive_s)
+        self.send(frames.subscribe(self._config.version, _SUBSCRIBE_ID, self._config.subscribe))
+
+    def subscribed(self) -> None:
+        """The handshake is complete."""
+        self._handshake = False
+
+    @property
+    def full(self) -> bool:
+        """The open batch takes no more: nothing is read until it has been taken."""
+        return len(self._payloads) >= self._config.batch_rows_max or self._bytes >= self._config.batch_bytes_max
+
+    def step(self, hungry: bool) -> list[frames.Packet]:
+        """Wait for something to do, read once unless full, send; gives packets that are not publishes.
+
+        Args:
+            hungry: the consumer waits, so the open batch should not, once it is old enough.
+
+        Raises:
+            UnavailableError: the connection is lost or silent for too long.
+            ContractError: the broker breaks the protocol.
+        """
+        reading = not self.full
+        with self._lock:
+            writing = bool(self._outbox)
+        ready = self._more or (isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0)
+        wait_s = 0.0 if reading and ready else self._wait_s(time.monotonic(), hungry)
+        readable = self._select(reading, writing, wait_s)
+        packets: list[frames.Packet] = []
+        if reading and (readable or ready):
+            packets = self._read()
+        self._flush()
+        self._keep_alive(reading)
+        return packets
+
+    def take_batch(self, hungry: bool) -> Batch | None:
+        """The open batch, if it is full or its time has come."""
+        due = hungry and time.monotonic() >= self._opened + self._config.batch_ms / 1000
+        if not self._payloads or not (due or self.full):
+            return None
+        batch = Batch(self._topics, self._payloads, self._received_us, self, b"".join(self._acks))
+        self._topics, self._payloads, self._acks, self._bytes = [], [], [], 0
+        return batch
+
+    def finish(self) -> None:
+        """Say goodbye after a wanted end; what was released is sent before."""
+        self.send(frames.disconnect(self._config.version))
+        with contextlib.suppress(UnavailableError):  # we leave anyway
+            self._flush()
+
+    def close(self) -> None:
+        """Drop the connection; later releases of its batches have no effect."""
+        with self._lock:
+            self._closed = True
+            self._outbox.clear()
+        self._socket.close()
+
+    def _wait_s(self, now: float, hungry: bool) -> float:
+        due = min(IDLE_S_MAX, (self._deadline if self._handshake else self._next_ping()) - now)
+        if self._pinged is not None:
+            due = min(due, self._pinged + self._ping_timeout_s - now)
+        if self._payloads and hungry:
+            due = min(due, self._opened + self._config.batch_ms / 1000 - now)
+        return max(0.0, due)
+
+    def _select(self, reading: bool, writing: bool, wait_s: float) -> bool:
+        """Wait; True if the socket can be read."""
+        wanted = (select.POLLIN if reading else 0) | (select.POLLOUT if writing else 0)
+        poll = select.poll()
+        poll.register(self._wake.fileno(), select.POLLIN)
+        if wanted:  # without, poll would still report a hang-up, again and again
+            poll.register(self._socket.fileno(), wanted)
+        events = dict(poll.poll(wait_s * 1000 + (0.5 if wait_s else 0)))  # rounded up, or it would spin at the end
+        if self._wake.fileno() in events:
+            self._wake.clear()
+        return bool(events.get(self._socket.fileno(), 0) & ~select.POLLOUT)
+
+    def _read(self) -> list[frames.Packet]:
+        data = b""
+        if not self._more:
+            try:
+                data = self._socket.recv(RECV_BYTES)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return []
+            except OSError as e:
+                raise UnavailableError(f"broker {self._config.host}:{self._config.port}: connection lost: {e}") from e
+            if not data:
+                during = "during the handshake (wrong credentials or version?)" if self._handshake else ""
+                raise UnavailableError(f"broker {self._config.host}:{self._config.port} closed the connection {during}".rstrip())
+            self._heard, self._pinged = time.monotonic(), None
+        cut = self._decoder.feed(data, self._config.batch_rows_max - len(self._payloads))
+        self._more = cut.more
+        if cut.payloads:
+            self._opened = self._opened if self._payloads else time.monotonic()
+            self._received_us = time.time_ns() // 1000
+            self._topics += cut.topics
+            self._payloads += cut.payloads
+            self._acks.append(cut.acks)
+            self._bytes += sum(map(len, cut.payloads))
+        return cut.packets
+
+    def _flush(self) -> None:
+        """Send what the socket takes now."""
+        with self._lock:
+            if not self._outbox:
+                return
+            try:
+                sent = self._socket.send(self._outbox)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                sent = 0
+            except OSError as e:
+                raise UnavailableError(f"broker {self._config.host}:{self._config.port}: connection lost: {e}") from e
+            del self._outbox[:sent]
+            left = len(self._outbox)
+        if sent:
+            self._sent = time.monotonic()
+        if left > OUTBOX_BYTES_MAX:
+            raise UnavailableError(f"broker {self._config.host}:{self._config.port} takes no acknowledgements, {left} bytes wait")
+
+    @property
+    def _ping_timeout_s(self) -> float:
+        return min(self._keepalive_s / 2, 10.0)
+
+    def _next_ping(self) -> float:
+        """We must be heard, and want to hear, at least every half keepalive."""
+        return (self._sent if self._pinged is not None else min(self._sent, self._heard)) + self._keepalive_s / 2
+
+    def _keep_alive(self, reading: bool) -> None:
+        now = time.monotonic()
+        if self._handshake and now > self._deadline:
+            seconds = self._config.connect_timeout_s
+            raise UnavailableError(f"broker {self._config.host}:{self._config.port} did not complete the handshake in {seconds} s")
+        if self._pinged is not None and not reading:
+            self._pinged = now  # the answer may lie unread behind what we do not read
+        if self._pinged is not None and now - self._pinged > self._ping_timeout_s:
+            raise UnavailableError(f"broker {self._config.host}:{self._config.port} silent for {now - self._heard:.1f} s")
+        if not self._handshake and now >= self._next_ping():
+            self.send(frames.PINGREQ)
+            self._flush()
+            self._sent = now
+            self._pinged = now if self._pinged is None else self._pinged
+
+
+class _Wake:
+    """Wakes a thread that waits in `select`."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        self._lock = threading.Lock()
+        self._set = False
+
+    def fileno(self) -> int:
+        return self._reader.fileno()
+
+    def set(self) -> None:
+        with self._lock:
+            if not self._set and self._writer.fileno() >= 0:
+                self._set = True
+                self._writer.send(b"\0")
+
+    def clear(self) -> None:
+        with self._lock:
+            if self._set:
+                self._set = False
+                self._reader.recv(16)
+
+    def close(self) -> None:
+        with self._lock:
+            self._reader.close()
+            self._writer.close()
+
+
+def _open_socket(config: SourceConfig, tls: ssl.SSLContext | None) -> socket.socket:
+    try:
+        raw = socket.create_connection((config.host, config.port), config.connect_timeout_s)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wrapped = raw if tls is None else tls.wrap_socket(raw, server_hostname=config.host)
+        except BaseException:
+            raw.close()
+            raise
+    except (OSError, ValueError) as e:  # ValueError: a host name that cannot be encoded
+        raise UnavailableError(f"broker {config.host}:{config.port} is not reachable: {e}") from e
+    wrapped.setblocking(False)
+    return wrapped
+
+
+def _tls_context(tls: Tls | None) -> ssl.SSLContext | None:
+    if tls is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=tls.ca_file)
+        if tls.cert_file is not None:
+            context.load_cert_chain(tls.cert_file, tls.key_file)
+    except (OSError, ssl.SSLError) as e:
+        raise ConfigError(f"TLS files ca={tls.ca_file} cert={tls.cert_file} key={tls.key_file} do not load: {e}") from e
+    return context
