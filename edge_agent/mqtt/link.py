@@ -120,18 +120,18 @@ class Link:
     def close(self) -> None:
         """Say goodbye to the broker after what was published, without waiting for it."""
         self._closing.set()
-        self._client.disconnect()
         self._end("closed")
+        self._client.disconnect()
 
     def abort(self, reason: str) -> None:
         """Cut a connection that does not answer any more."""
         self._closing.set()
+        self._end(reason)
         sock = self._client.socket()
         if isinstance(sock, socket.socket):
             # Not sock.shutdown(): that of an SSL socket drops TLS, and what paho still sends would go out in the clear.
             with contextlib.suppress(OSError):  # it is closed already
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        self._end(reason)
 
     def _make_client(self) -> Client:
         client = Client(CallbackAPIVersion.VERSION2, self._topics.device, clean_session=True, reconnect_on_failure=False)

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from edge_agent.contract.receipt import SequenceSet
+from edge_agent.core.outbox import Outbox, OutboxLimits
+
+
+@dataclass(frozen=True)
+class Block:
+    lane: str
+    sequence: int
+    block: bytes = b"x" * 10
+
+
+LIMITS = OutboxLimits(
+    inflight_blocks_max=8, inflight_bytes_max=1_000, unreceipted_blocks_max=40, live_blocks_max=4, receipt_timeout_s=10, puback_timeout_s=5
+)
+EU = {"europe": "eu"}
+
+
+def stored(lane: str, first: int, last: int) -> list[Block]:
+    return [Block(lane, n) for n in range(first, last + 1)]
+
+
+def drain(outbox: Outbox[Block], routes: dict[str, str], now: float = 0.0) -> list[tuple[str, int]]:
+    """Send all there is room for, as the uplink does; message ids are the sequences."""
+    out = []
+    while (choice := outbox.take(routes)) is not None:
+        block, endpoint = choice
+        outbox.sent(block, endpoint, block.sequence, now)
+        out.append((block.lane, block.sequence))
+    return out
+
+
+def test_live_blocks_go_before_the_backlog_newest_first() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.discover({"europe": 5})
+    outbox.load("europe", stored("europe", 1, 3), complete=True)
+    for block in stored("europe", 4, 5):
+        outbox.offer(block)
+    assert drain(outbox, EU) == [("europe", 5), ("europe", 4), ("europe", 1), ("europe", 2), ("europe", 3)]
+
+
+def test_backlog_leaves_room_for_live_blocks() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.discover({"europe": 30})
+    outbox.load("europe", stored("europe", 1, 30), complete=True)
+    assert len(drain(outbox, EU)) == 6
+    outbox.offer(Block("europe", 31))
+    assert drain(outbox, EU) == [("europe", 31)]
+
+
+def test_backlogs_of_two_lanes_progress_in_turn() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.discover({"canada": 10, "europe": 10})
+    outbox.load("canada", stored("canada", 1, 10), complete=True)
+    outbox.load("europe", stored("europe", 11, 20), complete=True)
+    assert [lane for lane, _ in drain(outbox, {"canada": "eu", "europe": "eu"})] == ["canada", "europe"] * 3
+
+
+def test_blocks_of_a_lane_without_endpoint_wait_and_do_not_hold_up_others() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.offer(Block("canada", 1))
+    outbox.offer(Block("europe", 1))
+    assert drain(outbox, EU) == [("europe", 1)]
+    assert drain(outbox, {"canada": "us"}) == [("canada", 1)]
+
+
+def test_unacknowledged_blocks_of_a_lost_endpoint_go_first_elsewhere_and_acknowledged_ones_do_not() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    for block in stored("europe", 1, 3):
+        outbox.offer(block)
+    drain(outbox, EU)
+    outbox.acked("eu", 2, 1.0)
+    outbox.lost("eu")
+    outbox.offer(Block("europe", 9))
+    assert drain(outbox, {"europe": "us"}) == [("europe", 3), ("europe", 1), ("europe", 9)]
+
+
+def test_block_without_receipt_goes_again_with_doubled_waits_until_settled() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.offer(Block("europe", 1))
+    drain(outbox, EU)
+    outbox.acked("eu", 1, 0.0)
+    assert outbox.due(9.9, 10) == []
+    assert outbox.due(10.0, 10) == [("europe", 1)]
+    outbox.again(Block("europe", 1))
+    assert outbox.due(10.0, 10) == []
+    assert drain(outbox, EU, 10.0) == [("europe", 1)]
+    outbox.acked("eu", 1, 10.0)
+    assert outbox.due(29.9, 10) == []
+    assert outbox.due(30.0, 10) == [("europe", 1)]
+    assert outbox.settle("europe", SequenceSet(1)) == 1
+    assert outbox.due(99.0, 10) == []
+
+
+def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.discover({"europe": 60})
+    outbox.load("europe", stored("europe", 1, 60), complete=True)
+    while sent := drain(outbox, EU):
+        for _, sequence in sent:
+            outbox.acked("eu", sequence, 0.0)
+    assert outbox.unreceipted("europe") == 30
+    for lane, sequence in outbox.due(10.0, 100):
+        outbox.again(Block(lane, sequence))
+    assert len(drain(outbox, EU, 10.0)) == 6
+
+
+def test_endpoint_without_progress_is_named() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    for block in stored("europe", 1, 2):
+        outbox.offer(block)
+    drain(outbox, EU, 0.0)
+    outbox.acked("eu", 1, 3.0)
+    assert outbox.stuck(7.9) == []
+    assert outbox.stuck(8.0) == ["eu"]
+    outbox.acked("eu", 2, 8.0)
+    assert outbox.stuck(100.0) == []
+
+
+class OutboxAgainstABuffer(RuleBasedStateMachine):
+    """Any order of events: memory stays bounded, and in the end every stored block has been sent and settled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outbox: Outbox[Block] = Outbox(LIMITS)
+        self.buffer: dict[str, dict[int, Block]] = {"canada": {}, "europe": {}}
+        self.next = {"canada": 1, "europe": 1}
+        self.routes = {"canada": "us", "europe": "eu"}
+        self.unacked: dict[tuple[str, int], Block] = {}
+        self.arrived: dict[str, set[int]] = {"canada": set(), "europe": set()}
+        self.mid = 0
+        self.now = 0.0
+
+    @rule(lane=st.sampled_from(["canada", "europe"]), count=st.integers(1, 12), told=st.booleans())
+    def store(self, lane: str, count: int, told: bool) -> None:
+        for _ in range(count):
+            block = Block(lane, self.next[lane])
+            self.next[lane] += 1
+            self.buffer[lane][block.sequence] = block
+            if told:
+                self.outbox.offer(block)
+
+    @rule(canada=st.sampled_from(["", "us", "eu"]), europe=st.sampled_from(["", "eu"]))
+    def reroute(self, canada: str, europe: str) -> None:
+        self.routes = {lane: e for lane, e in (("canada", canada), ("europe", europe)) if e}
+
+    @rule(count=st.integers(1, 20))
+    def send(self, count: int) -> None:
+        for _ in range(count):
+            for lane, cursor in self.outbox.wants(self.routes):
+                blocks = [self.buffer[lane][n] for n in sorted(self.buffer[lane]) if n > cursor][:5]
+                self.outbox.load(lane, blocks, complete=len(blocks) < 5)
+            choice = self.outbox.take(self.routes)
+            if choice is None:
+                return
+            block, endpoint = choice
+            assert endpoint == self.routes[block.lane]
+            self.mid += 1
+            self.outbox.sent(block, endpoint, self.mid, self.now)
+            self.unacked[(endpoint, self.mid)] = block
+
+    @rule(drop=st.booleans(), count=st.integers(1, 20))
+    def acknowledge(self, drop: bool, count: int) -> None:
+        for endpoint, mid in list(self.unacked)[:count]:
+            block = self.unacked.pop((endpoint, mid))
+            self.outbox.acked(endpoint, mid, self.now)
+            if not drop:  # otherwise the broker acknowledged and then lost it
+                self.arrived[block.lane].add(block.sequence)
+
+    @rule(endpoint=st.sampled_from(["eu", "us"]))
+    def lose(self, endpoint: str) -> None:
+        self.outbox.lost(endpoint)
+        self.unacked = {key: block for key, block in self.unacked.items() if key[0] != endpoint}
+
+    @rule()
+    def receipts(self) -> None:
+        for lane, sequences in self.arrived.items():
+            settled = SequenceSet()
+            for n in sequences:
+                settled.add(n)
+                self.buffer[lane].pop(n, None)
+            self.outbox.settle(lane, settled)
+
+    @rule(wait_s=st.floats(0.1, 40.0))
+    def wait(self, wait_s: float) -> None:
+        self.now += wait_s
+        for lane, sequence in self.outbox.due(self.now, 5):
+            if sequence in self.buffer[lane]:
+                self.outbox.again(self.buffer[lane][sequence])
+            else:
+                self.outbox.forget(lane, sequence)
+
+    @invariant()
+    def limits_hold(self) -> None:
+        for endpoint in ("eu", "us"):
+            assert self.outbox.in_flight(endpoint)[0] <= LIMITS.inflight_blocks_max
+        for lane in ("canada", "europe"):
+            assert self.outbox.unreceipted(lane) <= LIMITS.unreceipted_blocks_max
+
+    def teardown(self) -> None:
+        self.routes = {"canada": "us", "europe": "eu"}
+        for _ in range(400):
+            if not any(self.buffer.values()):
+                break
+            self.outbox.discover({lane: len(blocks) for lane, blocks in self.buffer.items() if blocks})
+            self.send(20)
+            self.acknowledge(False, 20)
+            self.receipts()
+            self.wait(30.0)
+        assert not any(self.buffer.values())
+        self.send(20)  # reads the end of the buffer
+        assert not self.outbox.busy()
+
+
+TestOutboxAgainstABuffer = OutboxAgainstABuffer.TestCase
+TestOutboxAgainstABuffer.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
