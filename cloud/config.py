@@ -1,0 +1,273 @@
+"""Settings of the cloud side: where the project and the state are, and the address of every part.
+
+- The *project* is the directory that holds `pipelines/dvc.yaml` or `fenceline.toml`: `--project`, or the working directory and upward.
+- The *state* directory holds everything a stack makes: `--state`, else `FENCELINE_STATE`, else `state` of fenceline.toml.
+- Values: defaults, then fenceline.toml (strict keys), then the addresses of a stack that runs on this state (`stack.json`).
+- Every service is bound to loopback: the stack is for development. Real brokers and buckets come behind the same settings.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.topics import check_name
+from edge_agent.core.settings import parse_settings
+
+HOST = "127.0.0.1"
+MARKERS = (Path("pipelines/dvc.yaml"), Path("fenceline.toml"))
+SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A region's broker; `name` is the endpoint name that zones.geojson uses."""
+
+    name: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a part listens."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+class IngestLimits(msgspec.Struct, frozen=True):
+    """One commit holds at most this many blocks and bytes; a batch waits `linger_ms` for more blocks."""
+
+    batch_blocks_max: int = 256
+    batch_bytes_max: int = 32 * 1024 * 1024
+    linger_ms: int = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every command and service needs to know; read once, passed in."""
+
+    project: Path
+    state_dir: Path
+    regions: tuple[Region, ...]
+    sensors: Address
+    release: Address
+    mlflow: Address
+    api: Address
+    contracts: tuple[Path, ...]
+    zones_path: Path
+    ingest: IngestLimits = field(default_factory=IngestLimits)
+    small_files_max: int = 200
+
+    @property
+    def keys_dir(self) -> Path:
+        return self.state_dir / "keys"
+
+    @property
+    def lake_dir(self) -> Path:
+        return self.state_dir / "lake"
+
+    @property
+    def releases_dir(self) -> Path:
+        return self.state_dir / "releases"
+
+    @property
+    def mlflow_dir(self) -> Path:
+        return self.state_dir / "mlflow"
+
+    @property
+    def nats_dir(self) -> Path:
+        return self.state_dir / "nats"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.state_dir / "run"
+
+    @property
+    def logs_dir(self) -> Path:
+        return self.state_dir / "logs"
+
+    @property
+    def secrets_dir(self) -> Path:
+        return self.state_dir / "secrets"
+
+    @property
+    def fleet_path(self) -> Path:
+        return self.state_dir / "fleet.db"
+
+    @property
+    def audit_path(self) -> Path:
+        return self.state_dir / "audit.db"
+
+    @property
+    def token_path(self) -> Path:
+        return self.state_dir / "api-token"
+
+    @property
+    def stack_path(self) -> Path:
+        return self.state_dir / "stack.json"
+
+    @property
+    def release_url(self) -> str:
+        return self.release.url
+
+    @property
+    def mlflow_url(self) -> str:
+        return self.mlflow.url
+
+    @property
+    def api_url(self) -> str:
+        return self.api.url
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """The port of every part that listens, by name."""
+        fixed = {SENSORS: self.sensors.port, RELEASE: self.release.port, MLFLOW: self.mlflow.port, API: self.api.port}
+        return {**fixed, **{r.name: r.port for r in self.regions}}
+
+    def region(self, name: str) -> Region:
+        """The region called `name`, or ConfigError."""
+        for region in self.regions:
+            if region.name == name:
+                return region
+        raise ConfigError(f"there is no region {name!r}; fenceline.toml names {', '.join(r.name for r in self.regions)}")
+
+    def with_ports(self, ports: dict[str, int]) -> Settings:
+        """The same settings with other ports, by the names of `ports`.
+
+        Raises:
+            ConfigError: a name is unknown, or a port is not between 1 and 65535.
+        """
+        unknown = sorted(set(ports) - set(self.ports))
+        if unknown:
+            raise ConfigError(f"unknown ports {', '.join(unknown)}; known: {', '.join(sorted(self.ports))}")
+        for name, port in ports.items():
+            _check_port(port, name)
+        merged = {**self.ports, **ports}
+        return replace(
+            self,
+            regions=tuple(replace(r, port=merged[r.name]) for r in self.regions),
+            sensors=replace(self.sensors, port=merged[SENSORS]),
+            release=replace(self.release, port=merged[RELEASE]),
+            mlflow=replace(self.mlflow, port=merged[MLFLOW]),
+            api=replace(self.api, port=merged[API]),
+        )
+
+
+class _Address(msgspec.Struct, frozen=True):
+    port: int
+    host: str = HOST
+
+
+class _Region(msgspec.Struct, frozen=True):
+    name: str
+    port: int
+    host: str = HOST
+
+
+class _Lake(msgspec.Struct, frozen=True):
+    small_files_max: int = 200
+
+
+class _File(msgspec.Struct, frozen=True):
+    """fenceline.toml."""
+
+    state: str = ".fenceline"
+    contracts: list[str] = ["contracts/turbofan.odcs.yaml"]
+    zones: str = "contracts/zones.geojson"
+    sensors: _Address = _Address(1883)
+    regions: list[_Region] = [_Region("eu", 18831), _Region("us", 18832)]
+    release: _Address = _Address(18880)
+    mlflow: _Address = _Address(5000)
+    api: _Address = _Address(18800)
+    ingest: IngestLimits = IngestLimits()
+    lake: _Lake = _Lake()
+
+
+def load(project: Path | None = None, state: Path | None = None) -> Settings:
+    """Read the settings.
+
+    Args:
+        project: the project directory; None looks in the working directory and upward.
+        state: the state directory; None asks `FENCELINE_STATE`, then fenceline.toml.
+
+    Raises:
+        ConfigError: no project there, a wrong key or value, or two parts with one port.
+    """
+    root = find_project(project)
+    path = root / "fenceline.toml"
+    read = parse_settings(path.read_text(), _File, str(path)) if path.exists() else _File()
+    chosen = state or Path(os.environ.get("FENCELINE_STATE") or root / read.state)
+    settings = Settings(
+        project=root,
+        state_dir=chosen.absolute(),
+        regions=tuple(Region(r.name, r.host, r.port) for r in read.regions),
+        sensors=Address(read.sensors.host, read.sensors.port),
+        release=Address(read.release.host, read.release.port),
+        mlflow=Address(read.mlflow.host, read.mlflow.port),
+        api=Address(read.api.host, read.api.port),
+        contracts=tuple(root / c for c in read.contracts),
+        zones_path=root / read.zones,
+        ingest=read.ingest,
+        small_files_max=read.lake.small_files_max,
+    )
+    _check(settings, str(path))
+    stack = running_stack(settings)
+    return settings.with_ports(stack["ports"]) if stack else settings
+
+
+def find_project(project: Path | None = None) -> Path:
+    """The project directory, absolute.
+
+    Raises:
+        ConfigError: none is found; the message says what was looked for.
+    """
+    looked = [project.absolute()] if project else [Path.cwd(), *Path.cwd().parents]
+    for directory in looked:
+        if any((directory / marker).exists() for marker in MARKERS):
+            return directory
+    wanted = " or ".join(str(m) for m in MARKERS)
+    raise ConfigError(f"no Fenceline project in {looked[0]}{'' if project else ' or above'} (want {wanted}); give --project DIR")
+
+
+def running_stack(settings: Settings) -> dict[str, Any] | None:
+    """What `stack.json` says, if the process that wrote it lives; keys: pid, ports, addresses, pids, ready."""
+    try:
+        stack: dict[str, Any] = msgspec.json.decode(settings.stack_path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError as e:
+        raise ConfigError(f"{settings.stack_path}: not JSON ({e}); delete it if no stack runs") from e
+    return stack if Path(f"/proc/{stack['pid']}").exists() else None
+
+
+def _check(settings: Settings, origin: str) -> None:
+    try:
+        names = [check_name(r.name, "region") for r in settings.regions]
+    except ContractError as e:
+        raise ConfigError(f"{origin}: {e}") from e
+    if not names or len(set(names)) != len(names) or set(names) & {SENSORS, RELEASE, MLFLOW, API}:
+        raise ConfigError(f"{origin}: regions {names} must be distinct names, at least one, none of sensors, release, mlflow, api")
+    ports = settings.ports
+    for name, port in ports.items():
+        _check_port(port, name)
+    if len(set(ports.values())) != len(ports):
+        raise ConfigError(f"{origin}: two parts share a port: {ports}")
+    limits = settings.ingest
+    if min(limits.batch_blocks_max, limits.batch_bytes_max, limits.linger_ms + 1, settings.small_files_max) < 1:
+        raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
+
+
+def _check_port(port: int, name: str) -> None:
+    if not 1 <= port <= 65_535:
+        raise ConfigError(f"port {port} of {name} is not between 1 and 65535")

@@ -1,0 +1,308 @@
+"""The lake: one Delta table per stream and lane, one row per reading, exactly once.
+
+- Rows lie in `<lake>/<stream>/<lane>/`: zones are apart on disk. Labels lie in `<lake>/_labels/<stream>/`.
+- A block is stored once, by its identity (device, epoch, lane, sequence), however often and wherever it arrives. Each commit
+  carries a Delta application transaction per (device, epoch, lane) that it adds to, and names its blocks in its metadata.
+  A writer that has not seen another's commit for the same lane is refused by Delta; it reads what the other stored, drops
+  that, and tries again. A commit that Delta rebased over others is followed by reading those, before the next one.
+- What is settled is rebuilt from the rows themselves when a lane is first touched; compaction does not change rows.
+
+    lake = Lake(settings.lake_dir)
+    table = lake.read("turbofan", lanes=["europe"], versions={"europe": 12}, columns=["engine", "score"])
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from cloud.rows import ORDER, Contracts, schema, to_rows
+from edge_agent.contract.block import BlockHeader
+from edge_agent.contract.columns import Table
+from edge_agent.contract.errors import ContractError, UnavailableError
+from edge_agent.contract.receipt import LANES_MAX, RANGES_MAX, LaneReceipt, Receipt, SequenceSet
+from edge_agent.contract.stream import StreamContract
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS_MAX = 20
+BLOCKS_KEY = "fenceline.blocks"
+LABELS = "_labels"
+
+Identity = tuple[str, str, str, int]
+LaneKey = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What an append did: the blocks it added, those that were there already, and the receipts to send."""
+
+    committed: list[Identity]
+    duplicates: list[Identity]
+    receipts: list[Receipt]
+
+
+@dataclass
+class _Handle:
+    """An open table. Blocks of all commits up to `seen` are in the settled index."""
+
+    table: DeltaTable
+    seen: int
+    commits: int = 0  # since the last compaction here
+
+
+@dataclass
+class Lake:
+    """The lake in `directory`. `contracts` are needed only to append. One object belongs to one thread."""
+
+    directory: Path
+    contracts: Contracts = field(default_factory=Contracts)
+
+    def __post_init__(self) -> None:
+        self._handles: dict[tuple[str, str], _Handle] = {}
+        self._settled: defaultdict[LaneKey, SequenceSet] = defaultdict(SequenceSet)
+        self._lanes_seen: set[str] = set()
+
+    # Writing
+
+    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]]) -> Settled:
+        """Store checked blocks that `region` received; blocks that are settled already are left out.
+
+        Raises:
+            UnavailableError: the lake could not commit. What was committed before that is settled; append again.
+        """
+        received_us = time.time_ns() // 1_000
+        unique = {header.identity: (header, table) for header, table in blocks}
+        groups: defaultdict[tuple[str, str], list[tuple[BlockHeader, Table]]] = defaultdict(list)
+        for header, table in unique.values():
+            groups[header.stream, header.lane].append((header, table))
+        committed: list[Identity] = []
+        for (stream, lane), group in groups.items():
+            self._open_lane(lane)
+            committed += self._append_group(region, stream, lane, group, received_us)
+        added = set(committed)
+        return Settled(committed, [i for i in unique if i not in added], self._receipts(unique))
+
+    def _append_group(
+        self, region: str, stream: str, lane: str, group: list[tuple[BlockHeader, Table]], received_us: int
+    ) -> list[Identity]:
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                handle = self._handle(stream, lane, group[0][0])
+                fresh = [(h, t) for h, t in group if h.sequence not in self._settled[h.identity[:3]]]
+                if fresh:
+                    rows = pa.concat_tables([self._rows(region, h, t, received_us) for h, t in fresh], promote_options="default")
+                    self._commit(handle, rows, [h for h, _ in fresh])
+                return [h.identity for h, _ in fresh]
+            except CommitFailedError as e:
+                log.info("commit repeated stream=%s lane=%s attempt=%d reason=%s", stream, lane, attempt + 1, e)
+                self._sync(handle)
+            except (DeltaError, OSError) as e:
+                self._handles.pop((stream, lane), None)  # whether it landed is read from the table, next time
+                self._lanes_seen.discard(lane)
+                raise UnavailableError(f"lake {stream}/{lane} did not commit {len(group)} blocks: {e}") from e
+        raise UnavailableError(f"lake {stream}/{lane}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
+
+    def _rows(self, region: str, header: BlockHeader, table: Table, received_us: int) -> pa.Table:
+        return to_rows(self._contract(header), region, header, table, received_us)
+
+    def _contract(self, header: BlockHeader) -> StreamContract:
+        contract = self.contracts.get(header)
+        if contract is None:
+            raise ContractError(f"block {header.identity}: no contract for {header.stream!r} version {header.contract_version!r}")
+        return contract
+
+    def _commit(self, handle: _Handle, rows: pa.Table, headers: list[BlockHeader]) -> None:
+        highest: dict[str, int] = {}
+        for header in headers:
+            app = "/".join(header.identity[:3])
+            highest[app] = max(highest.get(app, 0), header.sequence)
+        write_deltalake(
+            handle.table,
+            rows,
+            mode="append",
+            schema_mode="merge",
+            commit_properties=CommitProperties(
+                custom_metadata={BLOCKS_KEY: json.dumps([list(h.identity) for h in headers])},
+                app_transactions=[Transaction(app, version) for app, version in highest.items()],
+            ),
+        )
+        for header in headers:
+            self._settled[header.identity[:3]].add(header.sequence)
+        handle.commits += 1
+        if handle.table.version() == handle.seen + 1:
+            handle.seen += 1
+        else:
+            self._absorb(handle)
+
+    def _handle(self, stream: str, lane: str, header: BlockHeader) -> _Handle:
+        if (stream, lane) in self._handles:
+            return self._handles[stream, lane]
+        path = self._path(stream, lane)
+        path.mkdir(parents=True, exist_ok=True)
+        table = DeltaTable.create(str(path), schema=schema(self._contract(header)), mode="ignore", name=f"{stream}-{lane}")
+        self._handles[stream, lane] = handle = _Handle(table, -1)
+        self._sync(handle)  # another process may have created it, and more, a moment ago
+        return handle
+
+    # The settled index
+
+    def _open_lane(self, lane: str) -> None:
+        """Index every stream's table of `lane`: the streams of a lane share one count of sequences."""
+        if lane in self._lanes_seen:
+            return
+        for stream in self.streams():
+            if (stream, lane) not in self._handles and lane in self.lanes(stream):
+                try:
+                    table = DeltaTable(str(self._path(stream, lane)))
+                    self._index(lane, table)
+                except (DeltaError, OSError) as e:
+                    raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
+                self._handles[stream, lane] = _Handle(table, table.version())
+        self._lanes_seen.add(lane)
+
+    def _index(self, lane: str, table: DeltaTable) -> None:
+        scanner = table.to_pyarrow_dataset().scanner(columns=["device", "epoch", "sequence"])
+        for batch in scanner.to_batches():
+            found = pa.table(batch).group_by(["device", "epoch", "sequence"]).aggregate([])
+            for device, epoch, sequence in sorted(zip(*(c.to_pylist() for c in found.columns), strict=True)):
+                self._settled[device, epoch, lane].add(sequence)
+
+    def _sync(self, handle: _Handle) -> None:
+        """See the commits of others."""
+        handle.table.update_incremental()
+        self._absorb(handle)
+
+    def _absorb(self, handle: _Handle) -> None:
+        """Take the blocks of the commits after `seen` into the index."""
+        newest = handle.table.version()
+        limit = newest - handle.seen
+        if limit == 0:
+            return
+        commits = handle.table.history(limit)
+        while len(commits) == limit and min(c["version"] for c in commits) > handle.seen + 1:
+            limit *= 2  # history starts from the newest commit, and others commit while we read
+            commits = handle.table.history(limit)
+        for commit in commits:
+            for device, epoch, lane, sequence in json.loads(commit.get(BLOCKS_KEY, "[]")):
+                self._settled[device, epoch, lane].add(sequence)
+        handle.seen = newest
+
+    def _receipts(self, identities: Iterable[Identity]) -> list[Receipt]:
+        """One receipt per device and epoch that sent something, for the lanes it was sent in."""
+        lanes: defaultdict[tuple[str, str], dict[str, LaneReceipt]] = defaultdict(dict)
+        for device, epoch, lane, _ in identities:
+            settled = self._settled[device, epoch, lane]
+            lanes[device, epoch][lane] = LaneReceipt(lane=lane, cumulative=settled.cumulative, ranges=settled.ranges[:RANGES_MAX])
+        return [
+            Receipt(device=device, epoch=epoch, lanes=part)
+            for (device, epoch), found in lanes.items()
+            for part in _chunks(list(found.values()), LANES_MAX)
+        ]
+
+    # Upkeep
+
+    def compact(self, files_max: int) -> dict[str, int]:
+        """Merge the small files of every table that this object made more than `files_max` commits to; files removed by table."""
+        removed: dict[str, int] = {}
+        for (stream, lane), handle in self._handles.items():
+            if handle.commits > files_max:
+                handle.commits = 0
+                removed[f"{stream}/{lane}"] = self._compact(handle)
+        return removed
+
+    def _compact(self, handle: _Handle) -> int:
+        try:
+            metrics: dict[str, Any] = handle.table.optimize.compact()
+            handle.table.create_checkpoint()
+        except DeltaError as e:  # another process compacts the same table; nothing is lost, next time
+            log.info("compaction skipped table=%s reason=%s", handle.table.table_uri, e)
+            metrics = {}
+        self._sync(handle)
+        return int(metrics.get("numFilesRemoved", 0))
+
+    # Reading
+
+    def streams(self) -> list[str]:
+        """The names of the streams that hold rows."""
+        return sorted(p.name for p in _directories(self.directory) if p.name != LABELS and _directories(p))
+
+    def lanes(self, stream: str) -> list[str]:
+        """The lanes of a stream."""
+        return sorted(p.name for p in _directories(self.directory / stream) if DeltaTable.is_deltatable(str(p)))
+
+    def versions(self, stream: str) -> dict[str, int]:
+        """The newest version of each lane's table: with `read`, a name for exactly the rows that are there now."""
+        return {lane: DeltaTable(str(self._path(stream, lane)), without_files=True).version() for lane in self.lanes(stream)}
+
+    def read(
+        self,
+        stream: str,
+        lanes: Sequence[str] | None = None,
+        versions: Mapping[str, int] | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """Rows in the order in which each device saw them: sorted by device, epoch, ordinal, row.
+
+        Args:
+            lanes: None for all of them (of `versions`, if given).
+            versions: table version by lane; lanes without one are read as they are now.
+            columns: None for all; see `cloud.rows` for their names.
+
+        Returns:
+            The rows; without columns if there is no such lane.
+        """
+        pinned = dict(versions or {})
+        chosen = list(lanes) if lanes is not None else sorted(pinned) or self.lanes(stream)
+        wanted = None if columns is None else list(dict.fromkeys([*columns, *ORDER]))
+        parts = [self._read_lane(stream, lane, pinned.get(lane), wanted) for lane in chosen]
+        if not parts:
+            return pa.table({})
+        whole = pa.concat_tables(parts, promote_options="default").sort_by([(name, "ascending") for name in ORDER])
+        return whole if columns is None else whole.select(list(columns))
+
+    def _read_lane(self, stream: str, lane: str, version: int | None, columns: list[str] | None) -> pa.Table:
+        try:
+            return DeltaTable(str(self._path(stream, lane)), version=version).to_pyarrow_table(columns=columns)
+        except (TableNotFoundError, DeltaError) as e:
+            raise UnavailableError(f"lake {stream}/{lane} version {'newest' if version is None else version} does not read: {e}") from e
+
+    # Labels
+
+    def write_labels(self, stream: str, table: pa.Table) -> int:
+        """Replace the labels of a stream, in one commit; the new version of the labels."""
+        path = self.directory / LABELS / stream
+        path.mkdir(parents=True, exist_ok=True)
+        write_deltalake(str(path), table, mode="overwrite", schema_mode="overwrite")
+        return DeltaTable(str(path), without_files=True).version()
+
+    def labels(self, stream: str, version: int | None = None) -> pa.Table | None:
+        """The labels of a stream; None if it has none."""
+        path = self.directory / LABELS / stream
+        return DeltaTable(str(path), version=version).to_pyarrow_table() if DeltaTable.is_deltatable(str(path)) else None
+
+    def labels_version(self, stream: str) -> int | None:
+        """The newest version of the labels; None if there are none."""
+        path = self.directory / LABELS / stream
+        return DeltaTable(str(path), without_files=True).version() if DeltaTable.is_deltatable(str(path)) else None
+
+    def _path(self, stream: str, lane: str) -> Path:
+        return self.directory / stream / lane
+
+
+def _directories(path: Path) -> list[Path]:
+    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def _chunks(items: list[LaneReceipt], size: int) -> list[list[LaneReceipt]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
