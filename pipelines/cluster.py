@@ -1,0 +1,74 @@
+"""Ray: one local head for all stages, or a cluster that is there already.
+
+- `RAY_ADDRESS` says where the cluster is. Without it a stage starts a local one for itself.
+- A local head listens on loopback only, has no dashboard, a small object store, and a random token: other users of the
+  machine cannot hand it code.
+- No usage statistics, and Ray does not touch the accelerator variables.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from edge_agent.contract.errors import UnavailableError
+
+OBJECT_STORE_BYTES = 256 * 1024 * 1024
+CPUS_MAX = 16
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Be a driver of the cluster at RAY_ADDRESS, or of a local head that lives as long as this.
+
+    Raises:
+        UnavailableError: nothing answers at RAY_ADDRESS.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        with local_head():
+            yield
+        return
+    os.environ.update(_QUIET)
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise UnavailableError(f"no Ray cluster answers at RAY_ADDRESS={address} ({e}); unset it to run locally") from e
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def local_head() -> Iterator[dict[str, str]]:
+    """Start a local cluster; yields the environment with which child processes find it."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    # On Linux Ray turns 127.0.0.1 into the machine's outer address, unless it thinks it cannot form a cluster.
+    here = {**_QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    os.environ.update(here)
+    os.environ.pop("RAY_ADDRESS", None)
+    import ray
+
+    ray.init(
+        num_cpus=min(os.cpu_count() or 1, CPUS_MAX),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield {**here, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    finally:
+        ray.shutdown()

@@ -1,0 +1,216 @@
+"""evaluate: how good the model is on engines it never saw, and whether it may become champion.
+
+- The gate: rmse on the hold-out at most `rmse_max`, and not worse than the champion's by more than `champion_slack`.
+- The champion is scored on the same rows, by its own bundle, from raw readings (its features may differ from ours); only on
+  engines that it was not trained on either. If there are none, the comparison is left out and the gate says so.
+- Importance of a field: how much rmse grows when all its features are shuffled together among the hold-out rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from edge_agent.contract.bundle import Manifest
+from edge_agent.contract.stream import StreamContract
+from pipelines import stage, tracking
+from pipelines.dataset import TARGET
+from pipelines.features import EVENT_TIME, windows_of
+from pipelines.scoring import score
+from pipelines.stage import Context
+from pipelines.train import Floats, load
+
+NEAR_FAILURE = 30.0
+"""Cycles: errors below this much remaining life decide about maintenance."""
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The model that carries the alias now."""
+
+    version: str
+    manifest: Manifest
+    model: bytes
+    trained_on: set[str]
+
+
+def work(context: Context) -> None:
+    """Write metrics, plots and the gate."""
+    x, y, engines = load(context)
+    model = joblib.load(context.build / "train/model.joblib")
+    held = np.isin(engines, msgspec.json.decode((context.build / "train/split.json").read_bytes())["holdout"])
+    predicted = model.predict(x[held])
+    metrics = measure(y[held], predicted, engines[held])
+    metrics["rmse_of_mean"] = float(np.sqrt(np.mean((y[held] - y[~held].mean()) ** 2)))
+    stage.progress(f"hold-out: {int(held.sum())} rows of {len(set(engines[held]))} engines, rmse {metrics['rmse']:.2f} cycles")
+    importance = rank_fields(context, model, x[held], y[held])
+    gate = judge(context, metrics["rmse"], engines[held], y[held], predicted)
+    stage.progress(f"gate: {'passed' if gate['passed'] else 'failed'}: {'; '.join(gate['reasons'])}")
+    out = context.folder("evaluate")
+    stage.write_json(out / "metrics.json", metrics)
+    stage.write_json(out / "gate.json", gate)
+    _write_csv(out / "predictions.csv", ("engine", "target", "predicted", "residual"), zip(engines[held], y[held], predicted, predicted - y[held], strict=True))
+    _write_csv(out / "importance.csv", ("field", "rmse_increase"), importance)
+    draw(out, y[held], predicted, importance)
+
+
+def measure(target: Floats, predicted: Floats, engines: npt.NDArray[Any]) -> dict[str, float]:
+    """Errors in cycles."""
+    error = predicted - target
+    near = target <= NEAR_FAILURE
+    per_engine = [float(np.sqrt(np.mean(error[engines == e] ** 2))) for e in sorted(set(engines))]
+    spread = float(np.sum((target - target.mean()) ** 2))
+    metrics = {
+        "rmse": float(np.sqrt(np.mean(error**2))),
+        "mae": float(np.mean(np.abs(error))),
+        "bias": float(np.mean(error)),
+        "rmse_worst_engine": max(per_engine),
+        "rmse_median_engine": float(np.median(per_engine)),
+        "rows": float(len(target)),
+        "engines": float(len(per_engine)),
+    }
+    if spread:
+        metrics["r2"] = 1.0 - float(np.sum(error**2)) / spread
+    if near.any():
+        metrics["rmse_near_failure"] = float(np.sqrt(np.mean(error[near] ** 2)))
+    return metrics
+
+
+def rank_fields(context: Context, model: Any, x: npt.NDArray[np.float32], y: Floats) -> list[tuple[str, float]]:
+    """Fields with the rise of rmse when they are shuffled, the largest first; a Ray task each."""
+    spec = context.params.spec
+    columns: dict[str, list[int]] = {}
+    for i, feature in enumerate(spec.features):
+        columns.setdefault(feature.field, []).append(i)
+    task = ray.remote(_shuffled_rmse)
+    shared, seed = (ray.put(model), ray.put(x), ray.put(y)), context.params.train.seed
+    found = ray.get([task.remote(*shared, [], seed), *(task.remote(*shared, c, seed) for c in columns.values())])
+    rises = [(field, rmse - found[0]) for field, rmse in zip(columns, found[1:], strict=True)]
+    return sorted(rises, key=lambda r: (-r[1], r[0]))
+
+
+def _shuffled_rmse(model: Any, x: npt.NDArray[np.float32], y: Floats, columns: list[int], seed: int) -> float:
+    shuffled = x.copy()
+    shuffled[:, columns] = x[np.random.default_rng(seed).permutation(len(x))][:, columns]
+    return float(np.sqrt(np.mean((model.predict(shuffled) - y) ** 2)))
+
+
+def judge(context: Context, rmse: float, engines: npt.NDArray[Any], target: Floats, predicted: Floats) -> dict[str, Any]:
+    """Whether the model may become champion, and why."""
+    limits = context.params.evaluate
+    gate: dict[str, Any] = {"passed": rmse <= limits.rmse_max, "rmse": rmse, "rmse_max": limits.rmse_max}
+    gate["reasons"] = [f"rmse {rmse:.3f} is {'at most' if gate['passed'] else 'above'} rmse_max {limits.rmse_max}"]
+    champion = load_champion(context)
+    if champion is None:
+        gate["reasons"].append("there is no champion to compare with")
+        return gate
+    gate["champion_version"] = champion.version
+    fair = np.array([e not in champion.trained_on for e in engines])
+    theirs = score_champion(context, champion, sorted(set(engines[fair]))) if fair.any() else {}
+    times = pq.read_table(context.dataset, columns=[context.contract.entity, EVENT_TIME])
+    rows = _rows_of(context, engines, times)
+    both = np.array([row in theirs for row in rows]) & fair
+    if not both.any():
+        gate["reasons"].append(f"no hold-out engine is new to champion version {champion.version}: not compared")
+        return gate
+    scores = np.array([theirs[row] for row, ok in zip(rows, both, strict=True) if ok])
+    gate["champion_rmse"] = float(np.sqrt(np.mean((scores - target[both]) ** 2)))
+    gate["challenger_rmse"] = float(np.sqrt(np.mean((predicted[both] - target[both]) ** 2)))
+    better = gate["challenger_rmse"] <= gate["champion_rmse"] * (1 + limits.champion_slack)
+    gate["passed"] = bool(gate["passed"] and better)
+    gate["reasons"].append(
+        f"{gate['challenger_rmse']:.3f} against {gate['champion_rmse']:.3f} of champion version {champion.version} "
+        f"({int(both.sum())} rows; slack {limits.champion_slack:.0%})"
+    )
+    return gate
+
+
+def load_champion(context: Context) -> Champion | None:
+    """The champion of the registered model, from its run's artifacts; None if no version carries the alias."""
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    store, name = tracking.client(context), context.params.register.model
+    try:
+        version = store.get_model_version_by_alias(name, "champion")
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    folder = Path(download_artifacts(run_id=version.run_id, artifact_path="bundle"))
+    split = Path(download_artifacts(run_id=version.run_id, artifact_path="train/split.json"))
+    return Champion(
+        version=str(version.version),
+        manifest=msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest),
+        model=(folder / "model.onnx").read_bytes(),
+        trained_on=set(msgspec.json.decode(split.read_bytes())["train"]),
+    )
+
+
+def score_champion(context: Context, champion: Champion, engines: list[str]) -> dict[tuple[str, int], float]:
+    """The champion's score by engine and event time, limited to what a label can be."""
+    task = ray.remote(_score_readings)
+    keys, scores = ray.get(task.remote(context.readings, context.contract, champion.manifest, champion.model, engines))
+    return dict(zip(keys, np.minimum(scores, context.params.dataset.label_max).tolist(), strict=True))
+
+
+def _score_readings(
+    readings: Path, contract: StreamContract, manifest: Manifest, model: bytes, engines: list[str]
+) -> tuple[list[tuple[str, int]], Floats]:
+    table = pq.read_table(readings, filters=[(contract.entity, "in", engines)])
+    scores = score(model, windows_of(table, contract, manifest.features))
+    return _keys(table[contract.entity], table[contract.event_time]), scores
+
+
+def _rows_of(context: Context, engines: npt.NDArray[Any], times: pa.Table) -> list[tuple[str, int]]:
+    """(engine, event time) of the dataset's rows of these engines, in the dataset's order."""
+    held = set(engines)
+    return [key for key in _keys(times[context.contract.entity], times[EVENT_TIME]) if key[0] in held]
+
+
+def _keys(engines: pa.ChunkedArray, times: pa.ChunkedArray) -> list[tuple[str, int]]:
+    return list(zip(engines.to_pylist(), times.cast(pa.int64()).to_pylist(), strict=True))
+
+
+def draw(out: Path, target: Floats, predicted: Floats, importance: list[tuple[str, float]]) -> None:
+    """Three pictures: predicted against true, residuals, importance."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(target, predicted, s=4, alpha=0.3)
+    axes.plot([0, target.max()], [0, target.max()], color="black", linewidth=1)
+    axes.set(xlabel="remaining cycles (true, clipped)", ylabel="predicted", title="Hold-out engines")
+    figure.savefig(out / "predicted_vs_true.png", dpi=100, metadata={"Software": None})
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(predicted - target, bins=60)
+    axes.set(xlabel="predicted - true (cycles)", ylabel="rows", title="Residuals on hold-out engines")
+    figure.savefig(out / "residuals.png", dpi=100, metadata={"Software": None})
+    figure = Figure(figsize=(6, 0.3 * len(importance) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([name for name, _ in reversed(importance)], [rise for _, rise in reversed(importance)])
+    axes.set(xlabel="rise of rmse when shuffled (cycles)", title="Importance by field")
+    figure.savefig(out / "importance.png", dpi=100, metadata={"Software": None})
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: Any) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([[f"{v:.6g}" if isinstance(v, float) else v for v in row] for row in rows])
+
+
+if __name__ == "__main__":
+    sys.exit(stage.main("evaluate", work))

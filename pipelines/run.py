@@ -1,0 +1,344 @@
+"""Run the whole pipeline: one Ray for all stages, one MLflow run, and only the stages whose inputs have changed.
+
+    python -m pipelines.run --state .fenceline --mlflow http://127.0.0.1:5000 --set train.folds=4 --json
+
+- DVC decides what runs (`dvc repro`); each stage is a process that connects to the Ray started here, or to `--ray-address`.
+- With an http(s) `--ray-address` the command submits itself as a Ray job; project and state must be on storage that the cluster sees.
+- If nothing has changed there is no new run: the answer names the run and the model version of last time.
+- Exit 0: done (look at `promoted` for what the gate said); 1: a stage failed; 2: a setting or the data must be changed by a person.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
+from pipelines import cluster, tracking
+from pipelines.params import override
+from pipelines.stage import BUILD, Context, load_context, write_json
+
+STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
+OUTPUT_LINES_KEPT = 40
+STOP_S = 10.0
+
+Say = Callable[[str], None]
+
+_STARTS = re.compile(r"Running stage '(?:[^']*:)?(\w+)'")
+_SKIPPED = re.compile(r"Stage '(?:[^']*:)?(\w+)' didn't change, skipping")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pipeline run came to. `stages` has seconds, or None for a stage that had nothing to do."""
+
+    run_id: str
+    run_url: str
+    model: str
+    model_version: str
+    promoted: bool
+    unchanged: bool
+    metrics: dict[str, float]
+    gate: dict[str, Any]
+    lake_version: dict[str, int]
+    stages: dict[str, float | None] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class StageError(FencelineError):
+    """A stage failed; `exit_code` is what the whole command ends with."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run(
+    project: Path,
+    state: Path | None = None,
+    mlflow_url: str | None = None,
+    overrides: list[str] | None = None,
+    ray_address: str | None = None,
+    say: Say = lambda line: None,
+) -> Result:
+    """Run what has changed.
+
+    Args:
+        state: the state directory; None asks the project's settings.
+        mlflow_url: tracking server; None: MLFLOW_TRACKING_URI, or a SQLite file in the state directory.
+        overrides: `section.key=value` for params.yaml.
+        ray_address: a running cluster (`host:port`); None starts a local one.
+        say: gets each line of progress.
+
+    Raises:
+        ConfigError, UnavailableError: before the first stage.
+        StageError: a stage failed; its message is the stage's.
+    """
+    started = time.monotonic()
+    project = project.absolute()
+    override(project, overrides or [])
+    context = load_context(project, state)
+    os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
+    _init_dvc(project)
+    _forget_foreign_registration(context)
+    with _ray(ray_address, say) as ray_environment:
+        stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
+    return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
+
+
+def submit(address: str, arguments: list[str], say: Say) -> int:
+    """Run this command as a job of the Ray cluster whose dashboard is at `address`; the job's exit code.
+
+    Raises:
+        UnavailableError: nothing answers there.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as e:
+        raise UnavailableError(f"no Ray dashboard answers at {address}: {e}") from e
+    passed = {k: v for k, v in os.environ.items() if k.startswith(("FENCELINE_", "MLFLOW_"))}
+    passed.setdefault("FENCELINE_GIT_COMMIT", tracking.git_commit())
+    passed["PYTHONPATH"] = _python_path()
+    job = client.submit_job(entrypoint=f"{sys.executable} -m pipelines.run {shlex.join(arguments)}", runtime_env={"env_vars": passed})
+    say(f"Ray job {job} at {address}")
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        lines = client.get_job_logs(job).splitlines()
+        for line in lines[shown:]:
+            say(line)
+        shown = len(lines)
+        if status.is_terminal():
+            break
+        time.sleep(1.0)
+    code = client.get_job_info(job).driver_exit_code
+    return code if code is not None else 0 if status == JobStatus.SUCCEEDED else 1
+
+
+@contextmanager
+def _ray(address: str | None, say: Say) -> Iterator[dict[str, str]]:
+    given = address or os.environ.get("RAY_ADDRESS")
+    if given:
+        yield {"RAY_ADDRESS": given}
+        return
+    say("starting Ray")
+    os.environ["PYTHONPATH"] = _python_path()  # Ray's workers inherit it
+    with cluster.local_head() as environment:
+        yield environment
+
+
+def _environment(context: Context) -> dict[str, str]:
+    return {
+        "FENCELINE_STATE": str(context.state),
+        "FENCELINE_GIT_COMMIT": tracking.git_commit(),
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(context.project / ".dvc/tmp/site"),
+        "PYTHONPATH": _python_path(),
+        "PYTHONUNBUFFERED": "1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+
+
+def _python_path() -> str:
+    """This package for child processes, also where `pipelines/` of a copied project holds no code."""
+    here = str(Path(__file__).resolve().parent.parent)
+    parts = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != here]
+    return os.pathsep.join([here, *parts])
+
+
+def _init_dvc(project: Path) -> None:
+    """Make the project a DVC repository of its own, if it is none."""
+    if (project / ".dvc").is_dir():
+        return
+    environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
+    made = subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=project, env=environment, capture_output=True, text=True)
+    if made.returncode:
+        raise ConfigError(f"{project} cannot become a DVC repository: {made.stderr.strip()}")
+
+
+def _forget_foreign_registration(context: Context) -> None:
+    """Let register run again if what it registered last is not in this MLflow (another server, or a new state directory)."""
+    from mlflow.exceptions import MlflowException
+
+    path = context.build / "register/registered.json"
+    if not path.exists():
+        return
+    last = json.loads(path.read_text())
+    try:
+        found = tracking.client(context).get_model_version(last["model"], last["version"])
+        if found.run_id == last["run_id"]:
+            return
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise UnavailableError(f"MLflow refuses to name version {last['version']} of {last['model']}: {e}") from e
+    shutil.rmtree(path.parent)
+
+
+def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str, float | None]:
+    """Run DVC and pass its stages' progress on; seconds by stage."""
+    for name in ("error.json", tracking.RUN_FILE):
+        (context.build / name).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "dvc", "repro", "pipelines/dvc.yaml"]
+    process = subprocess.Popen(
+        command, cwd=context.project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    assert process.stdout is not None
+    watch = _Watch(say)
+    finished = False
+    try:
+        for line in process.stdout:
+            watch.take(line.rstrip())
+        finished = process.wait() == 0
+    finally:
+        watch.end()
+        _stop(process)
+        _close_run(context, "FINISHED" if finished else "FAILED")
+    if not finished:
+        raise _stage_error(context, watch.tail)
+    return {name: watch.seconds.get(name) for name in STAGES}
+
+
+class _Watch:
+    """Turns DVC's output into lines of progress, and takes the time of each stage."""
+
+    def __init__(self, say: Say) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tail: list[str] = []
+        self._say = say
+        self._stage = ""
+        self._since = 0.0
+
+    def take(self, line: str) -> None:
+        self.tail = [*self.tail, line][-OUTPUT_LINES_KEPT:]
+        starts, skipped = _STARTS.search(line), _SKIPPED.search(line)
+        if starts:
+            self.end()
+            self._stage, self._since = starts.group(1), time.monotonic()
+            self._say(f"[{STAGES.index(self._stage) + 1}/{len(STAGES)}] {self._stage}")
+        elif skipped:
+            self.end()
+            self._say(f"[{STAGES.index(skipped.group(1)) + 1}/{len(STAGES)}] {skipped.group(1)}: unchanged")
+        elif self._stage and line.startswith("  "):
+            self._say(f"      {line.strip()}")
+
+    def end(self) -> None:
+        if self._stage:
+            self.seconds[self._stage] = round(time.monotonic() - self._since, 3)
+        self._stage = ""
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _stage_error(context: Context, tail: list[str]) -> StageError:
+    path = context.build / "error.json"
+    if path.exists():
+        error = json.loads(path.read_text())
+        return StageError(f"stage {error['stage']}: {error['message']}", error["exit_code"])
+    return StageError("the pipeline failed; the end of its output:\n" + "\n".join(tail), 1)
+
+
+def _close_run(context: Context, status: str) -> None:
+    """End the MLflow run that the snapshot stage opened, if it came so far."""
+    path = context.build / tracking.RUN_FILE
+    if path.exists():
+        tracking.client(context).set_terminated(json.loads(path.read_text())["run_id"], status)
+
+
+def _result(context: Context, stages: dict[str, float | None]) -> Result:
+    registered = json.loads((context.build / "register/registered.json").read_text())
+    opened = json.loads((context.build / tracking.RUN_FILE).read_text())["run_id"]
+    unchanged = stages["register"] is None
+    store = tracking.client(context)
+    if unchanged and opened != registered["run_id"]:
+        store.delete_run(opened)  # nothing to see there
+        write_json(context.build / tracking.RUN_FILE, {"run_id": registered["run_id"]})
+    elif not unchanged:
+        reused = [name for name, seconds in stages.items() if seconds is None]
+        store.set_tag(opened, "fenceline.stages_unchanged", ",".join(reused))
+    gate = json.loads((context.build / "evaluate/gate.json").read_text())
+    return Result(
+        run_id=registered["run_id"],
+        run_url=tracking.run_url(context, registered["run_id"]),
+        model=registered["model"],
+        model_version=registered["version"],
+        promoted=registered["champion"],
+        unchanged=unchanged,
+        metrics=json.loads((context.build / "evaluate/metrics.json").read_text()),
+        gate=gate,
+        lake_version=json.loads(context.lake_version.read_text())["lanes"],
+        stages=stages,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.run", description="Run the training pipeline.")
+    parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
+    parser.add_argument("--mlflow", metavar="URL", help="MLflow tracking server (default: MLFLOW_TRACKING_URI, then SQLite in the state directory)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change pipelines/params.yaml first; may be repeated")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="a running cluster: host:port, or http(s)://… to submit a Ray job")
+    parser.add_argument("--project", type=Path, default=Path.cwd(), help="directory with pipelines/dvc.yaml (default: here)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
+    args = parser.parse_args(argv)
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    try:
+        if args.ray_address and args.ray_address.startswith(("http://", "https://")):
+            return submit(args.ray_address, _without_address(args), lambda line: print(line, flush=True))
+        result = run(args.project, args.state, args.mlflow, args.set, args.ray_address, say)
+    except FencelineError as e:
+        print(f"train: {e}", file=sys.stderr)
+        return e.exit_code if isinstance(e, StageError) else 2 if isinstance(e, ConfigError) else 1
+    print(json.dumps(asdict(result)) if args.json else _report(result))
+    return 0
+
+
+def _without_address(args: argparse.Namespace) -> list[str]:
+    """The arguments for the job: absolute paths, no address."""
+    words = ["--project", str(args.project.absolute())]
+    words += ["--state", str(args.state.absolute())] if args.state else []
+    words += ["--mlflow", args.mlflow] if args.mlflow else []
+    words += [word for assignment in args.set for word in ("--set", assignment)]
+    return words + (["--json"] if args.json else [])
+
+
+def _report(result: Result) -> str:
+    metrics = ", ".join(f"{name} {result.metrics[name]:.2f}" for name in ("rmse", "mae", "rmse_near_failure") if name in result.metrics)
+    outcome = "champion" if result.promoted else f"challenger only: {'; '.join(result.gate['reasons'])}"
+    lines = [
+        "nothing has changed since the last run" if result.unchanged else f"done in {result.seconds:.0f} s",
+        f"model    {result.model} version {result.model_version} ({outcome})",
+        f"hold-out {metrics}",
+        f"lake     {', '.join(f'{k}@{v}' for k, v in sorted(result.lake_version.items()))}",
+        f"run      {result.run_url}",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

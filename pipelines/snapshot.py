@@ -1,0 +1,102 @@
+"""snapshot: the lake as it is now, in two Parquet files, and the table versions that name it.
+
+- Runs every time; the stages after it run only if the readings or labels have changed.
+- `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
+- `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again. It is no dependency of
+  a later stage: compaction gives a table a new version without changing a row.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from cloud.lake import Lake
+from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.stream import StreamContract
+from pipelines import stage, tracking
+from pipelines.params import Params
+from pipelines.stage import Context
+
+ROW_GROUP = 65_536
+ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "received_at")
+"""What the pipeline keeps of a reading beside the fields of its contract."""
+
+
+def work(context: Context) -> None:
+    """Write the snapshot, and open the MLflow run that this pipeline run belongs to."""
+    versions = pick_versions(Lake(context.lake_dir), context)
+    stage.progress(f"lake {context.lake_dir}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
+    out = context.folder("snapshot")
+    found = ray.get(ray.remote(write_snapshot).remote(context.lake_dir, out, context.params, context.contract, versions))
+    stage.write_json(context.lake_version, found)
+    tracking.current_run(context, fresh=True)
+    stage.progress(f"{found['rows']} readings, {found['labels']} labels")
+
+
+def pick_versions(lake: Lake, context: Context) -> dict[str, int]:
+    """The current version of each lane to read.
+
+    Raises:
+        ConfigError: the lake has nothing to learn from, or not the lanes that params.yaml asks for.
+    """
+    stream, lanes = context.params.stream, context.params.snapshot.lanes
+    versions = lake.versions(stream)
+    if not versions:
+        raise _empty(context, "holds no readings")
+    missing = sorted(set(lanes) - set(versions))
+    if missing:
+        raise ConfigError(
+            f"snapshot.lanes asks for {', '.join(missing)}, but the lake {context.lake_dir} has {stream!r} only in "
+            f"{', '.join(versions)}; change snapshot.lanes in pipelines/params.yaml (empty: all)"
+        )
+    labels = lake.labels(stream)
+    if labels is None or not labels.num_rows:
+        raise ConfigError(
+            f"the lake {context.lake_dir} holds no labels for stream {stream!r}; add what the model shall learn with "
+            "`fenceline labels add FILE`, then train again"
+        )
+    return {lane: version for lane, version in versions.items() if not lanes or lane in lanes}
+
+
+def write_snapshot(lake_dir: Path, out: Path, params: Params, contract: StreamContract, versions: dict[str, int]) -> dict[str, Any]:
+    """Read the lake at `versions` and write both files; what lake_version.json will say."""
+    lake = Lake(lake_dir)
+    columns = [f.name for f in contract.fields] + list(ORIGIN)
+    readings = lake.read(params.stream, versions=versions, columns=columns)
+    if not readings.num_rows:
+        raise ConfigError(f"the lake {lake_dir} holds no readings of stream {params.stream!r} in {', '.join(versions)}; nothing to train on")
+    version = lake.labels_version(params.stream)
+    labels = lake.labels(params.stream, version)
+    assert labels is not None  # pick_versions saw them, and labels are never taken away
+    labels = labels.select(["entity", "event_time", "label"]).sort_by([("entity", "ascending"), ("event_time", "ascending")])
+    _write(readings, out / "readings.parquet")
+    _write(labels, out / "labels.parquet")
+    return {
+        "stream": params.stream,
+        "lanes": versions,
+        "labels_version": version,
+        "rows": readings.num_rows,
+        "labels": labels.num_rows,
+        "contract_version": contract.version,
+    }
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
+
+
+def _empty(context: Context, what: str) -> ConfigError:
+    return ConfigError(
+        f"the lake {context.lake_dir} {what} of stream {context.params.stream!r}; start a stack (`fenceline up`), send readings "
+        "(`fenceline replay FILE` or a device), see them arrive (`fenceline status`), then train again"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(stage.main("snapshot", work))

@@ -1,0 +1,117 @@
+"""What all stages share: where files lie, how a stage starts, and how it ends.
+
+- A stage is `python -m pipelines.<stage>`, run by DVC in the project directory. It reads and writes `build/pipeline/`.
+- Environment: FENCELINE_STATE (state directory), MLFLOW_TRACKING_URI, RAY_ADDRESS, FENCELINE_RUN_ID; all optional.
+- A person's mistake ends with its message and exit 2; what went wrong outside with exit 1. DVC hides a stage's exit code,
+  so the error is also left in `build/pipeline/error.json`, where `pipelines.run` finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.contract.errors import ConfigError, FencelineError
+from edge_agent.contract.stream import StreamContract
+from pipelines import cluster
+from pipelines.params import Params, load_contract, load_params
+
+BUILD = Path("build/pipeline")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything a stage is given."""
+
+    project: Path
+    state: Path
+    params: Params
+    contract: StreamContract
+
+    @property
+    def build(self) -> Path:
+        return self.project / BUILD
+
+    @property
+    def lake_dir(self) -> Path:
+        return self.state / "lake"
+
+    @property
+    def readings(self) -> Path:
+        """Readings in the order seen, sorted by device and epoch. One Parquet file."""
+        return self.build / "snapshot/readings.parquet"
+
+    @property
+    def labels(self) -> Path:
+        return self.build / "snapshot/labels.parquet"
+
+    @property
+    def lake_version(self) -> Path:
+        return self.build / "snapshot/lake_version.json"
+
+    @property
+    def features(self) -> Path:
+        """A folder of Parquet files: entity, event_time, created_time, device and the features."""
+        return self.build / "features"
+
+    @property
+    def dataset(self) -> Path:
+        return self.build / "dataset/dataset.parquet"
+
+    def folder(self, stage: str) -> Path:
+        """The output folder of a stage, made if need be."""
+        path = self.build / stage
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def load_context(project: Path, state: Path | None = None) -> Context:
+    """Read parameters, contract and settings of the project.
+
+    Raises:
+        ConfigError: one of them is missing or wrong.
+    """
+    params = load_params(project)
+    return Context(project, _state_dir(project, state), params, load_contract(project, params))
+
+
+def _state_dir(project: Path, state: Path | None) -> Path:
+    given = state or os.environ.get("FENCELINE_STATE")
+    if given:
+        return Path(given).absolute()
+    from cloud import config
+
+    return config.load(project).state_dir
+
+
+def main(name: str, work: Callable[[Context], None]) -> int:
+    """Run the stage called `name` in the working directory, connected to Ray; the exit code."""
+    error = Path.cwd() / BUILD / "error.json"
+    error.parent.mkdir(parents=True, exist_ok=True)
+    error.unlink(missing_ok=True)
+    try:
+        context = load_context(Path.cwd())
+        with cluster.connected():
+            work(context)
+    except FencelineError as e:
+        message = str(getattr(e, "cause", e))  # an error from a Ray task is of its own class too, but its text is a whole traceback
+        code = 2 if isinstance(e, ConfigError) else 1
+        error.write_text(json.dumps({"stage": name, "message": message, "exit_code": code}))
+        print(f"{name}: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def progress(message: str, done: int | None = None, total: int | None = None) -> None:
+    """Tell whoever watches the stage how far it is."""
+    count = "" if done is None else f"[{done}/{total}] "
+    print(f"  {count}{message}", flush=True)
+
+
+def write_json(path: Path, tree: object) -> None:
+    """Write `tree` in the one form that gives equal files for equal content."""
+    path.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n")
