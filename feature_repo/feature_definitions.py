@@ -15,7 +15,7 @@ _PROJECT = Path(__file__).resolve().parent.parent
 _params = load_params(_PROJECT)
 _contract = load_contract(_PROJECT, _params)
 
-entity = Entity(name=_contract.entity, join_keys=[_contract.entity], value_type=ValueType.STRING, description="What windows are formed per.")
+entity = Entity(name=_contract.entity, join_keys=[_contract.entity], value_type=ValueType.STRING)
 
 source = FileSource(
     name=f"{_params.view}_source",

@@ -22,6 +22,7 @@ import ray
 
 from edge_agent.contract.errors import ConfigError
 from pipelines import stage
+from pipelines.cli import progress
 from pipelines.features import EVENT_TIME
 from pipelines.params import Params
 from pipelines.stage import Context
@@ -32,11 +33,12 @@ LABEL, TARGET = "label", "target"
 
 def work(context: Context) -> None:
     """Write the dataset, and bring the online store up to date."""
-    stage.progress("joining labels and features (Feast, point in time)")
+    progress("joining labels and features (Feast, point in time)")
     out = context.folder("dataset")
-    found = ray.get(ray.remote(build).remote(context.project, context.features, context.labels, context.params, context.contract.entity, out))
+    task = ray.remote(build)
+    found = ray.get(task.remote(context.project, context.features, context.labels, context.params, context.contract.entity, out))
     stage.write_json(out / "dataset.json", found)
-    stage.progress(f"{found['rows']} rows of {found['entities']} engines; {found['labels_without_features']} labels had no features")
+    progress(f"{found['rows']} rows of {found['entities']} engines; {found['labels_without_features']} labels had no features")
 
 
 def build(project: Path, features: Path, labels: Path, params: Params, entity: str, out: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
+import joblib  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ import ray
 from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.stream import StreamContract
 from pipelines import stage, tracking
-from pipelines.dataset import TARGET
+from pipelines.cli import progress
 from pipelines.features import EVENT_TIME, windows_of
 from pipelines.scoring import score
 from pipelines.stage import Context
@@ -53,14 +53,15 @@ def work(context: Context) -> None:
     predicted = model.predict(x[held])
     metrics = measure(y[held], predicted, engines[held])
     metrics["rmse_of_mean"] = float(np.sqrt(np.mean((y[held] - y[~held].mean()) ** 2)))
-    stage.progress(f"hold-out: {int(held.sum())} rows of {len(set(engines[held]))} engines, rmse {metrics['rmse']:.2f} cycles")
+    progress(f"hold-out: {int(held.sum())} rows of {len(set(engines[held]))} engines, rmse {metrics['rmse']:.2f} cycles")
     importance = rank_fields(context, model, x[held], y[held])
     gate = judge(context, metrics["rmse"], engines[held], y[held], predicted)
-    stage.progress(f"gate: {'passed' if gate['passed'] else 'failed'}: {'; '.join(gate['reasons'])}")
+    progress(f"gate: {'passed' if gate['passed'] else 'failed'}: {'; '.join(gate['reasons'])}")
     out = context.folder("evaluate")
     stage.write_json(out / "metrics.json", metrics)
     stage.write_json(out / "gate.json", gate)
-    _write_csv(out / "predictions.csv", ("engine", "target", "predicted", "residual"), zip(engines[held], y[held], predicted, predicted - y[held], strict=True))
+    rows = zip(engines[held], y[held], predicted, predicted - y[held], strict=True)
+    _write_csv(out / "predictions.csv", ("engine", "target", "predicted", "residual"), rows)
     _write_csv(out / "importance.csv", ("field", "rmse_increase"), importance)
     draw(out, y[held], predicted, importance)
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import joblib
+import joblib  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from edge_agent.contract.bundle import Bundle, Golden, Manifest, Provenance, che
 from edge_agent.contract.errors import BundleError
 from edge_agent.core.features import Windows, golden_readings
 from pipelines import stage
+from pipelines.cli import progress
 from pipelines.forest import Float32s, to_onnx
 from pipelines.scoring import score
 from pipelines.stage import Context
@@ -44,9 +45,10 @@ def work(context: Context) -> None:
     onnx_model = to_onnx(model, len(spec.features))
     x, _, _ = load(context)
     worst = ray.get(ray.remote(disagreement).remote(model, onnx_model, x, context.params.train.seed))
-    if not worst["max_abs_diff"] <= context.params.export.tolerance:
-        raise BundleError(f"ONNX and the trained model differ by {worst['max_abs_diff']}; at most {context.params.export.tolerance} allowed")
-    stage.progress(f"ONNX agrees to {worst['max_abs_diff']:.2g} on {worst['rows']} rows")
+    tolerance = context.params.export.tolerance
+    if not worst["max_abs_diff"] <= tolerance:
+        raise BundleError(f"ONNX and the trained model differ by {worst['max_abs_diff']}; at most {tolerance} allowed")
+    progress(f"ONNX agrees to {worst['max_abs_diff']:.2g} on {worst['rows']} rows")
     manifest = make_manifest(context, onnx_model)
     read_bundle(pack_bundle(Bundle(manifest, onnx_model)))
     out = context.folder("export")

@@ -22,6 +22,7 @@ from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
 from pipelines import stage
+from pipelines.cli import progress
 from pipelines.stage import Context
 
 BATCH_ROWS = 8_192
@@ -42,7 +43,7 @@ def work(context: Context) -> None:
     while waiting:
         (ready,), waiting = ray.wait(waiting)
         rows += ray.get(ready)
-        stage.progress(f"{rows} readings with {len(context.params.spec.features)} features", total - len(waiting), total)
+        progress(f"{rows} readings with {len(context.params.spec.features)} features", total - len(waiting), total)
 
 
 def count_by_device(readings: Path) -> dict[str, int]:

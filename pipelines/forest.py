@@ -62,6 +62,8 @@ def to_onnx(model: HistGradientBoostingRegressor, features: int) -> bytes:
     targets: dict[str, list[Any]] = {"nodeids": [], "treeids": [], "ids": [], "weights": []}
     for tree, (predictor,) in enumerate(model._predictors):
         _add_tree(tree, predictor.nodes, nodes, targets)
+    attributes: dict[str, Any] = {f"nodes_{name}": values for name, values in nodes.items()}
+    attributes |= {f"target_{name}": values for name, values in targets.items()}
     node = helper.make_node(
         "TreeEnsembleRegressor",
         [INPUT],
@@ -71,8 +73,7 @@ def to_onnx(model: HistGradientBoostingRegressor, features: int) -> bytes:
         post_transform="NONE",
         aggregate_function="SUM",
         base_values=[float(np.ravel(model._baseline_prediction)[0])],
-        **{f"nodes_{name}": values for name, values in nodes.items()},
-        **{f"target_{name}": values for name, values in targets.items()},
+        **attributes,
     )
     graph = helper.make_graph(
         [node],

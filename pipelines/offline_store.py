@@ -25,8 +25,8 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from feast.data_format import DeltaFormat
 from feast.data_source import DataSource
-from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
 from feast.errors import SavedDatasetLocationAlreadyExists
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
 from feast.infra.offline_stores.file_source import FileSource, SavedDatasetFileStorage
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df

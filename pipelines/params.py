@@ -23,11 +23,11 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """A part of the file; unknown keys are errors."""
 
 
-class Snapshot(_Section):
+class Snapshot(_Section, frozen=True):
     lanes: list[str] = []
 
 
-class Features(_Section):
+class Features(_Section, frozen=True):
     fields: list[str]
     aggregates: list[str]
     window_rows: int
@@ -35,12 +35,12 @@ class Features(_Section):
     parts: int = 4
 
 
-class Dataset(_Section):
+class Dataset(_Section, frozen=True):
     ttl_s: float
     label_max: float
 
 
-class Setting(_Section):
+class Setting(_Section, frozen=True):
     """Hyper-parameters of one trial; names are scikit-learn's."""
 
     learning_rate: float
@@ -51,19 +51,19 @@ class Setting(_Section):
     max_features: float = 1.0
 
 
-class Train(_Section):
+class Train(_Section, frozen=True):
     holdout: float
     folds: int
     seed: int
     search: list[Setting]
 
 
-class Evaluate(_Section):
+class Evaluate(_Section, frozen=True):
     rmse_max: float
     champion_slack: float
 
 
-class Export(_Section):
+class Export(_Section, frozen=True):
     tolerance: float
     golden_rows: int
     score_min: float
@@ -72,11 +72,11 @@ class Export(_Section):
     zones: list[str] = []
 
 
-class Register(_Section):
+class Register(_Section, frozen=True):
     model: str
 
 
-class Params(_Section):
+class Params(_Section, frozen=True):
     """The whole file."""
 
     stream: str

@@ -1,7 +1,7 @@
 """register: everything about the model into its MLflow run, and the model into the registry.
 
-- The parent run gets params, metrics, plots, the dataset, lake, DVC and git versions, the bundle's two files, and the model (ONNX flavour with
-  signature and input example), whichever stages of it were taken over unchanged from an earlier run.
+- The parent run gets params, metrics, plots, the dataset, lake, DVC and git versions, the bundle's two files, and the model
+  (ONNX flavour with signature and input example), whichever stages of it were taken over unchanged from an earlier run.
 - The new version gets the alias `challenger`; if the gate has passed, `champion` too.
 - `pipeline/dvc.lock` is kept as an artifact: `dvc_lock_sha256` in the bundle is its hash. It holds every stage before this one.
 """
@@ -21,12 +21,14 @@ import yaml
 
 from edge_agent.contract.bundle import Manifest, Provenance
 from pipelines import forest, stage, tracking
+from pipelines.cli import progress
 from pipelines.dataset import TARGET
 from pipelines.stage import Context
 from pipelines.train import load
 
 LOCK = "pipelines/dvc.lock"
 EXAMPLE_ROWS = 3
+NAME_LENGTH_MAX = 500
 CHALLENGER, CHAMPION = "challenger", "champion"
 
 
@@ -50,8 +52,9 @@ def work(context: Context) -> None:
         _log_dataset(context, lake)
         _log_files(context)
         version = _log_model(context, store, run_id, gate)
-    stage.write_json(out / "registered.json", {"run_id": run_id, "model": context.params.register.model, "version": version, "champion": gate["passed"]})
-    stage.progress(f"{context.params.register.model} version {version} is {CHALLENGER}{' and ' + CHAMPION if gate['passed'] else ''}")
+    name = context.params.register.model
+    stage.write_json(out / "registered.json", {"run_id": run_id, "model": name, "version": version, "champion": gate["passed"]})
+    progress(f"{name} version {version} is {CHALLENGER}{' and ' + CHAMPION if gate['passed'] else ''}")
 
 
 def _write_bundle(context: Context, provenance: Provenance) -> None:
@@ -93,11 +96,14 @@ def _log_versions(context: Context, store: Any, run_id: str, provenance: Provena
 
 def _log_dataset(context: Context, lake: dict[str, Any]) -> None:
     import mlflow
+    from mlflow.data.pandas_dataset import PandasDataset
+
+    from pipelines.lake_source import LakeSource
 
     frame = pq.read_table(context.dataset).to_pandas()
     at = ",".join(f"{lane}@{version}" for lane, version in sorted(lake["lanes"].items()))
-    source = (context.lake_dir / context.params.stream).absolute().as_uri() + f"?versions={at}"
-    data = mlflow.data.from_pandas(frame, source=source, targets=TARGET, name=f"{context.params.stream}@{at}"[:500])  # type: ignore[attr-defined]
+    source = LakeSource(str(context.lake_dir), context.params.stream, lake["lanes"], lake["labels_version"])
+    data = PandasDataset(frame, source=source, targets=TARGET, name=f"{context.params.stream}@{at}"[:NAME_LENGTH_MAX])
     mlflow.log_input(data, context="training")
 
 

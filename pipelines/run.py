@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
-from pipelines import cluster, tracking
+from pipelines import cli, cluster, tracking
 from pipelines.params import override
-from pipelines.stage import BUILD, Context, load_context, write_json
+from pipelines.stage import Context, load_context, write_json
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
 OUTPUT_LINES_KEPT = 40
@@ -165,7 +166,8 @@ def _init_dvc(project: Path) -> None:
     if (project / ".dvc").is_dir():
         return
     environment = {**os.environ, "DVC_NO_ANALYTICS": "1"}
-    made = subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], cwd=project, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "dvc", "init", "--no-scm", "-q"]
+    made = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     if made.returncode:
         raise ConfigError(f"{project} cannot become a DVC repository: {made.stderr.strip()}")
 
@@ -194,7 +196,14 @@ def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str,
         (context.build / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "dvc", "repro", "pipelines/dvc.yaml"]
     process = subprocess.Popen(
-        command, cwd=context.project, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=context.project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,  # so that the stage can be ended with DVC
     )
     assert process.stdout is not None
     watch = _Watch(say)
@@ -232,8 +241,8 @@ class _Watch:
         elif skipped:
             self.end()
             self._say(f"[{STAGES.index(skipped.group(1)) + 1}/{len(STAGES)}] {skipped.group(1)}: unchanged")
-        elif self._stage and line.startswith("  "):
-            self._say(f"      {line.strip()}")
+        elif self._stage and line.startswith(cli.BULLET):
+            self._say(f"      {line.removeprefix(cli.BULLET)}")
 
     def end(self) -> None:
         if self._stage:
@@ -244,11 +253,11 @@ class _Watch:
 def _stop(process: subprocess.Popen[str]) -> None:
     if process.poll() is not None:
         return
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(STOP_S)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
@@ -297,24 +306,28 @@ def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.run", description="Run the training pipeline.")
     parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
-    parser.add_argument("--mlflow", metavar="URL", help="MLflow tracking server (default: MLFLOW_TRACKING_URI, then SQLite in the state directory)")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change pipelines/params.yaml first; may be repeated")
+    parser.add_argument(
+        "--mlflow", metavar="URL", help="tracking server (default: MLFLOW_TRACKING_URI, then SQLite in the state directory)"
+    )
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change params.yaml first; may be repeated")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="a running cluster: host:port, or http(s)://… to submit a Ray job")
     parser.add_argument("--project", type=Path, default=Path.cwd(), help="directory with pipelines/dvc.yaml (default: here)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
     args = parser.parse_args(argv)
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the stages too
+    say = cli.err if args.json else cli.out
     try:
         if args.ray_address and args.ray_address.startswith(("http://", "https://")):
-            return submit(args.ray_address, _without_address(args), lambda line: print(line, flush=True))
+            return submit(args.ray_address, _without_address(args), cli.out)
         result = run(args.project, args.state, args.mlflow, args.set, args.ray_address, say)
     except FencelineError as e:
-        print(f"train: {e}", file=sys.stderr)
+        cli.err(f"train: {e}")
         return e.exit_code if isinstance(e, StageError) else 2 if isinstance(e, ConfigError) else 1
-    print(json.dumps(asdict(result)) if args.json else _report(result))
+    except KeyboardInterrupt:
+        cli.err("train: stopped; the next run goes on with the stage that was cut off")
+        return 130
+    cli.out(json.dumps(asdict(result)) if args.json else _report(result))
     return 0
 
 

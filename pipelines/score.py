@@ -28,7 +28,7 @@ from cloud.lake import Lake
 from edge_agent.contract.bundle import FeatureSpec, read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, FencelineError
 from edge_agent.contract.stream import StreamContract
-from pipelines import cluster
+from pipelines import cli, cluster
 from pipelines.features import deal, runs, windows_of
 from pipelines.scoring import score
 from pipelines.stage import Context, load_context
@@ -103,7 +103,9 @@ def missing(readings: pa.Table) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.score", description="Recompute scores from the lake and compare them with the devices'.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.score", description="Recompute scores from the lake and compare them with the devices'."
+    )
     parser.add_argument("--bundle", type=Path, required=True, help="the bundle file that devices run")
     parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
     parser.add_argument("--project", type=Path, default=Path.cwd(), help="directory with pipelines/params.yaml (default: here)")
@@ -116,9 +118,9 @@ def main(argv: list[str] | None = None) -> int:
         with cluster.connected():
             report = recompute(context, args.bundle, args.out)
     except FencelineError as e:
-        print(f"score: {e}", file=sys.stderr)
+        cli.err(f"score: {getattr(e, 'cause', e)}")
         return 2 if isinstance(e, ConfigError) else 1
-    print(json.dumps(report) if args.json else "\n".join(f"{k:18} {v}" for k, v in report.items()))
+    cli.out(json.dumps(report) if args.json else "\n".join(f"{k:18} {v}" for k, v in report.items()))
     return 0 if report["rows_compared"] and report["max_abs_diff"] <= args.max_diff else 1
 
 

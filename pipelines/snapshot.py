@@ -20,6 +20,7 @@ from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
 from pipelines import stage, tracking
+from pipelines.cli import progress
 from pipelines.params import Params
 from pipelines.stage import Context
 
@@ -31,12 +32,12 @@ ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "receiv
 def work(context: Context) -> None:
     """Write the snapshot, and open the MLflow run that this pipeline run belongs to."""
     versions = pick_versions(Lake(context.lake_dir), context)
-    stage.progress(f"lake {context.lake_dir}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
+    progress(f"lake {context.lake_dir}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
     out = context.folder("snapshot")
     found = ray.get(ray.remote(write_snapshot).remote(context.lake_dir, out, context.params, context.contract, versions))
     stage.write_json(context.lake_version, found)
     tracking.current_run(context, fresh=True)
-    stage.progress(f"{found['rows']} readings, {found['labels']} labels")
+    progress(f"{found['rows']} readings, {found['labels']} labels")
 
 
 def pick_versions(lake: Lake, context: Context) -> dict[str, int]:
@@ -70,7 +71,9 @@ def write_snapshot(lake_dir: Path, out: Path, params: Params, contract: StreamCo
     columns = [f.name for f in contract.fields] + list(ORIGIN)
     readings = lake.read(params.stream, versions=versions, columns=columns)
     if not readings.num_rows:
-        raise ConfigError(f"the lake {lake_dir} holds no readings of stream {params.stream!r} in {', '.join(versions)}; nothing to train on")
+        raise ConfigError(
+            f"the lake {lake_dir} has only empty tables of stream {params.stream!r} ({', '.join(versions)}); send readings first"
+        )
     version = lake.labels_version(params.stream)
     labels = lake.labels(params.stream, version)
     assert labels is not None  # pick_versions saw them, and labels are never taken away

@@ -17,7 +17,7 @@ ENGINES_MIN = 4
 
 
 def holdout_of(entities: Iterable[str], share: float) -> set[str]:
-    """The entities to hold out: those whose hash falls below `share`, and at least half of what `share` promises.
+    """The entities to hold out: those whose hash falls below `share`, and at least three quarters of what `share` promises.
 
     Raises:
         ConfigError: there are fewer than ENGINES_MIN entities.
@@ -29,7 +29,7 @@ def holdout_of(entities: Iterable[str], share: float) -> set[str]:
             "Add readings and labels of more engines"
         )
     below = sum(place < share for place, _ in places)
-    least = max(1, round(len(places) * share / 2))
+    least = max(1, round(len(places) * share * 0.75))
     most = len(places) - 2
     return {e for _, e in places[: min(max(below, least), most)]}
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.errors import ConfigError, FencelineError
 from edge_agent.contract.stream import StreamContract
-from pipelines import cluster
+from pipelines import cli, cluster
 from pipelines.params import Params, load_contract, load_params
 
 BUILD = Path("build/pipeline")
@@ -101,15 +100,9 @@ def main(name: str, work: Callable[[Context], None]) -> int:
         message = str(getattr(e, "cause", e))  # an error from a Ray task is of its own class too, but its text is a whole traceback
         code = 2 if isinstance(e, ConfigError) else 1
         error.write_text(json.dumps({"stage": name, "message": message, "exit_code": code}))
-        print(f"{name}: {message}", file=sys.stderr)
+        cli.err(f"{name}: {message}")
         return code
     return 0
-
-
-def progress(message: str, done: int | None = None, total: int | None = None) -> None:
-    """Tell whoever watches the stage how far it is."""
-    count = "" if done is None else f"[{done}/{total}] "
-    print(f"  {count}{message}", flush=True)
 
 
 def write_json(path: Path, tree: object) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import joblib
+import joblib  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import GroupKFold
 
 from pipelines import stage, tracking
+from pipelines.cli import progress
 from pipelines.dataset import TARGET
 from pipelines.forest import Float32s, freeze
 from pipelines.params import Setting
@@ -40,7 +41,7 @@ def work(context: Context) -> None:
     trials = search(context, x, y, engines)
     best = min(range(len(trials)), key=lambda i: trials[i]["rmse"])
     setting = context.params.train.search[best]
-    stage.progress(f"best: setting {best + 1}, rmse {trials[best]['rmse']:.2f} cycles over the folds; fitting it on {len(set(engines))} engines")
+    progress(f"best: setting {best + 1}, rmse {trials[best]['rmse']:.2f} over the folds; fitting it on {len(set(engines))} engines")
     model = ray.get(ray.remote(fit_frozen).remote(setting, context.params.train.seed, x, y))
     out = context.folder("train")
     joblib.dump(model, out / "model.joblib")
@@ -75,7 +76,7 @@ def search(context: Context, x: Float32s, y: Floats, engines: npt.NDArray[Any]) 
         (ready,), _ = ray.wait(list(waiting))
         i, k = waiting.pop(ready)
         squares[i, k] = ray.get(ready)
-        stage.progress(f"setting {i + 1} fold {k + 1}: rmse {np.sqrt(squares[i, k] / sizes[k]):.2f}", total - len(waiting), total)
+        progress(f"setting {i + 1} fold {k + 1}: rmse {np.sqrt(squares[i, k] / sizes[k]):.2f}", total - len(waiting), total)
         if not np.isnan(squares[i]).any():
             _log_trial(store, parent, i, settings[i], squares[i], sizes)
     return [
@@ -109,7 +110,8 @@ def _regressor(setting: Setting, seed: int) -> HistGradientBoostingRegressor:
 
 def _log_trial(store: Any, parent: str, i: int, setting: Setting, squares: Floats, sizes: Rows) -> None:
     run = tracking.child_run(store, parent, f"setting-{i + 1}")
-    metrics = {"cv_rmse": _rmse(squares, sizes)} | {f"cv_rmse_fold_{k + 1}": float(np.sqrt(s / n)) for k, (s, n) in enumerate(zip(squares, sizes, strict=True))}
+    metrics = {f"cv_rmse_fold_{k + 1}": float(np.sqrt(s / n)) for k, (s, n) in enumerate(zip(squares, sizes, strict=True))}
+    metrics["cv_rmse"] = _rmse(squares, sizes)
     tracking.log_batch(store, run, metrics, msgspec.to_builtins(setting))
     store.set_terminated(run, "FINISHED")
     tracking.log_batch(store, parent, {"cv_rmse": metrics["cv_rmse"]}, step=i)
