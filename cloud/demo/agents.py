@@ -14,12 +14,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from edge_agent.contract.errors import UnavailableError
 
 log = logging.getLogger(__name__)
 
 STOP_S = 15.0
+STATUS_S = 30.0
 
 
 @dataclass
@@ -48,6 +52,12 @@ class AgentProcess:
         code = None if self._process is None else self._process.poll()
         if code is not None:
             raise UnavailableError(f"agent {self.device} ended with code {code}; its log is {self.log_path}:\n{_tail(self.log_path)}")
+
+    def status(self) -> dict[str, Any] | None:
+        """What `edge-agent status` says; None while the agent does not answer."""
+        command = [sys.executable, "-m", "edge_agent.cli", "status", "--json", "--config", str(self.config)]
+        answer = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=STATUS_S)
+        return msgspec.json.decode(answer.stdout, type=dict[str, Any]) if answer.returncode == 0 else None
 
     def kill(self) -> None:
         """kill -9, as a power cut would: no goodbye to anyone."""
