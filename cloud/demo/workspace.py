@@ -20,12 +20,6 @@ PARTS = (
     "feature_repo/feature_store.yaml",
     "feature_repo/feature_definitions.py",
 )
-    "contracts",
-    "pipelines/dvc.yaml",
-    "pipelines/params.yaml",
-    "feature_repo/feature_store.yaml",
-    "feature_repo/feature_definitions.py",
-)
 
 
 def make_project(source: Path, target: Path) -> Path:
