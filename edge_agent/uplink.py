@@ -162,9 +162,14 @@ class Uplink:
             self._inbox.put(_Stop(flush_s))
             self._thread.join(flush_s + 5.0)
 
-    def wake(self, blocks: Sequence[StoredBlock] = ()) -> None:
-        """New blocks are in the buffer. Given here, they go at once; otherwise the buffer is read for them."""
-        self._inbox.put(_Stored(blocks))
+    def offer(self, blocks: Sequence[StoredBlock]) -> None:
+        """Send these blocks, just stored, at once."""
+        if blocks:
+            self._inbox.put(_Stored(blocks))
+
+    def wake(self) -> None:
+        """Look into the buffer now: it holds blocks that were not offered."""
+        self._inbox.put(_Stored(()))
 
     def stay(self, lane: str) -> None:
         """The device is in `lane` now: keep its endpoints connected though it may have nothing to send."""

@@ -103,7 +103,7 @@ class World:
             draft = Draft(lane, "pump", "1.0.0", FixQuality.STATIC, "policy", {"t": np.array([float(i)])}, 1, 1, 2)
             out += self.buffer.append([draft], [], NOW)
         if wake:
-            self.uplink.wake(out)
+            self.uplink.offer(out)
         return out
 
     def empty(self, lane: str) -> bool:
