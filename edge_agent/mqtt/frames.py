@@ -231,6 +231,8 @@ class Decoder:
                 self._skip = stop - at
                 continue
             if stop > end:
+                if not self._connected and head != 0x20:  # not to wait for the rest of what is not MQTT
+                    raise ContractError(f"MQTT: stream begins {data[at : at + 16]!r}, not with CONNACK")
                 self._need = stop - at
                 break
             if head & 0xF6 == 0x32:  # PUBLISH, QoS 1, DUP and RETAIN or not

@@ -130,7 +130,6 @@ class Source:
         self._wake = _Wake()
         self._stopping = threading.Event()
         self._status = SourceStatus()
-        self._connection: _Connection | None = None
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
 
