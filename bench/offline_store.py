@@ -24,6 +24,7 @@ OURS, FEASTS = "pipelines.offline_store.AsOfOfflineStore", "dask"
 FEASTS_ROWS_MAX = 100_000
 COLUMNS = [f"f{i}" for i in range(14)]
 SIZES = ((100_000, 10_000), (1_000_000, 20_000))
+QUICK = ((2_000, 200),)
 ENTITIES = 200
 TTL = timedelta(hours=2)
 SPAN_S = 30 * 86_400
@@ -31,11 +32,11 @@ ROUNDS = 2
 SEED = 5
 
 
-def measure(_: argparse.Namespace) -> Report:
+def measure(arguments: argparse.Namespace) -> Report:
     """Seconds by size."""
     rows: list[list[Cell]] = []
     numbers: dict[str, Any] = {"sizes": []}
-    for features, labels in SIZES:
+    for features, labels in QUICK if arguments.quick else SIZES:
         with tempfile.TemporaryDirectory() as folder:
             numbers["sizes"].append(result := one_size(Path(folder), features, labels))
         rows += [[f"{features:,} features, {labels:,} labels", *way] for way in result["ways"]]

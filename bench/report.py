@@ -74,6 +74,7 @@ def main(doc: str | None, measure: Callable[[argparse.Namespace], Report], optio
     """Run one benchmark from the command line."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    parser.add_argument("--quick", action="store_true", help="a small run that shows that it works; its times mean little")
     options(parser)
     arguments = parser.parse_args()
     report = measure(arguments)
