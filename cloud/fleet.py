@@ -121,17 +121,18 @@ class Fleet:
         rows = self._rows("SELECT name, reported, reported_us FROM devices WHERE reported IS NOT NULL ORDER BY name")
         return {str(name): (decode_reported(document), int(at_us)) for name, document, at_us in rows}
 
-    def record_reported(self, reported: Reported) -> bool:
-        """Keep a report; False if the device is unknown, or the report is older than the one kept.
+    def record_reported(self, reported: Reported, *, retained: bool = False) -> bool:
+        """Keep a report; False if the device is unknown, or the report is an old one.
 
-        Reports come over several brokers, which may each have kept an old one. `at_us` decides, within one epoch.
+        Each broker keeps the last report it got, and a device reports over one at a time. So a live report is the newest, whatever
+        the device's clock says; a retained one counts only if it is newer than the one kept.
         """
         with self._transaction() as db:
             row = db.execute("SELECT reported FROM devices WHERE name = ?", (reported.device,)).fetchone()
             if row is None:
                 return False
             kept = decode_reported(row[0]) if row[0] is not None else None
-            if kept is not None and (kept.desired_version, kept.at_us) > (reported.desired_version, reported.at_us):
+            if retained and kept is not None and (kept.desired_version, kept.at_us) >= (reported.desired_version, reported.at_us):
                 return False
             db.execute(
                 "UPDATE devices SET reported = ?, reported_us = ? WHERE name = ?", (encode_state(reported), _now_us(), reported.device)
@@ -157,7 +158,7 @@ class Fleet:
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
 
-    def _rows(self, query: str, *arguments: object) -> list[tuple]:  # type: ignore[type-arg]
+    def _rows(self, query: str, *arguments: object) -> list[tuple]:
         with closing(self._connect()) as db:
             return db.execute(query, arguments).fetchall()
 

@@ -1,0 +1,123 @@
+"""The parts of a development stack: for each, its command, its environment, and how to see that it is ready."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import httpx
+
+from cloud import brokers, ingest
+from cloud.config import HOST, SENSORS, Address, Region, Settings
+from edge_agent.contract.errors import ConfigError
+
+PROBE_S = 1.0
+MLFLOW_ENVIRONMENT = {
+    "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A child process of the stack. `ready` is asked with its process id."""
+
+    name: str
+    command: list[str]
+    ready: Callable[[int], bool]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parts(settings: Settings) -> list[Part]:
+    """All parts; each may need those before it, and waits for them by itself."""
+    where = {SENSORS: settings.sensors, **{r.name: Address(r.host, r.port) for r in settings.regions}}
+    servers = [Part(broker_part(name), brokers.command(settings, name), _listens(where[name])) for name in brokers.names(settings)]
+    return [*servers, *(_ingest(settings, r) for r in settings.regions), _release(settings), _api(settings), _mlflow(settings)]
+
+
+def broker_part(name: str) -> str:
+    """The name of the part that is broker `name`."""
+    return f"broker-{name}"
+
+
+def free_ports(settings: Settings) -> Settings:
+    """The same settings with ports that are free now."""
+    probes = {name: socket.socket() for name in settings.ports}
+    try:
+        for probe in probes.values():
+            probe.bind((HOST, 0))
+        return settings.with_ports({name: int(probe.getsockname()[1]) for name, probe in probes.items()})
+    finally:
+        for probe in probes.values():
+            probe.close()
+
+
+def check_ports(settings: Settings) -> None:
+    """Raise ConfigError if a port is taken."""
+    for name, port in settings.ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError as e:
+                raise ConfigError(f"port {port} of {name} is taken; give another: --ports {name}=PORT, or --free-ports") from e
+
+
+def _python(settings: Settings, module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments, "--project", str(settings.project), "--state", str(settings.state_dir)]
+
+
+def _ingest(settings: Settings, region: Region) -> Part:
+    def ready(pid: int) -> bool:
+        status = ingest.read_status(settings, region.name)
+        return status is not None and status.pid == pid and status.connected
+
+    return Part(f"ingest-{region.name}", _python(settings, "cloud.ingest", "--region", region.name), ready)
+
+
+def _release(settings: Settings) -> Part:
+    return Part("release", _python(settings, "cloud.release_server"), _listens(settings.release))
+
+
+def _api(settings: Settings) -> Part:
+    def ready(pid: int) -> bool:
+        answer = _get(f"{settings.api_url}/healthz")
+        return answer is not None and bool(answer.json()["connected"])
+
+    return Part("api", _python(settings, "cloud.api"), ready)
+
+
+def _mlflow(settings: Settings) -> Part:
+    directory = settings.mlflow_dir
+    command = [sys.executable, "-m", "mlflow", "server", "--host", settings.mlflow.host, "--port", str(settings.mlflow.port), "--workers", "1"]
+    stores = ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory / "artifacts")]
+    return Part("mlflow", [*command, *stores], lambda pid: _get(f"{settings.mlflow_url}/health") is not None, MLFLOW_ENVIRONMENT)
+
+
+def environment(part: Part) -> dict[str, str]:
+    """The environment of a part: ours, and its own. Proxies are for the internet, not for loopback."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "NO_PROXY": "127.0.0.1,localhost", **part.environment}
+
+
+def _listens(address: Address) -> Callable[[int], bool]:
+    def ready(pid: int) -> bool:
+        try:
+            socket.create_connection((address.host, address.port), PROBE_S).close()
+        except OSError:
+            return False
+        return True
+
+    return ready
+
+
+def _get(url: str) -> httpx.Response | None:
+    try:
+        answer = httpx.get(url, timeout=PROBE_S, trust_env=False)
+    except httpx.TransportError:
+        return None
+    return answer if answer.status_code == httpx.codes.OK else None
