@@ -18,6 +18,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_agent.buffer import Buffer, Draft, StoredBlock
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, read_header
+from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt, SequenceSet, encode_receipt
 from edge_agent.contract.state import Phase, Reported, decode_reported
 from edge_agent.contract.topics import DeviceTopics, parse
@@ -307,3 +308,21 @@ def test_receipt_of_another_device_or_epoch_settles_nothing(world: World) -> Non
         world.eu.client.publish(TOPICS.receipts, encode_receipt(Receipt(device=device, epoch=epoch, lanes=[lane])), qos=1)
     time.sleep(0.3)
     assert not world.empty("europe")
+
+
+def test_buffer_that_fails_for_a_while_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = 2
+
+    def settle(receipt: Receipt) -> int:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise UnavailableError("disk failed")
+        return Buffer.settle(world.buffer, receipt)
+
+    monkeypatch.setattr("edge_agent.uplink.PAUSE_S", 0.05)
+    monkeypatch.setattr(world.buffer, "settle", settle)
+    world.uplink.start()
+    world.store("europe", 3)
+    until(lambda: world.empty("europe"))
+    assert failures == 0

@@ -1,0 +1,374 @@
+"""The updater: from the desired state to the model that runs, and back again when it is bad.
+
+- A desired document with a lower version than the last one seen is refused; the last one is remembered on disk.
+- A bundle becomes active only if the release keys signed it, its bytes are those that the document names, it is meant
+  for a stream, contract version and zone of this device, and it passes its self-test here.
+- One that fails any of that is rejected: what was active stays, and this desired version is not tried again.
+- A repository that does not answer is asked again, with growing waits; what was active stays.
+- The previous bundle is kept on disk: `rollback` needs no network.
+
+Its thread does all the work; `handle`, `confirm` and `rollback` only leave a message and return at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import queue
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from edge_agent.contract.bundle import Bundle, Manifest, read_bundle
+from edge_agent.contract.errors import BundleError, Reason, UnavailableError
+from edge_agent.contract.state import BundleRef, Desired, Phase
+from edge_agent.inference import WorkerError, self_test
+from edge_agent.releases import RefusedError, Repository, RepositoryConfig
+
+log = logging.getLogger(__name__)
+
+SAVE_RETRY_S = 5.0
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class UpdaterConfig:
+    """`contracts`: the contract version of each stream of this device. Waits between attempts grow from min to max."""
+
+    repository: RepositoryConfig
+    contracts: Mapping[str, str]
+    retry_s_min: float = 1.0
+    retry_s_max: float = 60.0
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A bundle to run from now on; it has passed every check. `on_probation` until `confirm`."""
+
+    ref: BundleRef
+    bundle: Bundle
+    on_probation: bool
+
+    @property
+    def sha256(self) -> str:
+        return self.ref.sha256
+
+
+class UpdaterState(msgspec.Struct, frozen=True, kw_only=True):
+    """What the updater remembers over a restart, and what `on_report` is told.
+
+    `wanted` is a bundle not yet decided about. `reason` and `detail` explain REJECTED, ROLLED_BACK and RETRYING.
+    """
+
+    desired_version: int = 0
+    phase: Phase = Phase.IDLE
+    wanted: BundleRef | None = None
+    active: BundleRef | None = None
+    previous: BundleRef | None = None
+    reason: Reason | None = None
+    detail: str = ""
+
+
+class Updater:
+    """See the module's rules.
+
+    Args:
+        store: a directory of its own: bundles by sha256, TUF metadata, `state.json`.
+        here: the lane that the device is in now; a bundle that names zones must name all of that lane.
+        on_activate: takes the bundle to run now, None for no model. If it raises WorkerError, the bundle is refused.
+        on_report: takes the state whenever it has changed; `status` returns it too.
+
+    The callbacks run in the thread of `start`, then in the updater's own.
+    """
+
+    def __init__(
+        self,
+        config: UpdaterConfig,
+        store: Path,
+        *,
+        here: Callable[[], str],
+        on_activate: Callable[[Activation | None], None],
+        on_report: Callable[[UpdaterState], None],
+        rng: random.Random | None = None,
+    ) -> None:
+        self._config, self._store, self._here = config, store, here
+        self._on_activate, self._on_report = on_activate, on_report
+        self._rng = rng or random.Random()
+        self._repository = Repository(config.repository, store / "metadata")
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._retry_s, self._retry_at = 0.0, 0.0
+        self._state, self._saved = UpdaterState(), UpdaterState()
+        self._thread = threading.Thread(target=self._run, name="updater", daemon=True)
+        self.failure: BaseException | None = None
+
+    def status(self) -> UpdaterState:
+        """What it would report now."""
+        return self._state
+
+    @property
+    def alive(self) -> bool:
+        """False before `start`, after `stop`, and when the thread has failed (see `failure`)."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Activate what was active before the restart, and go on with what was not finished."""
+        (self._store / "bundles").mkdir(parents=True, exist_ok=True)
+        self._state = self._saved = _read_state(self._store / "state.json")
+        self._resume()
+        self._save()
+        self._on_report(self._state)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; a download under way is left behind after a second and begins again at the next start."""
+        if self._thread.is_alive():
+            self._inbox.put(_Stop())
+            self._thread.join(1.0)
+
+    def handle(self, desired: Desired) -> None:
+        """The cloud wants this."""
+        self._inbox.put(desired)
+
+    def confirm(self, sha256: str) -> None:
+        """The first windows of this bundle were good: its probation is over."""
+        self._inbox.put(_Confirm(sha256))
+
+    def rollback(self, sha256: str, reason: Reason, detail: str) -> None:
+        """This bundle failed at work: go back to the previous one. Nothing happens if it is not active any more."""
+        self._inbox.put(_Rollback(sha256, reason, detail))
+
+    def _run(self) -> None:
+        try:
+            while True:
+                message = self._next()
+                if isinstance(message, _Stop):
+                    return
+                self._apply(message)
+                self._save()
+                if self._state.wanted is not None and time.monotonic() >= self._retry_at:
+                    self._try(self._state.wanted)
+                    self._save()
+        except Exception as e:
+            self.failure = e
+            log.exception("updater failed")
+            raise
+
+    def _next(self) -> _Message | None:
+        """The next message; None when it is time to try the wanted bundle again, or to save the state again."""
+        try:
+            return self._inbox.get(timeout=self._wait_s())
+        except queue.Empty:
+            return None
+
+    def _wait_s(self) -> float | None:
+        waits = [] if self._state == self._saved else [SAVE_RETRY_S]
+        if self._state.wanted is not None:
+            waits.append(max(0.001, self._retry_at - time.monotonic()))
+        return min(waits, default=None)
+
+    def _apply(self, message: _Message | None) -> None:
+        match message:
+            case Desired():
+                self._take(message)
+            case _Confirm(sha256) if self._state.phase is Phase.PROBATION and _is(self._state.active, sha256):
+                log.info("bundle proved sha256=%s", sha256)
+                self._change(phase=Phase.ACTIVE, reason=None, detail="")
+            case _Rollback(sha256, reason, detail) if _is(self._state.active, sha256):
+                self._roll_back(reason, detail)
+
+    def _take(self, desired: Desired) -> None:
+        state = self._state
+        if desired.version <= state.desired_version:
+            if desired.version < state.desired_version:
+                log.warning("desired state refused version=%s seen=%s reason=%s", desired.version, state.desired_version, Reason.STALE)
+            return
+        log.info("desired state taken version=%s bundle=%s", desired.version, desired.bundle.target if desired.bundle else None)
+        version = desired.version
+        self._retry_s = self._retry_at = 0.0
+        if desired.bundle is not None and not _SHA256.fullmatch(desired.bundle.sha256):
+            detail = f"sha256 {desired.bundle.sha256!r} of {desired.bundle.target} is not 64 hexadecimal digits"
+            self._change(desired_version=version, phase=Phase.REJECTED, wanted=None, reason=Reason.TAMPERED, detail=detail)
+        elif desired.bundle is None:
+            self._change(desired_version=version, phase=Phase.IDLE, wanted=None, active=None, previous=state.active, reason=None, detail="")
+            self._on_activate(None)
+        elif state.active == desired.bundle:
+            phase = state.phase if state.phase is Phase.PROBATION else Phase.ACTIVE
+            self._change(desired_version=version, phase=phase, wanted=None, reason=None, detail="")
+        else:
+            self._change(desired_version=version, phase=Phase.FETCHING, wanted=desired.bundle, reason=None, detail="")
+
+    def _try(self, ref: BundleRef) -> None:
+        """One attempt at the wanted bundle: active, rejected, or to be tried again."""
+        try:
+            bundle = self._check(ref, self._repository.fetch(ref, self._path(ref)))
+            _sync(self._path(ref))
+            _sync(self._path(ref).parent)
+            self._on_activate(Activation(ref, bundle, on_probation=True))
+        except (RefusedError, WorkerError) as e:
+            log.warning("bundle rejected target=%s version=%s reason=%s detail=%s", ref.target, self._state.desired_version, e.reason, e)
+            self._change(phase=Phase.REJECTED, wanted=None, reason=e.reason, detail=str(e))
+        except (UnavailableError, OSError) as e:
+            low, high = self._config.retry_s_min, self._config.retry_s_max
+            self._retry_s = min(high, self._rng.uniform(low, max(low, 3 * self._retry_s)))
+            self._retry_at = time.monotonic() + self._retry_s
+            log.warning("bundle not fetched target=%s retry_s=%.1f error=%s", ref.target, self._retry_s, e)
+            self._change(phase=Phase.RETRYING, reason=None, detail=str(e))
+            return
+        else:
+            log.info("bundle activated target=%s sha256=%s", ref.target, ref.sha256)
+            self._change(phase=Phase.PROBATION, wanted=None, active=ref, previous=self._state.active, reason=None, detail="")
+        self._sweep()
+
+    def _check(self, ref: BundleRef, data: bytes) -> Bundle:
+        """The bundle in signed bytes, if it is meant for this device and works here."""
+        try:
+            bundle = read_bundle(data)
+        except BundleError as e:
+            raise RefusedError(Reason.SELF_TEST, str(e)) from e
+        self._check_manifest(ref, bundle.manifest)
+        try:
+            self_test(bundle)
+        except BundleError as e:
+            raise RefusedError(Reason.SELF_TEST, str(e)) from e
+        return bundle
+
+    def _check_manifest(self, ref: BundleRef, manifest: Manifest) -> None:
+        name, want = (manifest.model, manifest.model_version), (ref.model, ref.model_version)
+        if name != want:
+            raise RefusedError(Reason.FOREIGN, f"bundle holds model {name[0]} version {name[1]}; want {want[0]} version {want[1]}")
+        version = self._config.contracts.get(manifest.stream)
+        if version is None:
+            streams = ", ".join(self._config.contracts)
+            raise RefusedError(Reason.FOREIGN, f"bundle is for stream {manifest.stream}; this device has {streams}")
+        if manifest.contract_version != version:
+            contract = f"{manifest.stream} contract version"
+            raise RefusedError(Reason.FOREIGN, f"bundle is for {contract} {manifest.contract_version}; this device has {version}")
+        lane = self._here()
+        if manifest.zones and not set(lane.split("_")) <= set(manifest.zones):
+            raise RefusedError(Reason.FOREIGN, f"bundle may run in {', '.join(manifest.zones)}; this device is in {lane}")
+
+    def _roll_back(self, reason: Reason, detail: str) -> None:
+        failed = self._state.active
+        back = None if self._state.previous is None else self._load(self._state.previous)
+        log.warning("bundle rolled back from=%s to=%s reason=%s detail=%s", failed, back and back.ref, reason, detail)
+        self._change(phase=Phase.ROLLED_BACK, active=back and back.ref, previous=None, reason=reason, detail=detail)
+        self._reactivate(back)
+        self._sweep()
+
+    def _reactivate(self, activation: Activation | None) -> None:
+        try:
+            self._on_activate(activation)
+        except WorkerError as e:
+            self._roll_back(e.reason, str(e))
+
+    def _resume(self) -> None:
+        state = self._state
+        if state.active is None:
+            return
+        found = self._load(state.active)
+        if found is not None:
+            self._reactivate(found)
+            return
+        self._roll_back(Reason.TAMPERED, f"bundle file {state.active.sha256} is missing or damaged")
+
+    def _load(self, ref: BundleRef) -> Activation | None:
+        """A bundle that was active before, from the store; None if its file is not what it was."""
+        try:
+            data = self._path(ref).read_bytes()
+            if hashlib.sha256(data).hexdigest() != ref.sha256:
+                raise BundleError(f"{self._path(ref)} does not hold sha256 {ref.sha256}")
+            bundle = read_bundle(data)
+        except (OSError, BundleError) as e:
+            log.error("bundle not loaded target=%s error=%s", ref.target, e)
+            return None
+        return Activation(ref, bundle, on_probation=ref == self._state.active and self._state.phase is Phase.PROBATION)
+
+    def _path(self, ref: BundleRef) -> Path:
+        return self._store / "bundles" / f"{ref.sha256}.bundle"
+
+    def _sweep(self) -> None:
+        """Delete bundles that are neither active nor previous."""
+        keep = {self._path(ref) for ref in (self._state.active, self._state.previous) if ref is not None}
+        for path in (self._store / "bundles").iterdir():
+            if path not in keep:
+                path.unlink()
+
+    def _change(self, **changes: object) -> None:
+        state = msgspec.structs.replace(self._state, **changes)
+        if state != self._state:
+            self._state = state
+            self._on_report(state)
+
+    def _save(self) -> None:
+        """Store the state. A disk that fails holds nothing up: it is tried again until it works."""
+        if self._state == self._saved:
+            return
+        try:
+            _write_state(self._store / "state.json", self._state)
+        except OSError as e:
+            log.error("updater state not stored error=%s retry_s=%s", e, SAVE_RETRY_S)
+            return
+        self._saved = self._state
+
+
+@dataclass(frozen=True)
+class _Confirm:
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Rollback:
+    sha256: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class _Stop:
+    pass
+
+
+_Message = Desired | _Confirm | _Rollback | _Stop
+
+
+def _is(ref: BundleRef | None, sha256: str) -> bool:
+    return ref is not None and ref.sha256 == sha256
+
+
+def _read_state(path: Path) -> UpdaterState:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=UpdaterState)
+    except FileNotFoundError:
+        return UpdaterState()
+    except msgspec.MsgspecError as e:
+        aside = path.with_suffix(".damaged")
+        log.error("updater state damaged path=%s error=%s moved_to=%s", path, e, aside)
+        path.rename(aside)
+        return UpdaterState()
+
+
+def _write_state(path: Path, state: UpdaterState) -> None:
+    """Replace the file so that a power cut leaves the old state or the new one, whole."""
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(msgspec.json.encode(state))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
