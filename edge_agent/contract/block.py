@@ -18,7 +18,7 @@ import msgspec
 import zstandard
 
 from edge_agent.contract.columns import Table, decode_columns, encode_columns
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.contract.topics import check_lane, check_name
 
 MAGIC = b"FLB1"
@@ -108,12 +108,14 @@ def decode_block(block: bytes) -> tuple[BlockHeader, Table]:
         ContractError: the bytes are not a whole block of format 1.
     """
     header, start = _split(block)
+    packed = block[start:-4]
     try:
-        raw = zstandard.ZstdDecompressor().decompress(block[start:-4], max_output_size=RAW_BYTES_MAX)
+        size = zstandard.frame_content_size(packed)  # -1: not said
+        if size > RAW_BYTES_MAX:  # zstd would prefer the frame's own word to the limit
+            raise ContractError(f"block {header.identity}: {size} raw bytes; at most {RAW_BYTES_MAX}")
+        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=RAW_BYTES_MAX)
     except zstandard.ZstdError as e:
         raise ContractError(f"block {header.identity}: columns do not decompress: {e}") from e
-    if len(raw) > RAW_BYTES_MAX:  # the frame names its own size, which zstd then prefers to the limit
-        raise ContractError(f"block {header.identity}: {len(raw)} raw bytes; at most {RAW_BYTES_MAX}")
     return header, decode_columns(raw, header.rows)
 
 
@@ -127,7 +129,7 @@ def _split(block: bytes) -> tuple[BlockHeader, int]:
         raise ContractError(f"block header of {start - 8} bytes; at most {HEADER_BYTES_MAX}, inside the block")
     try:
         header = _decode_header(block[8:start])
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"block header: {e}") from e
     _check(header)
     return header, start

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.contract.stream import FIELDS_MAX
 
 Floats = npt.NDArray[np.float64]
@@ -127,7 +127,7 @@ def decode_columns(data: bytes, rows: int) -> Table:
     end = 4 + int.from_bytes(data[:4], "little")
     try:
         specs = _decode_specs(data[4:end])
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"column headers: {e}") from e
     if len(specs) > FIELDS_MAX + 8:
         raise ContractError(f"{len(specs)} columns; at most {FIELDS_MAX + 8} fit a block")
@@ -209,6 +209,8 @@ def _shuffle(words: npt.NDArray[np.uint64], width: int) -> bytes:
 def _decode_column(spec: _Spec, data: bytes, start: int, rows: int) -> tuple[Column, int]:
     if not (0 <= spec.width <= 8 and 0 <= spec.scale <= _SCALE_MAX and 0 <= spec.order <= 2):
         raise ContractError(f"column {spec.name!r}: width {spec.width}, scale {spec.scale} or order {spec.order} is out of bounds")
+    if spec.missing and spec.kind != "d":
+        raise ContractError(f"column {spec.name!r}: only decimal columns have gaps, this one is of kind {spec.kind!r}")
     absent: npt.NDArray[np.bool_] | None = None
     count = rows
     if spec.missing:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+import msgspec
+
+UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes from outside: text that is not UTF-8 and deep nesting have errors of their own."""
+
 
 class FencelineError(Exception):
     """The base of every error that Fenceline raises on purpose."""

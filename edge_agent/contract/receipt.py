@@ -13,7 +13,7 @@ import bisect
 
 import msgspec
 
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 
 RANGES_MAX = 1_000
 LANES_MAX = 256
@@ -85,7 +85,7 @@ def decode_receipt(data: bytes) -> Receipt:
     """
     try:
         receipt = _decode(data)
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"receipt: {e}") from e
     if len(receipt.lanes) > LANES_MAX:
         raise ContractError(f"receipt names {len(receipt.lanes)} lanes; at most {LANES_MAX}")

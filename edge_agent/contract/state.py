@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
 
 T = TypeVar("T")
 
@@ -78,5 +78,5 @@ def decode_reported(data: bytes) -> Reported:
 def _decode(data: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(data, type=kind)
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"{kind.__name__.lower()} state: {e}") from e
