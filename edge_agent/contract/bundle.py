@@ -8,17 +8,22 @@ features are made, what the answers should look like, and where all of it came f
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
 
-from edge_agent.contract.errors import BundleError
+from edge_agent.contract.errors import UNREADABLE, BundleError
 
 BUNDLE_BYTES_MAX = 256 * 1024 * 1024
 MANIFEST_BYTES_MAX = 8 * 1024 * 1024
 FEATURES_MAX = 2_048
 WINDOW_ROWS_MAX = 1_024
+# What zipfile raises for bytes that are no zip: it was not made for hostile ones.
+_NO_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, OverflowError, EOFError, OSError, RuntimeError)
 AGGREGATES = ("last", "mean", "std", "min", "max", "slope", "count")
 
 
@@ -128,14 +133,17 @@ def read_bundle(data: bytes) -> Bundle:
         raise BundleError(f"bundle of {len(data)} bytes; at most {BUNDLE_BYTES_MAX}")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            sizes = {i.filename: i.file_size for i in archive.infolist()}
-            if sorted(sizes) != ["manifest.json", "model.onnx"]:
-                raise BundleError(f"bundle holds {sorted(sizes)}; want exactly manifest.json and model.onnx")
+            members = archive.infolist()
+            sizes = {m.filename: m.file_size for m in members}
+            if sorted(m.filename for m in members) != ["manifest.json", "model.onnx"]:
+                raise BundleError(f"bundle holds {sorted(m.filename for m in members)}; want exactly manifest.json and model.onnx")
+            if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in members):
+                raise BundleError("bundle members must be stored or deflated")
             if sizes["manifest.json"] > MANIFEST_BYTES_MAX or sizes["model.onnx"] > BUNDLE_BYTES_MAX:
                 raise BundleError(f"bundle members of {sizes} bytes; at most {MANIFEST_BYTES_MAX} and {BUNDLE_BYTES_MAX}")
             manifest = msgspec.json.decode(archive.read("manifest.json"), type=Manifest)
             model = archive.read("model.onnx")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, msgspec.MsgspecError) as e:
+    except (*UNREADABLE, *_NO_ZIP) as e:
         raise BundleError(f"bundle does not read: {e}") from e
     check_manifest(manifest)
     return Bundle(manifest, model)
@@ -157,7 +165,7 @@ def check_manifest(manifest: Manifest) -> None:
     if not manifest.score_min < manifest.score_max:
         raise BundleError(f"score_min {manifest.score_min} is not below score_max {manifest.score_max}")
     rows = len(golden.entity)
-    columns = [golden.event_us, golden.features, golden.scores, *golden.fields.values()]
+    columns: list[Sequence[object]] = [golden.event_us, golden.features, golden.scores, *golden.fields.values()]
     if rows == 0 or any(len(c) != rows for c in columns) or any(len(f) != len(spec.features) for f in golden.features):
         raise BundleError("golden vectors are empty or of unequal length")
     missing = sorted({f.field for f in spec.features} - set(golden.fields))
