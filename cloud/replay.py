@@ -114,7 +114,7 @@ def replay(
     total = min(count_rows(path, mapping), rows_max if rows_max is not None else 2**62)
     started = time.monotonic()
     rows = 0
-    with _Publisher(broker, window) as publisher:
+    with Publisher(broker, window) as publisher:
         for topic, payload in messages(read_rows(path, mapping), mapping, contract, assignment):
             if rows == total:
                 break
@@ -159,8 +159,8 @@ def _sleep_until(when: float) -> None:
         time.sleep(left)
 
 
-class _Publisher:
-    """One paho client that keeps at most `window` messages unacknowledged."""
+class Publisher:
+    """A connection to the sensor broker that keeps at most `window` messages unacknowledged. After `finish`, all are acknowledged."""
 
     def __init__(self, broker: SensorBroker, window: int) -> None:
         self.acknowledged = 0
@@ -179,7 +179,7 @@ class _Publisher:
         self._client.on_connect = self._on_connect
         self._client.on_publish = self._on_publish
 
-    def __enter__(self) -> _Publisher:
+    def __enter__(self) -> Publisher:
         where = f"sensor broker {self._broker.host}:{self._broker.port}"
         try:
             self._client.connect(self._broker.host, self._broker.port, KEEPALIVE_S)

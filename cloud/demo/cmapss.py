@@ -69,10 +69,16 @@ def _engines(table: Floats, part: str, remaining: Floats | None) -> list[Engine]
     return engines
 
 
+def find(directory: Path, name: str) -> Path:
+    """The file called `name`, plain or packed, or ConfigError."""
+    for path in (directory / f"{name}.txt", directory / f"{name}.txt.gz"):
+        if path.is_file():
+            return path
+    raise ConfigError(f"{directory} holds neither {name}.txt nor {name}.txt.gz; name the directory of NASA's C-MAPSS files")
+
+
 def _table(directory: Path, name: str, columns: int) -> Floats:
-    path = next((p for p in (directory / f"{name}.txt", directory / f"{name}.txt.gz") if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"{directory} holds neither {name}.txt nor {name}.txt.gz; name the directory of NASA's C-MAPSS files")
+    path = find(directory, name)
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
             table = np.loadtxt(file, ndmin=2)

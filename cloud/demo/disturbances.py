@@ -1,6 +1,6 @@
 """What goes wrong during the demonstration, and when: a script driven by how much has been published.
 
-- A disturbance begins when its share of the readings is published, and ends `lasts_s` later.
+- A disturbance begins when its share of the messages is published, and ends `lasts_s` later.
 - The script does nothing by itself: whoever publishes calls `advance`, and `finish` when all is published.
 """
 
@@ -15,7 +15,7 @@ STEP_S = 0.05
 
 @dataclass(frozen=True)
 class Disturbance:
-    """One fault. `at` is the share of all readings, from 0 to 1."""
+    """One fault. `at` is the share of all messages, from 0 to 1."""
 
     name: str
     at: float
@@ -25,30 +25,25 @@ class Disturbance:
 
 
 class Script:
-    """The disturbances of a phase with `total` readings; `say` is told what happens."""
+    """The disturbances of a phase; `say` is told what happens."""
 
-    def __init__(
-        self, total: int, disturbances: list[Disturbance], say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total, self._say, self._clock = total, say, clock
+    def __init__(self, disturbances: list[Disturbance], say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
         self._planned = sorted(disturbances, key=lambda d: d.at)
         self._going: list[tuple[float, Disturbance]] = []
-        self._done = 0
 
-    def advance(self, more: int) -> None:
-        """So many more readings are published."""
-        self._done += more
-        while self._planned and self._done >= self._planned[0].at * self._total:
+    def advance(self, share: float) -> None:
+        """This share of the messages is published."""
+        while self._planned and share >= self._planned[0].at:
             disturbance = self._planned.pop(0)
-            self._say(f"{disturbance.name} (after {self._done:,} readings)")
+            self._say(f"{disturbance.name}, with {share:.0%} published")
             disturbance.begin()
             self._going.append((self._clock() + disturbance.lasts_s, disturbance))
         self._end_due()
 
     def finish(self) -> None:
         """Everything is published: begin what has not, and wait until all has ended."""
-        self._done = self._total
-        self.advance(0)
+        self.advance(1.0)
         while self._going:
             self._end_due()
             time.sleep(STEP_S)

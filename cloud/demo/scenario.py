@@ -33,13 +33,14 @@ class Gateway:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A whole demonstration's input."""
+    """A whole demonstration's input. `files` is the directory of recorded data; None if it is simulated."""
 
     dataset: str
     seed: int
     gateways: list[Gateway]
     train: list[Engine]
     test: list[Engine]
+    files: Path | None = None
 
     def readings(self, phase: str) -> int:
         """How many readings the phase `collect` or `score` has."""
@@ -72,7 +73,7 @@ def recorded(directory: Path, seed: int, zones: Zones) -> Scenario:
             cmapss.station_messages(device, place, part[i :: len(cmapss.STATIONS)], zones) for part in (flights.train, flights.test)
         )
         gateways.append(Gateway(device, place, collect, score))
-    return Scenario(CMAPSS, seed, gateways, flights.train, flights.test)
+    return Scenario(CMAPSS, seed, gateways, flights.train, flights.test, directory)
 
 
 def _tour(i: int) -> tuple[Place, ...]:

@@ -18,25 +18,25 @@ class World:
 
 def test_faults_begin_at_their_share_and_end_after_their_time() -> None:
     world = World()
-    script = Script(100, [world.fault("late", 0.6, 1.0), world.fault("early", 0.3, 10.0)], lambda text: None, lambda: world.now)
-    script.advance(29)
+    script = Script([world.fault("late", 0.6, 1.0), world.fault("early", 0.3, 10.0)], lambda text: None, lambda: world.now)
+    script.advance(0.29)
     assert world.log == []
-    script.advance(1)
+    script.advance(0.3)
     assert world.log == ["early begins"]
     world.now = 5.0
-    script.advance(30)
+    script.advance(0.6)
     assert world.log == ["early begins", "late begins"]
     world.now = 6.0
-    script.advance(1)
+    script.advance(0.61)
     world.now = 10.0
-    script.advance(1)
+    script.advance(0.62)
     assert world.log == ["early begins", "late begins", "late ends", "early ends"]
 
 
 def test_finish_begins_and_ends_what_is_left() -> None:
     world = World()
-    script = Script(10, [world.fault("a", 0.5, 0.05), world.fault("b", 1.0, 0.0)], lambda text: None)
+    script = Script([world.fault("a", 0.5, 0.05), world.fault("b", 1.0, 0.0)], lambda text: None)
     script.finish()
     assert sorted(world.log) == ["a begins", "a ends", "b begins", "b ends"]
-    script.advance(1)
+    script.advance(1.0)
     assert len(world.log) == 4
