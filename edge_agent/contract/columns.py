@@ -228,7 +228,7 @@ def _decode_column(spec: _Spec, data: bytes, start: int, rows: int) -> tuple[Col
     if spec.kind == "i":
         return integers, stop
     if spec.kind == "s":
-        if count and not (0 <= integers.min() and integers.max() < len(spec.values)):
+        if count and not (integers.min() >= 0 and integers.max() < len(spec.values)):
             raise ContractError(f"column {spec.name!r}: a code is outside its dictionary")
         return Strings(integers.astype(np.int32), tuple(spec.values)), stop
     if spec.kind != "d":

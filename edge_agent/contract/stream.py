@@ -30,7 +30,7 @@ PAYLOAD_BYTES_MAX = 64 * 1024
 
 # Columns that blocks and the lake add to a stream's fields.
 RESERVED = frozenset(
-    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()
+    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()  # noqa: SIM905
 )
 
 
@@ -116,7 +116,7 @@ def parse_contract(document: bytes | str, origin: str = "contract") -> StreamCon
     """
     try:
         tree = yaml.safe_load(document)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date that is none; RecursionError: deep nesting
         raise ContractError(f"{origin}: not YAML: {e}") from e
     try:
         return _from_tree(tree)
@@ -133,8 +133,8 @@ def _from_tree(tree: Any) -> StreamContract:
     if not isinstance(schemas, list) or len(schemas) != 1 or not isinstance(schemas[0], dict):
         raise ContractError("schema must list exactly one object: one contract, one stream")
     schema = schemas[0]
-    custom = {p.get("property"): p.get("value") for p in schema.get("customProperties", []) if isinstance(p, dict)}
-    properties = schema.get("properties") or []
+    custom = _custom(schema)
+    properties = _list(schema, "properties")
     if not 1 <= len(properties) <= FIELDS_MAX:
         raise ContractError(f"schema needs 1 to {FIELDS_MAX} properties, has {len(properties)}")
     fields = tuple(_field(p) for p in properties)
@@ -144,7 +144,8 @@ def _from_tree(tree: Any) -> StreamContract:
     taken = sorted(RESERVED.intersection(names))
     if taken:
         raise ContractError(f"field names {taken} are kept for the lake; rename them")
-    key = tuple(p["name"] for p in sorted((p for p in properties if p.get("primaryKey")), key=lambda p: p.get("primaryKeyPosition", 0)))
+    keys = sorted((_number(p, "primaryKeyPosition", 0), str(p["name"])) for p in properties if p.get("primaryKey"))
+    key = tuple(name for _, name in keys)
     if not key:
         raise ContractError("no property has primaryKey: true, so a redelivered message could not be told from a new reading")
     contract = StreamContract(
@@ -156,7 +157,7 @@ def _from_tree(tree: Any) -> StreamContract:
         entity=_named(custom, "entity", fields, FieldType.STRING),
         topic=str(custom.get("topic") or ""),
         encoding=_encoding(custom.get("encoding", "json")),
-        payload_bytes_max=int(custom.get("payloadBytesMax", PAYLOAD_BYTES_MAX)),
+        payload_bytes_max=_payload_bytes_max(custom),
     )
     if not contract.version:
         raise ContractError("version is missing")
@@ -177,18 +178,47 @@ def _field(tree: Any) -> Field:
     if not required and kind is not FieldType.NUMBER:
         raise ContractError(f"field {name!r}: only number fields may be optional; set required: true")
     options = tree.get("logicalTypeOptions") or {}
-    unit = {p.get("property"): p.get("value") for p in tree.get("customProperties", []) if isinstance(p, dict)}.get("unit", "")
-    low, high = float(options.get("minimum", -math.inf)), float(options.get("maximum", math.inf))
+    if not isinstance(options, dict):
+        raise ContractError(f"field {name!r}: logicalTypeOptions {options!r} is not a mapping")
+    unit = _custom(tree).get("unit", "")
+    low, high = _number(options, "minimum", -math.inf), _number(options, "maximum", math.inf)
     if not low <= high:
         raise ContractError(f"field {name!r}: minimum {low} is above maximum {high}")
     return Field(name, kind, required, low, high, str(unit), str(tree.get("description", "")))
 
 
-def _named(custom: dict[Any, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:
+def _named(custom: dict[str, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:
     name = custom.get(role)
     if not any(f.name == name and f.type is kind for f in fields):
         raise ContractError(f"customProperties.{role} is {name!r}; it must name a required {kind} field")
     return str(name)
+
+
+def _list(tree: dict[Any, Any], name: str) -> list[Any]:
+    items = tree.get(name) or []
+    if not isinstance(items, list):
+        raise ContractError(f"{name} {items!r} is not a list")
+    return items
+
+
+def _custom(tree: dict[Any, Any]) -> dict[str, Any]:
+    items = _list(tree, "customProperties")
+    return {str(p.get("property")): p.get("value") for p in items if isinstance(p, dict)}
+
+
+def _number(tree: dict[Any, Any], name: str, default: float) -> float:
+    value = tree.get(name, default)
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ContractError(f"{name} {value!r} is not a number") from None
+
+
+def _payload_bytes_max(custom: dict[str, Any]) -> int:
+    limit = _number(custom, "payloadBytesMax", PAYLOAD_BYTES_MAX)
+    if not (1 <= limit <= PAYLOAD_BYTES_MAX and limit.is_integer()):
+        raise ContractError(f"payloadBytesMax {limit:g} must be a whole number from 1 to {PAYLOAD_BYTES_MAX}")
+    return int(limit)
 
 
 def _encoding(name: Any) -> Encoding:
