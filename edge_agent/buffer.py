@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import apsw
 import numpy as np
@@ -45,6 +46,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
 CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
 CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, last_ordinal);
 """
+_STORED = "lane, sequence, stream, rows, block"
 
 
 class BufferFullError(UnavailableError):
@@ -140,7 +142,7 @@ class Buffer:
     def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
         """The next unsettled blocks of a lane, by rising sequence."""
         rows = self._read(
-            "SELECT lane, sequence, stream, rows, block FROM blocks WHERE settled = 0 AND lane = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+            f"SELECT {_STORED} FROM blocks WHERE settled = 0 AND lane = ? AND sequence > ? ORDER BY sequence LIMIT ?",
             (lane, after_sequence, limit),
         )
         return [StoredBlock(*row) for row in rows]
@@ -148,7 +150,7 @@ class Buffer:
     def newest(self, lane: str, limit: int) -> list[StoredBlock]:
         """The newest unsettled blocks of a lane, by falling sequence."""
         rows = self._read(
-            "SELECT lane, sequence, stream, rows, block FROM blocks WHERE settled = 0 AND lane = ? ORDER BY sequence DESC LIMIT ?",
+            f"SELECT {_STORED} FROM blocks WHERE settled = 0 AND lane = ? ORDER BY sequence DESC LIMIT ?",
             (lane, limit),
         )
         return [StoredBlock(*row) for row in rows]
@@ -156,7 +158,7 @@ class Buffer:
     def lanes(self) -> list[LaneState]:
         """Every lane that has blocks waiting for a receipt."""
         rows = self._read(
-            "SELECT lane, count(*), sum(length(block)), sum(rows), min(sealed_us) FROM blocks WHERE settled = 0 GROUP BY lane ORDER BY lane",
+            "SELECT lane, count(*), sum(length(block)), sum(rows), min(sealed_us) FROM blocks WHERE settled = 0 GROUP BY lane",
             (),
         )
         return [LaneState(*row) for row in rows]
@@ -189,7 +191,9 @@ class Buffer:
             return None
         shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
         rows = concat([{name: column for name, column in table.items() if name in shared} for table in tables])
-        return take(rows, np.argsort(rows[ORDINAL], kind="stable"))
+        ordinals = rows[ORDINAL]
+        assert isinstance(ordinals, np.ndarray)
+        return take(rows, np.argsort(ordinals, kind="stable"))
 
     def fixes(self) -> list[Fix]:
         """The newest stored position fixes, oldest first."""
@@ -248,7 +252,8 @@ class Buffer:
             )
 
     def _settle_range(self, lane: str, first: int, last: int) -> None:
-        self._writer.execute("UPDATE blocks SET settled = 1 WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ?", (lane, first, last))
+        query = "UPDATE blocks SET settled = 1 WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ?"
+        self._writer.execute(query, (lane, first, last))
 
     def _used_bytes(self) -> int:
         pages = self._writer.pragma("page_count") - self._writer.pragma("freelist_count")
@@ -259,9 +264,9 @@ class Buffer:
             self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
         return str(self._writer.execute("SELECT value FROM meta WHERE key = 'epoch'").get)
 
-    def _read(self, query: str, values: tuple[object, ...]) -> list[tuple[object, ...]]:
+    def _read(self, query: str, values: tuple[str | int, ...]) -> list[tuple[Any, ...]]:
         with self._read_lock:
-            return self._reader.execute(query, values).fetchall()  # type: ignore[arg-type]
+            return self._reader.execute(query, values).fetchall()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

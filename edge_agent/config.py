@@ -28,7 +28,7 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class BrokerSettings(_Settings, kw_only=True):
+class BrokerSettings(_Settings, frozen=True, kw_only=True):
     """How to reach a broker: `mqtt://host:port` or `mqtts://host:port`, with optional password and client certificate."""
 
     url: str
@@ -40,7 +40,7 @@ class BrokerSettings(_Settings, kw_only=True):
     keepalive_s: int = 30
 
 
-class SensorSettings(BrokerSettings, kw_only=True):
+class SensorSettings(BrokerSettings, frozen=True, kw_only=True):
     """The sensor broker. `subscribe` is one filter for readings and positions: one filter keeps their order."""
 
     subscribe: str
@@ -49,13 +49,13 @@ class SensorSettings(BrokerSettings, kw_only=True):
     queue_batches_max: int = 8
 
 
-class StreamSettings(_Settings, kw_only=True):
+class StreamSettings(_Settings, frozen=True, kw_only=True):
     """One stream: the path of its contract."""
 
     contract: str
 
 
-class PositionSettings(_Settings, kw_only=True):
+class PositionSettings(_Settings, frozen=True, kw_only=True):
     """Where the gateway is: `static` (lat, lon) or `mqtt` (topic).
 
     A fix counts for readings up to `max_age_s` younger than it. `home` names the zone of readings without a fix;
@@ -71,28 +71,27 @@ class PositionSettings(_Settings, kw_only=True):
     home: str | None = None
 
 
-class EndpointSettings(BrokerSettings, kw_only=True):
+class EndpointSettings(BrokerSettings, frozen=True, kw_only=True):
     """A broker in a region, by the name that zones.geojson uses."""
 
     name: str
 
 
-class ReleaseSettings(_Settings, kw_only=True):
+class ReleaseSettings(_Settings, frozen=True, kw_only=True):
     """The release server (HTTPS, or HTTP on loopback) and the trusted first root.json."""
 
     url: str
     root: str
-    poll_s: float = 60.0
 
 
-class BufferSettings(_Settings, kw_only=True):
+class BufferSettings(_Settings, frozen=True, kw_only=True):
     """Limits of the durable buffer."""
 
     bytes_max: int = 1024 * MIB
     history_rows: int = 20_000
 
 
-class FlushSettings(_Settings, kw_only=True):
+class FlushSettings(_Settings, frozen=True, kw_only=True):
     """When a batch is stored: at so many rows or bytes, or this long after its first message."""
 
     rows_max: int = 4_096
@@ -100,7 +99,7 @@ class FlushSettings(_Settings, kw_only=True):
     ms_max: float = 20.0
 
 
-class UplinkSettings(_Settings, kw_only=True):
+class UplinkSettings(_Settings, frozen=True, kw_only=True):
     """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again."""
 
     inflight_blocks_max: int = 64
@@ -109,13 +108,13 @@ class UplinkSettings(_Settings, kw_only=True):
     failback_s: float = 10.0
 
 
-class MetricsSettings(_Settings, kw_only=True):
+class MetricsSettings(_Settings, frozen=True, kw_only=True):
     """Prometheus metrics over HTTP; loopback only."""
 
     listen: str | None = None
 
 
-class AgentSettings(_Settings, kw_only=True):
+class AgentSettings(_Settings, frozen=True, kw_only=True):
     """The whole of agent.toml."""
 
     device: str

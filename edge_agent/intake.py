@@ -61,7 +61,9 @@ class Intaken:
 class Intake:
     """The checks of one agent. `track` holds its fixes, `recent_rows` how many readings the redelivery filter remembers."""
 
-    def __init__(self, contracts: tuple[StreamContract, ...], position_topic: str | None, zones: Zones, track: Track, recent_rows: int) -> None:
+    def __init__(
+        self, contracts: tuple[StreamContract, ...], position_topic: str | None, zones: Zones, track: Track, recent_rows: int
+    ) -> None:
         self.track = track
         self._contracts = {c.stream: c for c in contracts}
         self._decoders = {c.stream: Decoder(c) for c in contracts}
@@ -129,4 +131,4 @@ class Intake:
         event_us = table[contract.event_time]
         assert isinstance(event_us, np.ndarray)
         if len(event_us):
-            out.readings.append(Readings(contract, table, self.track.stamp(event_us)))
+            out.readings.append(Readings(contract, table, self.track.stamp(event_us.astype(np.int64, copy=False))))

@@ -17,7 +17,7 @@ class Metrics:
         r = self.registry
         self.messages = Counter("fenceline_sensor_messages_total", "Sensor messages taken from the broker.", registry=r)
         self.readings = Counter("fenceline_readings_stored_total", "Readings committed to the buffer.", ["stream"], registry=r)
-        self.duplicates = Counter("fenceline_readings_redelivered_total", "Readings dropped because they were stored before.", ["stream"], registry=r)
+        self.redelivered = Counter("fenceline_readings_redelivered_total", "Readings dropped: stored before.", ["stream"], registry=r)
         self.rejected = Counter("fenceline_readings_rejected_total", "Payloads sent to quarantine.", ["reason"], registry=r)
         self.scored = Counter("fenceline_readings_scored_total", "Readings scored by the model.", ["stream"], registry=r)
         self.model_failures = Counter("fenceline_model_failures_total", "Failures of the model worker.", ["reason"], registry=r)

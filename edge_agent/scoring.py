@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_agent.contract.bundle import Bundle
 from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
 from edge_agent.inference import ModelWorker, WorkerError
+from edge_agent.updater import Activation
 
 
 class Scoring:
     """One activated bundle. `sha256` names its file; `worker` runs its model."""
 
-    def __init__(self, bundle: Bundle, sha256: str, worker: ModelWorker, contract: StreamContract) -> None:
-        self.sha256 = sha256
+    def __init__(self, activation: Activation, worker: ModelWorker, contract: StreamContract) -> None:
+        self.sha256 = activation.sha256
         self.stream = contract.stream
-        self._manifest = bundle.manifest
+        self._manifest = activation.bundle.manifest
         self._contract = contract
         self._worker = worker
-        self._windows = Windows(bundle.manifest.features)
-        self._good_rows = 0
+        self._windows = Windows(self._manifest.features)
+        self._good_rows = 0 if activation.on_probation else self._manifest.probation_rows
 
     @property
     def proved(self) -> bool:

@@ -127,7 +127,7 @@ class Uplink:
         self._config, self._buffer, self._allowed, self._on_desired, self._on_settled = config, buffer, allowed, on_desired, on_settled
         self._topics = DeviceTopics(config.device)
         self._endpoints = {e.name: e for e in config.endpoints}
-        self._router = Router(config.routing, rng or random.Random())
+        self._router = Router(config.routing, (rng or random.Random()).uniform)
         self._outbox: Outbox[StoredBlock] = Outbox(config.limits)
         self._inbox: SimpleQueue[Any] = SimpleQueue()
         self._links: dict[str, Link] = {}

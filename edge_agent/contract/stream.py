@@ -30,7 +30,7 @@ PAYLOAD_BYTES_MAX = 64 * 1024
 
 # Columns that blocks and the lake add to a stream's fields.
 RESERVED = frozenset(
-    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()  # noqa: SIM905
+    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()
 )
 
 

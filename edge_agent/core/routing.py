@@ -11,7 +11,7 @@ A state machine without clock or network: times are arguments (seconds, monotoni
 - Reconnects wait with decorrelated jitter (Brooker, 2015), at most `backoff_max_s`. The wait starts small again only
   after a connection has held for `stable_s`, so a broker that accepts and kicks is not hammered.
 
->>> router = Router(RoutingConfig(endpoints=("eu", "us")), random.Random(1))
+>>> router = Router(RoutingConfig(endpoints=("eu", "us")), uniform=lambda low, high: low)
 >>> router.use({"canada": ("us", "eu")})
 >>> router.step(0.0).open
 ['us', 'eu']
@@ -22,8 +22,7 @@ A state machine without clock or network: times are arguments (seconds, monotoni
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -106,12 +105,12 @@ class _Endpoint:
 
 
 class Router:
-    """The state machine. Tell it what happened, then ask `step` what to do."""
+    """The state machine. Tell it what happened, then ask `step` what to do; `uniform` draws a number between two."""
 
-    def __init__(self, config: RoutingConfig, rng: random.Random) -> None:
+    def __init__(self, config: RoutingConfig, uniform: Callable[[float, float], float]) -> None:
         if not 1 <= len(config.endpoints) <= ENDPOINTS_MAX or len(set(config.endpoints)) != len(config.endpoints):
             raise ValueError(f"{len(config.endpoints)} endpoints; 1 to {ENDPOINTS_MAX} different ones are allowed")
-        self._config, self._rng = config, rng
+        self._config, self._uniform = config, uniform
         self._endpoints = {name: _Endpoint() for name in config.endpoints}
         self._lanes: dict[str, tuple[str, ...]] = {}
         self._current: dict[str, str | None] = {}
@@ -132,7 +131,7 @@ class Router:
         held_s = now - health.since if health.state is _State.UP else 0.0
         low, cap = self._config.backoff_min_s, self._config.backoff_max_s
         previous_s = low if held_s >= self._config.stable_s else max(low, health.wait_s)
-        health.wait_s = min(cap, self._rng.uniform(low, 3 * previous_s))
+        health.wait_s = min(cap, self._uniform(low, 3 * previous_s))
         health.retry_at = now + health.wait_s
         health.state, health.since, health.failed, health.reason = _State.CLOSED, now, True, reason
 

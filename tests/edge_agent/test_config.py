@@ -14,6 +14,7 @@ from edge_agent.contract.errors import ConfigError
 
 CONTRACTS = Path(__file__).parents[2] / "contracts"
 
+
 def write(folder: Path, change: str = "") -> Path:
     """A working agent.toml with its documents, after one change, `old=>new`."""
     for name in ("turbofan.odcs.yaml", "zones.geojson"):
@@ -82,7 +83,7 @@ def test_a_zone_file_with_an_open_ring_is_refused(tmp_path: Path) -> None:
     zones = json.loads((tmp_path / "zones.geojson").read_text())
     zones["features"][0]["geometry"]["coordinates"][0].pop()
     (tmp_path / "zones.geojson").write_text(json.dumps(zones))
-    with pytest.raises(ConfigError, match="zones.geojson: feature 0 .* is open: it starts at .* repeat the first position at the end"):
+    with pytest.raises(ConfigError, match=r"zones\.geojson: feature 0 .* is open: it starts at .* repeat the first position at the end"):
         load(path)
 
 

@@ -15,7 +15,7 @@ CONFIG = RoutingConfig(endpoints=("eu", "us", "asia"), failback_s=10.0, connect_
 
 
 def router(lanes: dict[str, tuple[str, ...]], **changes: Any) -> Router:
-    made = Router(RoutingConfig(**{**CONFIG.__dict__, **changes}), random.Random(7))
+    made = Router(RoutingConfig(**{**CONFIG.__dict__, **changes}), random.Random(7).uniform)
     made.use(lanes)
     return made
 
@@ -166,7 +166,7 @@ EVENTS = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(events=EVENTS, seed=st.integers(0, 2**16))
 def test_no_event_sequence_breaks_the_rules(events: list[tuple[float, str, str, int]], seed: int) -> None:
-    r = Router(CONFIG, random.Random(seed))
+    r = Router(CONFIG, random.Random(seed).uniform)
     lanes = dict(LANES)
     r.use(lanes)
     now = 0.0
@@ -220,7 +220,7 @@ def _apply(plan: Plan, state: dict[str, str], opened: dict[str, list[float]], fa
 @settings(max_examples=100, deadline=None)
 @given(seed=st.integers(0, 2**16), alive=st.sets(st.sampled_from(["eu", "us", "asia"]), min_size=1))
 def test_an_allowed_endpoint_that_answers_is_found_and_used(seed: int, alive: set[str]) -> None:
-    r = Router(CONFIG, random.Random(seed))
+    r = Router(CONFIG, random.Random(seed).uniform)
     r.use(LANES)
     now = 0.0
     for _ in range(200):

@@ -1,0 +1,416 @@
+"""The agent of one gateway. The main loop reads like a table of contents: `Agent._process`.
+
+Threads: the source reads the sensor broker; this, the main thread, checks, scores and stores; the uplink sends; the updater
+fetches bundles. They meet in bounded queues and in the buffer. The order that makes the promises hold is:
+a batch is committed to the buffer, and only then acknowledged to the sensors' broker.
+
+If storing fails for another reason than a full disk, the agent ends (systemd starts it again): what was not
+acknowledged comes again from the broker, and what is on disk is read afresh instead of trusted.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_agent import __version__, metrics, systemd
+from edge_agent.buffer import Buffer, BufferFullError, Draft
+from edge_agent.clock import Clock
+from edge_agent.config import AgentConfig
+from edge_agent.contract.block import SCORE
+from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
+from edge_agent.contract.state import Reported, decode_desired
+from edge_agent.contract.stream import QUARANTINE
+from edge_agent.core.outbox import OutboxLimits
+from edge_agent.core.zones import Fix, Track
+from edge_agent.inference import ModelWorker, WorkerError
+from edge_agent.intake import Intake, Intaken, Readings, Rejected
+from edge_agent.mqtt.link import EndpointConfig
+from edge_agent.mqtt.source import Batch, Source, SourceConfig
+from edge_agent.releases import RepositoryConfig
+from edge_agent.scoring import Scoring
+from edge_agent.status import StatusServer
+from edge_agent.updater import Activation, Updater, UpdaterConfig, UpdaterState
+from edge_agent.uplink import Uplink, UplinkConfig
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+REPORT_S = 10.0
+FULL_RETRY_S = 0.5
+
+
+class _StoppedError(Exception):
+    """Asked to stop while waiting for room."""
+
+
+class Agent:
+    """Everything that runs on one gateway; `run` returns when SIGTERM or SIGINT arrives."""
+
+    def __init__(self, config: AgentConfig) -> None:
+        self._config = config
+        self._stopping = False
+        self._clock = Clock()
+        self.metrics = metrics.Metrics()
+        self._scoring: Scoring | None = None
+        self._swaps: queue.SimpleQueue[Scoring | None] = queue.SimpleQueue()
+        self._updater: Updater | None = None
+        self._model = UpdaterState()
+        self._report_due = 0.0
+
+    def run(self) -> int:
+        """Run until a signal; 0 after a clean stop.
+
+        Raises:
+            ConfigError: another agent runs on this state directory.
+            UnavailableError: the buffer cannot be written.
+        """
+        with contextlib.ExitStack() as stack:
+            self._start(stack)
+            for sign in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(sign, lambda *_: self._stop())
+            systemd.notify("READY=1")
+            log.info("agent started device=%s epoch=%s version=%s", self._config.device, self._buffer.epoch, __version__)
+            with contextlib.suppress(_StoppedError):
+                while not self._stopping:
+                    batch = self._source.get(POLL_S)
+                    if batch is not None:
+                        self._process(batch)
+                    self._tick()
+            systemd.notify("STOPPING=1")
+        log.info("agent stopped device=%s", self._config.device)
+        return 0
+
+    def _process(self, batch: Batch) -> None:
+        started = time.perf_counter()
+        self._swap_model()
+        taken = self._intake.take(batch.topics, batch.payloads)
+        drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
+        drafts += self._quarantine(taken.rejected, batch.received_us)
+        self._store(drafts, taken.fixes)
+        batch.release()
+        self._count(batch, taken, time.perf_counter() - started)
+
+    def _seal(self, readings: Readings) -> list[Draft]:
+        """Score readings and part them by lane."""
+        scores, model = self._score(readings)
+        table = readings.table if scores is None else {**readings.table, SCORE: scores}
+        contract, lanes = readings.contract, readings.lanes
+        drafts = []
+        for code in np.unique(lanes.codes).tolist():
+            order = np.flatnonzero(lanes.codes == code)
+            part = table if len(order) == len(lanes) else take(table, order)
+            event_us = part[contract.event_time]
+            assert isinstance(event_us, np.ndarray)
+            drafts.append(
+                Draft(
+                    lane=lanes.values[code],
+                    stream=contract.stream,
+                    contract_version=contract.version,
+                    fix=self._track.quality(lanes.values[code]),
+                    policy=self._config.zones.digest,
+                    table=part,
+                    rows=len(order),
+                    first_us=int(event_us.min()),
+                    last_us=int(event_us.max()),
+                    order=order,
+                    model=model,
+                )
+            )
+        return drafts
+
+    def _score(self, readings: Readings) -> tuple[Any, str | None]:
+        """Scores and the digest of the bundle that made them; (None, None) without a working model."""
+        scoring = self._scoring
+        if scoring is None or scoring.stream != readings.contract.stream:
+            return None, None
+        was_proved = scoring.proved
+        try:
+            scores = scoring.score(readings.table)
+        except WorkerError as e:
+            self._drop_model(scoring, e)
+            return None, None
+        if scoring.proved and not was_proved and self._updater is not None:
+            self._updater.confirm(scoring.sha256)
+        self.metrics.scored.labels(readings.contract.stream).inc(len(scores))
+        return scores, scoring.sha256
+
+    def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
+        if not rejected:
+            return []
+        lane = self._track.lane_now()
+        table: Table = {
+            "captured_at": np.full(len(rejected), received_us, np.int64),
+            "topic": Strings.of([r.topic for r in rejected]),
+            "reason": Strings.of([r.reason.value for r in rejected]),
+            "detail": Strings.of([r.detail for r in rejected]),
+            "payload": Strings.of([_text(r.payload) for r in rejected]),
+        }
+        for r in rejected:
+            self.metrics.rejected.labels(r.reason.value).inc()
+        quality, policy = self._track.quality(lane), self._config.zones.digest
+        stream, version = QUARANTINE.stream, QUARANTINE.version
+        return [Draft(lane, stream, version, quality, policy, table, len(rejected), received_us, received_us)]
+
+    def _store(self, drafts: list[Draft], fixes: list[Fix]) -> None:
+        """Commit; while the buffer is full, hold the source by not coming back."""
+        held = False
+        while True:
+            try:
+                stored = self._buffer.append(drafts, fixes, self._clock.now())
+                break
+            except BufferFullError as e:
+                self.metrics.full.inc()
+                if not held:
+                    log.warning("buffer full, source held error=%s", e)
+                held = True
+                self._tick()
+                if self._stopping:
+                    raise _StoppedError from e
+                time.sleep(FULL_RETRY_S)
+        for block in stored:
+            self.metrics.readings.labels(block.stream).inc(block.rows)
+            self.metrics.block_bytes.labels(block.stream).inc(len(block.block))
+        self._uplink.offer(stored)
+
+    # The model: the updater's thread makes one ready, this thread takes it between two batches.
+
+    def _activate(self, activation: Activation | None) -> None:
+        """Called by the updater in its own thread."""
+        if activation is None:
+            self._swaps.put(None)
+            return
+        manifest = activation.bundle.manifest
+        contract = next(c for c in self._config.contracts if c.stream == manifest.stream)
+        worker = ModelWorker(activation.bundle.model, len(manifest.features.features), manifest.limits)
+        self._swaps.put(Scoring(activation, worker, contract))
+
+    def _swap_model(self) -> None:
+        while not self._swaps.empty():
+            old, self._scoring = self._scoring, self._swaps.get()
+            if self._scoring is not None:
+                self._scoring.warm(self._buffer.history(self._scoring.stream))
+            if old is not None:
+                old.close()
+
+    def _drop_model(self, scoring: Scoring, error: WorkerError) -> None:
+        log.error("model failed sha256=%s reason=%s detail=%s", scoring.sha256, error.reason, error)
+        self.metrics.model_failures.labels(error.reason.value).inc()
+        self._scoring = None
+        scoring.close()
+        if self._updater is not None:
+            self._updater.rollback(scoring.sha256, error.reason, str(error))
+
+    def _close_model(self) -> None:
+        """End the active model and those not taken yet."""
+        self._swaps.put(None)
+        self._swap_model()
+
+    # Control: desired state comes in, reported state goes out.
+
+    def _on_desired(self, document: bytes) -> None:
+        """Called by the uplink in its own thread."""
+        try:
+            desired = decode_desired(document)
+        except ContractError as e:
+            log.warning("desired state rejected error=%s", e)
+            return
+        if self._updater is None:
+            log.warning("desired state ignored version=%s: agent.toml has no [releases]", desired.version)
+            return
+        self._updater.handle(desired)
+
+    def _on_model_state(self, state: UpdaterState) -> None:
+        """Called by the updater in its own thread."""
+        self._model = state
+        self._report()
+
+    def _report(self) -> None:
+        model, waiting = self._model, self._buffer.lanes()
+        self._uplink.publish_reported(
+            Reported(
+                device=self._config.device,
+                agent_version=__version__,
+                desired_version=model.desired_version,
+                phase=model.phase,
+                active=model.active,
+                reason=model.reason,
+                detail=model.detail,
+                at_us=time.time_ns() // 1_000,
+                epoch=self._buffer.epoch,
+                zone=self._track.lane_now(),
+                blocks_waiting=sum(s.blocks for s in waiting),
+                readings_stored=self._buffer.readings_stored(),
+            )
+        )
+        for lane in waiting:
+            self.metrics.waiting.labels(lane.lane).set(lane.blocks)
+            self.metrics.waiting_bytes.labels(lane.lane).set(lane.bytes)
+
+    # Starting and housekeeping.
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        """Bring up every part; `stack` takes them down in the opposite order."""
+        config, settings = self._config, self._config.settings
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_only_agent_in(config.state_dir))
+        history = {c.stream: settings.buffer.history_rows for c in config.contracts}
+        self._buffer = Buffer(
+            config.state_dir / "buffer.db", config.device, self._clock.boot, bytes_max=settings.buffer.bytes_max, history_rows=history
+        )
+        stack.callback(self._buffer.close)
+        position = settings.position
+        self._track = Track(position.max_age_s, position.home, config.fixed_lane, self._buffer.fixes())
+        self._intake = Intake(config.contracts, position.topic, config.zones, self._track, settings.buffer.history_rows)
+        for contract in config.contracts:
+            stored = self._buffer.history(contract.stream)
+            if stored is not None:
+                self._intake.remember(contract.stream, stored)
+        self._uplink = Uplink(
+            _uplink_config(config), self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
+        )
+        self._uplink.start()
+        stack.callback(self._uplink.stop)
+        stack.callback(self._close_model)
+        if settings.releases is not None and config.root is not None:
+            self._updater = self._start_updater(settings.releases.url, config.root)
+            stack.callback(self._updater.stop)
+        self._source = Source(_source_config(config))
+        self._source.start()
+        stack.callback(self._source.stop)
+        status = StatusServer(config.state_dir, self.describe)
+        stack.callback(status.close)
+        if settings.metrics.listen:
+            metrics.serve(self.metrics, settings.metrics.listen)
+
+    def _start_updater(self, url: str, root: bytes) -> Updater:
+        updater = Updater(
+            UpdaterConfig(RepositoryConfig(url, root), {c.stream: c.version for c in self._config.contracts}),
+            self._config.state_dir / "models",
+            here=self._track.lane_now,
+            on_activate=self._activate,
+            on_report=self._on_model_state,
+        )
+        updater.start()
+        return updater
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _tick(self) -> None:
+        """Between batches: sign of life, gauges, the reported document.
+
+        Raises:
+            UnavailableError: another thread of the agent has failed.
+        """
+        for part in (self._uplink, self._updater):
+            if part is not None and not part.alive:
+                raise UnavailableError(f"{type(part).__name__.lower()} failed: {part.failure!r}")
+        systemd.notify("WATCHDOG=1")
+        now = time.monotonic()
+        if now >= self._report_due:
+            self._report_due = now + REPORT_S
+            self._report()
+
+    def _count(self, batch: Batch, taken: Intaken, seconds: float) -> None:
+        self.metrics.messages.inc(len(batch))
+        for stream, count in taken.redelivered.items():
+            self.metrics.redelivered.labels(stream).inc(count)
+        self.metrics.batch_seconds.observe(seconds)
+
+    def describe(self) -> dict[str, Any]:
+        """What `edge-agent status` shows; called from the status thread."""
+        source, uplink, now_us = self._source.status, self._uplink.status(), time.time_ns() // 1_000
+        waiting = {s.lane: s for s in self._buffer.lanes()}
+        return {
+            "device": self._config.device,
+            "version": __version__,
+            "epoch": self._buffer.epoch,
+            "zone": self._track.lane_now(),
+            "sensors": {"connected": source.connected, "messages": source.messages, "error": source.error},
+            "buffer": {
+                "readings_stored": self._buffer.readings_stored(),
+                "used_bytes": self._buffer.used_bytes(),
+                "bytes_max": self._config.settings.buffer.bytes_max,
+                "waiting_blocks": sum(s.blocks for s in waiting.values()),
+                "waiting_bytes": sum(s.bytes for s in waiting.values()),
+                "oldest_s": max((round((now_us - s.oldest_us) / 1e6, 1) for s in waiting.values()), default=0),
+            },
+            "uplink": {
+                "blocks_sent": uplink.blocks_sent,
+                "bytes_sent": uplink.bytes_sent,
+                "blocks_sent_again": uplink.blocks_sent_again,
+                "blocks_settled": uplink.blocks_settled,
+            },
+            "lanes": {lane: asdict(status) for lane, status in uplink.lanes.items()},
+            "endpoints": {name: asdict(status) for name, status in uplink.endpoints.items()},
+            "model": msgspec.to_builtins(self._model),
+        }
+
+
+def _uplink_config(config: AgentConfig) -> UplinkConfig:
+    uplink = config.settings.uplink
+    endpoints = tuple(
+        EndpointConfig(name, b.host, b.port, b.username, b.password, b.tls, b.keepalive_s) for name, b in config.endpoints.items()
+    )
+    limits = OutboxLimits(
+        inflight_blocks_max=uplink.inflight_blocks_max,
+        inflight_bytes_max=uplink.inflight_bytes_max,
+        receipt_timeout_s=uplink.receipt_timeout_s,
+    )
+    return UplinkConfig(config.device, endpoints, failback_s=uplink.failback_s, limits=limits)
+
+
+def _source_config(config: AgentConfig) -> SourceConfig:
+    sensors, flush, broker = config.settings.sensors, config.settings.flush, config.sensors
+    return SourceConfig(
+        host=broker.host,
+        port=broker.port,
+        client_id=sensors.client_id or f"fenceline-{config.device}",
+        subscribe=sensors.subscribe,
+        version=sensors.version,
+        username=broker.username,
+        password=broker.password,
+        tls=broker.tls,
+        batch_rows_max=flush.rows_max,
+        batch_bytes_max=flush.bytes_max,
+        batch_ms=flush.ms_max,
+        queue_batches_max=sensors.queue_batches_max,
+        keepalive_s=broker.keepalive_s,
+    )
+
+
+def _text(payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        return "base64:" + base64.b64encode(payload).decode()
+
+
+@contextlib.contextmanager
+def _only_agent_in(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory's lock: two agents on one buffer would give one name to two blocks."""
+    lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(lock)
+        raise ConfigError(f"another agent runs on {state_dir}; stop it, or give this one its own state_dir") from e
+    try:
+        yield
+    finally:
+        os.close(lock)
