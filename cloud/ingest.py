@@ -186,9 +186,7 @@ class Ingest:
             if not alarm.count:
                 del self._alarms[key]
                 continue
-            self.audit.add(
-                REFUSED, region=self.gate.region, subject=key.device, reason=key.reason, detail=alarm.detail, count=alarm.count
-            )
+            self.audit.add(REFUSED, region=self.gate.region, subject=key.device, reason=key.reason, detail=alarm.detail, count=alarm.count)
             if key.device:
                 event = {"event": REFUSED, "region": self.gate.region, "reason": key.reason, "detail": alarm.detail, "count": alarm.count}
                 self.intake.publish(DeviceTopics(key.device).events, msgspec.json.encode(event))

@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
@@ -94,14 +95,16 @@ def _api(settings: Settings) -> Part:
 
 def _mlflow(settings: Settings) -> Part:
     directory = settings.mlflow_dir
-    command = [sys.executable, "-m", "mlflow", "server", "--host", settings.mlflow.host, "--port", str(settings.mlflow.port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1"]
+    listen = ["--host", settings.mlflow.host, "--port", str(settings.mlflow.port)]
     stores = ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory / "artifacts")]
-    return Part("mlflow", [*command, *stores], lambda pid: _get(f"{settings.mlflow_url}/health") is not None, MLFLOW_ENVIRONMENT)
+    return Part("mlflow", [*command, *listen, *stores], lambda pid: _get(f"{settings.mlflow_url}/health") is not None, MLFLOW_ENVIRONMENT)
 
 
 def environment(part: Part) -> dict[str, str]:
-    """The environment of a part: ours, and its own. Proxies are for the internet, not for loopback."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1", "NO_PROXY": "127.0.0.1,localhost", **part.environment}
+    """The environment of a part: ours, and its own. The project may be a directory without our code."""
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **part.environment}
 
 
 def _listens(address: Address) -> Callable[[int], bool]:

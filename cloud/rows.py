@@ -47,7 +47,8 @@ class Contracts:
     """The contracts of all streams, by stream and version; the quarantine is always one of them."""
 
     def __init__(self, contracts: Iterable[StreamContract] = ()) -> None:
-        self._contracts = {(c.stream, c.version): c for c in (*contracts, QUARANTINE)}
+        self.listed = tuple(contracts)
+        self._contracts = {(c.stream, c.version): c for c in (*self.listed, QUARANTINE)}
 
     def get(self, header: BlockHeader) -> StreamContract | None:
         """The contract of a block, or None if it is not known."""

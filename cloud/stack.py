@@ -187,7 +187,8 @@ class Stack:
             code, child.process, child.ready = child.process.returncode, None, False
             child.backoff_s = BACKOFF_S[0] if now - child.started > STEADY_S else min(2 * child.backoff_s, BACKOFF_S[1])
             child.due, child.restarts = now + child.backoff_s, child.restarts + 1
-            log.warning("part died name=%s exit=%s restart_s=%.1f log=%s", child.part.name, code, child.backoff_s, self._log_path(child.part))
+            where = self._log_path(child.part)
+            log.warning("part died name=%s exit=%s restart_s=%.1f log=%s", child.part.name, code, child.backoff_s, where)
             return True
         if now < child.due:
             return False

@@ -94,7 +94,8 @@ def _last_rollout(settings: Settings) -> dict[str, Any] | None:
     except ConfigError:
         return None
     moved = sum(m.place == rollout.Place.MOVED for m in last.members.values())
-    return {"id": last.id, "target": last.ref.target, "status": last.status, "reason": last.reason, "devices": len(last.members), "moved": moved}
+    counts = {"devices": len(last.members), "moved": moved}
+    return {"id": last.id, "target": last.ref.target, "status": last.status, "reason": last.reason, **counts}
 
 
 def _name(bundle: BundleRef | None) -> str | None:

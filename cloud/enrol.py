@@ -1,0 +1,134 @@
+"""Enrolment: a new device gets a name, a password, and a directory with everything its agent needs.
+
+The directory holds `agent.toml` and, beside it, the contracts, the zones, the first TUF root and two password files: copy
+it to the gateway as it is. Files are 0600. The device may connect from the moment on: running brokers are told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud import brokers, config, keys
+from cloud.config import Settings
+from cloud.fleet import Fleet
+from cloud.gate import load_zones
+from cloud.parts import broker_part
+from edge_agent.contract.block import NOWHERE
+from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.topics import check_name
+from edge_agent.core.zones import Zones
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a gateway stands, in degrees."""
+
+    lat: float
+    lon: float
+
+
+def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None, home: Position | None = None) -> Path:
+    """Register `device` and write its agent.toml.
+
+    Args:
+        out: where agent.toml goes; None: `<state>/devices/<device>/agent.toml`.
+        home: where the gateway stands; None: it moves, and sensors publish its position.
+
+    Returns:
+        The path of agent.toml.
+
+    Raises:
+        ConfigError: the name is taken or no name, files are in the way, there are no keys, or `home` lies in no zone.
+    """
+    _check_name(device)
+    path = (out or settings.state_dir / "devices" / device / "agent.toml").absolute()
+    if path.exists():
+        raise ConfigError(f"{path} exists; give another --out FILE")
+    if not keys.is_initialised(settings.keys_dir, settings.releases_dir):
+        raise ConfigError(f"the device needs a TUF root to trust; make the keys first: {keys.INIT_COMMAND}")
+    zones = load_zones(settings)
+    if home is not None and _locate(zones, home) == NOWHERE:
+        raise ConfigError(f"position {home.lat}, {home.lon} lies in no zone of {settings.zones_path}")
+    contracts = [(p, parse_contract(p.read_bytes(), str(p))) for p in settings.contracts]
+    document = _agent_toml(settings, device, contracts, home)
+    password = fleet.add(device)
+    files = {
+        "zones.geojson": settings.zones_path.read_bytes(),
+        "root.json": keys.root_path(settings.releases_dir).read_bytes(),
+        f"{device}.password": f"{password}\n".encode(),
+        "sensors.password": f"{brokers.password(settings, brokers.SENSOR_USER)}\n".encode(),
+        **{p.name: p.read_bytes() for p, _ in contracts},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        _write(path.parent / name, data)
+    _write(path, document.encode())
+    reload_brokers(settings, fleet)
+    return path
+
+
+def reload_brokers(settings: Settings, fleet: Fleet) -> None:
+    """Let the brokers know every device: write their users, and tell those that run."""
+    settings.nats_dir.mkdir(parents=True, exist_ok=True)
+    brokers.write_users(settings, fleet.passwords())
+    stack = config.running_stack(settings)
+    pids: dict[str, int] = stack["pids"] if stack else {}
+    for region in settings.regions:
+        pid = pids.get(broker_part(region.name))
+        if pid is not None:
+            os.kill(pid, signal.SIGHUP)
+
+
+def _agent_toml(settings: Settings, device: str, contracts: list[tuple[Path, StreamContract]], home: Position | None) -> str:
+    """The file, in the words of edge_agent/config.py. JSON strings and numbers are TOML ones."""
+    quoted = json.dumps
+    prefixes = {c.topic.split("{device}")[0] for _, c in contracts}
+    if len(prefixes) != 1 or not all("{device}/" in c.topic for _, c in contracts):
+        named = ", ".join(c.topic for _, c in contracts)
+        raise ConfigError(f"sensor topics {named} must share what stands before {{device}}/: one filter keeps their order")
+    topics = f"{prefixes.pop()}{device}"
+    where = f'source = "static"\nlat = {home.lat}\nlon = {home.lon}' if home else f'source = "mqtt"\ntopic = {quoted(f"{topics}/position")}'
+    lines = [
+        f"# The agent of {device}, written by `fenceline device add`. Paths start at this file's directory.",
+        f"device = {quoted(device)}",
+        'state_dir = "state"',
+        'zones = "zones.geojson"',
+        "",
+        "[sensors]",
+        f'url = "mqtt://{settings.sensors.host}:{settings.sensors.port}"',
+        f"username = {quoted(brokers.SENSOR_USER)}",
+        'password_file = "sensors.password"',
+        f"subscribe = {quoted(f'{topics}/#')}",
+        *(line for p, _ in contracts for line in ("", "[[streams]]", f"contract = {quoted(p.name)}")),
+        "",
+        "[position]",
+        where,
+    ]
+    for region in settings.regions:
+        lines += ["", "[[endpoints]]", f"name = {quoted(region.name)}", f'url = "mqtt://{region.host}:{region.port}"']
+        lines += [f"username = {quoted(device)}", f"password_file = {quoted(f'{device}.password')}"]
+    return "\n".join([*lines, "", "[releases]", f"url = {quoted(settings.release_url)}", 'root = "root.json"', ""])
+
+
+def _check_name(device: str) -> None:
+    try:
+        check_name(device, "device")
+    except ContractError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _locate(zones: Zones, home: Position) -> str:
+    try:
+        return zones.locate(home.lat, home.lon)
+    except ContractError as e:
+        raise ConfigError(str(e)) from e
+
+
+def _write(path: Path, data: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(data)
