@@ -29,9 +29,9 @@ FIELDS_MAX = 512
 PAYLOAD_BYTES_MAX = 64 * 1024
 
 # Columns that blocks and the lake add to a stream's fields.
-RESERVED = frozenset(
-    "score ordinal device epoch lane sequence row contract_version model policy fix region clock_synced sealed_at received_at".split()
-)
+_IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
+_CAPTURE = ("contract_version", "model", "policy", "fix", "region", "clock_synced", "sealed_at", "received_at")
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE))
 
 
 class FieldType(StrEnum):
