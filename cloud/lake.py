@@ -148,9 +148,9 @@ class Lake:
     def _handle(self, stream: str, lane: str, header: BlockHeader) -> _Handle:
         if (stream, lane) in self._handles:
             return self._handles[stream, lane]
-        path = self._path(stream, lane)
+        path, columns = self._path(stream, lane), schema(self._contract(header))
         path.mkdir(parents=True, exist_ok=True)
-        table = DeltaTable.create(str(path), schema=schema(self._contract(header)), mode="ignore", name=f"{stream}-{lane}")
+        table = DeltaTable.create(str(path), schema=columns, mode="ignore", name=f"{stream}-{lane}")
         self._handles[stream, lane] = handle = _Handle(table, -1)
         self._sync(handle)  # another process may have created it, and more, a moment ago
         return handle
@@ -235,7 +235,7 @@ class Lake:
 
     def streams(self) -> list[str]:
         """The names of the streams that hold rows."""
-        return sorted(p.name for p in _directories(self.directory) if p.name != LABELS and _directories(p))
+        return sorted(p.name for p in _directories(self.directory) if p.name != LABELS and self.lanes(p.name))
 
     def lanes(self, stream: str) -> list[str]:
         """The lanes of a stream."""
@@ -243,7 +243,7 @@ class Lake:
 
     def versions(self, stream: str) -> dict[str, int]:
         """The newest version of each lane's table: with `read`, a name for exactly the rows that are there now."""
-        return {lane: DeltaTable(str(self._path(stream, lane)), without_files=True).version() for lane in self.lanes(stream)}
+        return {lane: DeltaTable(str(self._path(stream, lane))).version() for lane in self.lanes(stream)}
 
     def read(
         self,
@@ -284,7 +284,7 @@ class Lake:
         path = self.directory / LABELS / stream
         path.mkdir(parents=True, exist_ok=True)
         write_deltalake(str(path), table, mode="overwrite", schema_mode="overwrite")
-        return DeltaTable(str(path), without_files=True).version()
+        return DeltaTable(str(path)).version()
 
     def labels(self, stream: str, version: int | None = None) -> pa.Table | None:
         """The labels of a stream; None if it has none."""
@@ -294,7 +294,7 @@ class Lake:
     def labels_version(self, stream: str) -> int | None:
         """The newest version of the labels; None if there are none."""
         path = self.directory / LABELS / stream
-        return DeltaTable(str(path), without_files=True).version() if DeltaTable.is_deltatable(str(path)) else None
+        return DeltaTable(str(path)).version() if DeltaTable.is_deltatable(str(path)) else None
 
     def _path(self, stream: str, lane: str) -> Path:
         return self.directory / stream / lane

@@ -1,0 +1,39 @@
+"""The audit trail shows when it was changed."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from cloud.audit import Audit
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    audit = Audit(tmp_path / "audit.db")
+    for i in range(5):
+        audit.add("block_refused", region="eu", subject="d1", reason="corrupt", detail=str(i), count=i + 1)
+    return tmp_path / "audit.db"
+
+
+def test_entries_chain_and_count(path: Path) -> None:
+    audit = Audit(path)
+    assert audit.verify() is None and audit.counts() == {"corrupt": 15}
+    assert [e.detail for e in audit.entries(2)] == ["4", "3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "broken_at"),
+    [
+        ("UPDATE entries SET entry = CAST(replace(CAST(entry AS TEXT), 'corrupt', 'harmless') AS BLOB) WHERE id = 3", 3),
+        ("DELETE FROM entries WHERE id = 2", 2),
+        ("DELETE FROM entries WHERE id = 1", 1),
+        ("UPDATE entries SET hash = 'x' WHERE id = 5", 5),
+    ],
+)
+def test_a_changed_or_removed_entry_shows(path: Path, change: str, broken_at: int) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute(change)
+    assert Audit(path).verify() == broken_at

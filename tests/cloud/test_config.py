@@ -1,0 +1,101 @@
+"""fenceline.toml: strict keys, and where things are."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from cloud import config
+from edge_agent.contract.errors import ConfigError
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "fenceline.toml").write_text("")
+    return tmp_path
+
+
+def write(project: Path, text: str) -> None:
+    (project / "fenceline.toml").write_text(text)
+
+
+def test_an_empty_file_gives_the_documented_defaults(project: Path) -> None:
+    settings = config.load(project)
+    assert settings.ports == {"sensors": 1883, "release": 18880, "mlflow": 5000, "api": 18800, "eu": 18831, "us": 18832}
+    assert settings.state_dir == project / ".fenceline" and settings.mlflow_url == "http://127.0.0.1:5000"
+
+
+def test_the_file_in_the_repository_says_what_the_defaults_are() -> None:
+    root = Path(__file__).parents[2]
+    ours, default = config.load(root, root / "x"), config._File()
+    assert config.parse_settings((root / "fenceline.toml").read_text(), config._File, "fenceline.toml") == default
+    assert all(path.is_file() for path in (*ours.contracts, ours.zones_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sensor = 1", "unknown key sensor; did you mean 'sensors'"),
+        ("[sensors]\nprot = 1", "unknown key sensors.prot; did you mean 'port'"),
+        ("[[regions]]\nname = 'eu'\nport = 1\nhots = 'x'", r"unknown key regions\[0\].hots; did you mean 'host'"),
+        ("[sensors]\nport = 'x'", "Expected `int`"),
+        ("[sensors]\nport = 70000", "port 70000 of sensors"),
+        ("[sensors]\nport = 5000", "share a port"),
+        ("regions = []", "at least one"),
+        ("[[regions]]\nname = 'EU'\nport = 1", "region 'EU'"),
+        ("[ingest]\nbatch_blocks_max = 0", "must be positive"),
+        ("x = [", "not TOML"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_what_to_change(project: Path, text: str, message: str) -> None:
+    write(project, text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(project)
+
+
+def test_the_project_is_found_upward_and_its_absence_is_named(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    inner = project / "a/b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    assert config.load().project == project
+
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(ConfigError, match="--project DIR"):
+        config.load()
+
+
+def test_the_state_directory_comes_from_option_then_environment_then_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(project, "state = 'mine'")
+    assert config.load(project).state_dir == project / "mine"
+    monkeypatch.setenv("FENCELINE_STATE", str(project / "env"))
+    assert config.load(project).state_dir == project / "env"
+    assert config.load(project, project / "option").state_dir == project / "option"
+
+
+def test_the_ports_of_a_running_stack_win_and_those_of_a_dead_one_do_not(project: Path) -> None:
+    settings = config.load(project)
+    settings.state_dir.mkdir()
+    ports = {**settings.ports, "eu": 2222}
+
+    settings.stack_path.write_text(json.dumps({"pid": os.getpid(), "ports": ports}))
+    assert config.load(project).region("eu").port == 2222
+
+    settings.stack_path.write_text(json.dumps({"pid": 2**22 + 1, "ports": ports}))
+    assert config.load(project).region("eu").port == 18831
+
+    settings.stack_path.write_text("{")
+    with pytest.raises(ConfigError, match="delete it"):
+        config.load(project)
+
+
+def test_unknown_port_names_and_regions_are_named(project: Path) -> None:
+    settings = config.load(project)
+    with pytest.raises(ConfigError, match="unknown ports asia"):
+        settings.with_ports({"asia": 1})
+    with pytest.raises(ConfigError, match="no region 'asia'"):
+        settings.region("asia")

@@ -1,0 +1,88 @@
+"""The fleet's registry: names, desired and reported state."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from cloud.fleet import EVENTS_MAX, Fleet
+from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
+
+REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+
+
+def report(at_us: int, phase: Phase = Phase.IDLE, desired_version: int = 1) -> Reported:
+    return Reported(device="d1", agent_version="0", desired_version=desired_version, phase=phase, at_us=at_us)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    fleet = Fleet(tmp_path / "fleet.db")
+    fleet.add("d1")
+    return fleet
+
+
+def test_a_new_device_has_a_password_and_wants_nothing_in_version_1(fleet: Fleet, tmp_path: Path) -> None:
+    assert fleet.devices() == ["d1"] and len(fleet.passwords()["d1"]) >= 32
+    assert fleet.desired("d1") == Desired(version=1) and fleet.reported("d1") is None
+    assert (tmp_path / "fleet.db").stat().st_mode & 0o077 == 0
+
+
+def test_every_change_raises_the_desired_version_for_ever(fleet: Fleet, tmp_path: Path) -> None:
+    assert fleet.set_desired("d1", REF) == Desired(version=2, bundle=REF)
+    assert fleet.set_desired("d1", None) == Desired(version=3)
+    assert Fleet(tmp_path / "fleet.db").desired("d1").version == 3
+
+
+def test_changes_at_the_same_time_never_share_a_version(fleet: Fleet) -> None:
+    versions: list[int] = []
+    threads = [threading.Thread(target=lambda: versions.append(fleet.set_desired("d1", REF).version)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions) == list(range(2, 10))
+
+
+@pytest.mark.parametrize("name", ["d1", "Plane", "", "a/b", "a" * 64])
+def test_a_taken_or_impossible_name_is_refused(fleet: Fleet, name: str) -> None:
+    with pytest.raises(ConfigError):
+        fleet.add(name)
+
+
+def test_a_device_that_is_not_there_is_named(fleet: Fleet) -> None:
+    with pytest.raises(ConfigError, match="'d9'"):
+        fleet.desired("d9")
+    with pytest.raises(ConfigError, match="'d9'"):
+        fleet.set_desired("d9", None)
+    assert fleet.reported("d9") is None
+
+
+def test_a_live_report_counts_even_if_the_devices_clock_went_back(fleet: Fleet) -> None:
+    fleet.record_reported(report(at_us=2_000, phase=Phase.ACTIVE))
+    assert fleet.record_reported(report(at_us=1_000, phase=Phase.ROLLED_BACK))
+    found = fleet.reported("d1")
+    assert found is not None and found.phase is Phase.ROLLED_BACK
+
+
+def test_a_report_that_a_broker_had_kept_does_not_replace_a_newer_one(fleet: Fleet) -> None:
+    fleet.record_reported(report(at_us=2_000, phase=Phase.ACTIVE, desired_version=2))
+    assert not fleet.record_reported(report(at_us=1_000), retained=True)
+    assert not fleet.record_reported(report(at_us=3_000, desired_version=1), retained=True)
+    assert fleet.record_reported(report(at_us=3_000, desired_version=2), retained=True)
+
+
+def test_a_report_of_a_stranger_is_not_kept(fleet: Fleet) -> None:
+    stranger = Reported(device="d9", agent_version="0", desired_version=1, phase=Phase.IDLE)
+    assert not fleet.record_reported(stranger) and fleet.devices() == ["d1"]
+
+
+def test_events_are_kept_newest_first_cut_and_bounded(fleet: Fleet) -> None:
+    fleet.record_event("d1", b'{"event": "a"}')
+    fleet.record_event("d1", b"\xff" * 100_000)
+
+    newest, oldest = fleet.events()
+    assert oldest.body == '{"event": "a"}' and len(newest.body) < 20_000 and EVENTS_MAX <= 10_000
