@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.core.zones import Fix, Zones
 
 _TS_MAX = 7_258_118_400.0  # the year 2200
@@ -31,7 +31,7 @@ def read_fix(payload: bytes, zones: Zones) -> Fix:
     """
     try:
         position = _decode(payload)
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"position: {e}") from e
     if not 0 <= position.ts <= _TS_MAX:
         raise ContractError(f"position: ts {position.ts} is not between 0 and {_TS_MAX} seconds since 1970")

@@ -27,7 +27,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.contract.bundle import Bundle, Manifest, read_bundle
-from edge_agent.contract.errors import BundleError, Reason, UnavailableError
+from edge_agent.contract.errors import UNREADABLE, BundleError, Reason, UnavailableError
 from edge_agent.contract.state import BundleRef, Desired, Phase
 from edge_agent.inference import WorkerError, self_test
 from edge_agent.releases import RefusedError, Repository, RepositoryConfig
@@ -347,7 +347,7 @@ def _read_state(path: Path) -> UpdaterState:
         return msgspec.json.decode(path.read_bytes(), type=UpdaterState)
     except FileNotFoundError:
         return UpdaterState()
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         aside = path.with_suffix(".damaged")
         log.error("updater state damaged path=%s error=%s moved_to=%s", path, e, aside)
         path.rename(aside)

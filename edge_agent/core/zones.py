@@ -25,7 +25,7 @@ from shapely.geometry.base import BaseGeometry
 
 from edge_agent.contract.block import NOWHERE, FixQuality
 from edge_agent.contract.columns import Ints, Strings
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.contract.topics import check_lane, check_name
 
 ZONES_MAX = 1_000
@@ -105,7 +105,7 @@ def parse_zones(document: bytes, origin: str = "zones.geojson") -> Zones:
     """
     try:
         tree = msgspec.json.decode(document)
-    except msgspec.MsgspecError as e:
+    except UNREADABLE as e:
         raise ContractError(f"{origin}: not JSON: {e}") from e
     features = tree.get("features") if isinstance(tree, dict) and tree.get("type") == "FeatureCollection" else None
     if not isinstance(features, list) or not 1 <= len(features) <= ZONES_MAX:
