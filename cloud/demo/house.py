@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from cloud import brokers, keys
 from cloud.config import Settings
-from cloud.demo.track import Place
 from cloud.demo.agents import AgentProcess, stop_all
 from cloud.demo.display import Display
 from cloud.demo.outcome import count_rows
+from cloud.demo.track import Place
+from cloud.enrol import Position, enrol
 from cloud.fleet import Fleet
 from cloud.lake import Lake
 from cloud.stack import Stack
@@ -56,51 +56,11 @@ class House:
     def fleet(self) -> Fleet:
         return Fleet(self.settings.fleet_path)
 
-    def add_device(self, device: str, place: Place | None) -> Path:
-        """Register a device; the path of its agent.toml."""
-        import os
-
-        st = self.settings
-        d = st.state_dir.parent / "devices" / device
-        d.mkdir(parents=True)
-        pw = self.fleet.add(device)
-        (d / "password").write_text(pw)
-        (d / "sensor.password").write_text(brokers.password(st, "sensor"))
-        import shutil
-
-        for f in (*st.contracts, st.zones_path, keys.root_path(st.releases_dir)):
-            shutil.copy(f, d / f.name)
-        pos = (
-            f'source = "static"\nlat = {place.lat}\nlon = {place.lon}' if place else f'source = "mqtt"\ntopic = "sensors/{device}/position"'
-        )
-        eps = "".join(
-            f"""
-[[endpoints]]
-name = "{r.name}"
-url = "mqtt://{r.host}:{r.port}"
-username = "{device}"
-password_file = "password"
-"""
-            for r in st.regions
-        )
-        (d / "agent.toml").write_text(f"""device = "{device}"
-state_dir = "state"
-zones = "{st.zones_path.name}"
-[sensors]
-url = "mqtt://{st.sensors.host}:{st.sensors.port}"
-username = "sensor"
-password_file = "sensor.password"
-subscribe = "sensors/{device}/#"
-[[streams]]
-contract = "{st.contracts[0].name}"
-[position]
-{pos}
-{eps}
-[releases]
-url = "{st.release_url}"
-root = "1.root.json"
-""")
-        return d / "agent.toml"
+    def add_device(self, device: str, place: Place | None) -> None:
+        """Register a device and its agent, which is not started yet."""
+        home = None if place is None else Position(place.lat, place.lon)
+        config_path = enrol(self.settings, self.fleet, device, home=home)
+        self.agents.append(AgentProcess(device, config_path, self.logs / f"agent-{device}.log"))
 
     def wait(self, what: str, timeout_s: float, poll: Callable[[], T | None]) -> T:
         """Ask `poll` until it gives something true; meanwhile watch that stack and agents live.

@@ -31,7 +31,6 @@ from rich.console import Console
 from cloud import config, keys
 from cloud.config import Settings
 from cloud.demo import phases, scenario
-from cloud.demo.agents import AgentProcess
 from cloud.demo.display import Display
 from cloud.demo.house import House
 from cloud.demo.report import Report, as_table, write_report
@@ -164,8 +163,7 @@ def _run_phases(house: House, plan: Scenario, options: Options, display: Display
 def _start(house: House, plan: Scenario) -> None:
     """Register the devices, start stack and agents, and wait until sensors may send."""
     for gateway in plan.gateways:
-        config_path = house.add_device(gateway.device, gateway.place)
-        house.agents.append(AgentProcess(gateway.device, config_path, house.logs / f"agent-{gateway.device}.log"))
+        house.add_device(gateway.device, gateway.place)
     house.stack.start()
     house.stack.wait_ready()
     for agent in house.agents:
