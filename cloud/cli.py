@@ -155,7 +155,7 @@ def _add_demo(commands: Any, wanted: bool) -> None:
         from cloud.demo.runner import add_arguments, run
 
         add_arguments(demo)
-        demo.set_defaults(command=run, project=argparse.SUPPRESS)  # do not hide the global --project
+        demo.set_defaults(command=run)
 
 
 # --- commands ---

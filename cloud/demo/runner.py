@@ -63,7 +63,7 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The demo's arguments, for the command line of `fenceline`."""
+    """The demo's arguments, for the command line of `fenceline`; `project` (the one to copy) is its global one."""
     parser.add_argument(
         "--cmapss", type=Path, metavar="DIR", help="use NASA's train_FD001, test_FD001 and RUL_FD001 (.txt or .txt.gz) in DIR"
     )
@@ -76,8 +76,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep", action="store_true", help="keep the directory with the stack's state and all logs")
     parser.add_argument("--json", action="store_true", help="print the report as JSON; progress goes to stderr")
-    if not any("--project" in action.option_strings for action in parser._actions):
-        parser.add_argument("--project", type=Path, help="project to copy (default: the working directory and upward)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -183,7 +181,7 @@ def _options(args: argparse.Namespace) -> Options:
         raise ConfigError(
             f"--devices {args.devices} must be 1 to {DEVICES_MAX}, --engines {args.engines} at least that and at most {ENGINES_MAX}"
         )
-    source = config.find_project(args.project)
+    source = config.find_project(getattr(args, "project", None))
     return Options(source, args.cmapss, args.seed, args.devices, args.engines, tuple(args.set))
 
 
