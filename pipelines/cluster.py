@@ -1,19 +1,25 @@
-"""Ray: one local head for all stages, or a cluster that is there already.
+"""Ray: one local head for all stages, or a cluster that is there already; and the three ways in which stages use it.
 
 - `RAY_ADDRESS` says where the cluster is. Without it a stage starts a local one for itself.
 - A local head listens on loopback only, has no dashboard, a small object store, and a random token: other users of the
   machine cannot hand it code.
 - No usage statistics, and Ray does not touch the accelerator variables.
+- Ray reads its environment when it is imported, so it is imported here only, after the environment is set.
+
+    with connected():
+        total = run(sum, [1, 2])
+        for i, value in as_done(pow, [(2, 3), (3, 2)]): ...
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import FencelineError, UnavailableError
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 CPUS_MAX = 16
@@ -72,3 +78,36 @@ def local_head() -> Iterator[dict[str, str]]:
         yield {**here, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     finally:
         ray.shutdown()
+
+
+def run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call `function` as one Ray task; its result, or its own error."""
+    return next(as_done(function, [arguments]))[1]
+
+
+def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Iterator[tuple[int, Any]]:
+    """Call `function` once per entry of `calls`, a Ray task each; (index, result) as they finish.
+
+    Raises:
+        FencelineError: as a task raised it. Other errors come as Ray's own, with the task's traceback.
+    """
+    import ray
+
+    task = ray.remote(function)
+    waiting = {task.remote(*arguments): i for i, arguments in enumerate(calls)}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        try:
+            result = ray.get(ready)
+        except ray.exceptions.RayTaskError as e:
+            if isinstance(e.cause, FencelineError):
+                raise e.cause from e
+            raise
+        yield waiting.pop(ready), result
+
+
+def share(value: Any) -> Any:
+    """Put a value where all tasks can read it; pass what comes back as an argument."""
+    import ray
+
+    return ray.put(value)

@@ -18,10 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
-import ray
 
 from edge_agent.contract.errors import ConfigError
-from pipelines import stage
+from pipelines import cluster, stage
 from pipelines.cli import progress
 from pipelines.features import EVENT_TIME
 from pipelines.params import Params
@@ -35,8 +34,7 @@ def work(context: Context) -> None:
     """Write the dataset, and bring the online store up to date."""
     progress("joining labels and features (Feast, point in time)")
     out = context.folder("dataset")
-    task = ray.remote(build)
-    found = ray.get(task.remote(context.project, context.features, context.labels, context.params, context.contract.entity, out))
+    found = cluster.run(build, context.project, context.features, context.labels, context.params, context.contract.entity, out)
     stage.write_json(out / "dataset.json", found)
     progress(f"{found['rows']} rows of {found['entities']} engines; {found['labels_without_features']} labels had no features")
 

@@ -20,11 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.stream import StreamContract
-from pipelines import stage, tracking
+from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
 from pipelines.features import EVENT_TIME, windows_of
 from pipelines.scoring import score
@@ -94,10 +93,10 @@ def rank_fields(context: Context, model: Any, x: npt.NDArray[np.float32], y: Flo
     columns: dict[str, list[int]] = {}
     for i, feature in enumerate(spec.features):
         columns.setdefault(feature.field, []).append(i)
-    task = ray.remote(_shuffled_rmse)
-    shared, seed = (ray.put(model), ray.put(x), ray.put(y)), context.params.train.seed
-    found = ray.get([task.remote(*shared, [], seed), *(task.remote(*shared, c, seed) for c in columns.values())])
-    rises = [(field, rmse - found[0]) for field, rmse in zip(columns, found[1:], strict=True)]
+    shared, seed = (cluster.share(model), cluster.share(x), cluster.share(y)), context.params.train.seed
+    calls = [(*shared, shuffled, seed) for shuffled in ([], *columns.values())]
+    found = dict(cluster.as_done(_shuffled_rmse, calls))
+    rises = [(field, found[i] - found[0]) for i, field in enumerate(columns, 1)]
     return sorted(rises, key=lambda r: (-r[1], r[0]))
 
 
@@ -126,8 +125,9 @@ def judge(context: Context, rmse: float, engines: npt.NDArray[Any], target: Floa
         gate["reasons"].append(f"no hold-out engine is new to champion version {champion.version}: not compared")
         return gate
     scores = np.array([theirs[row] for row, ok in zip(rows, both, strict=True) if ok])
-    gate["champion_rmse"] = float(np.sqrt(np.mean((scores - target[both]) ** 2)))
-    gate["challenger_rmse"] = float(np.sqrt(np.mean((predicted[both] - target[both]) ** 2)))
+    # Labels may have been cut off elsewhere when the champion was trained: both are measured up to our label_max.
+    errors = [np.minimum(s, context.params.dataset.label_max) - target[both] for s in (scores, predicted[both])]
+    gate["champion_rmse"], gate["challenger_rmse"] = (float(np.sqrt(np.mean(e**2))) for e in errors)
     better = gate["challenger_rmse"] <= gate["champion_rmse"] * (1 + limits.champion_slack)
     gate["passed"] = bool(gate["passed"] and better)
     gate["reasons"].append(
@@ -160,10 +160,9 @@ def load_champion(context: Context) -> Champion | None:
 
 
 def score_champion(context: Context, champion: Champion, engines: list[str]) -> dict[tuple[str, int], float]:
-    """The champion's score by engine and event time, limited to what a label can be."""
-    task = ray.remote(_score_readings)
-    keys, scores = ray.get(task.remote(context.readings, context.contract, champion.manifest, champion.model, engines))
-    return dict(zip(keys, np.minimum(scores, context.params.dataset.label_max).tolist(), strict=True))
+    """The champion's score by engine and event time."""
+    keys, scores = cluster.run(_score_readings, context.readings, context.contract, champion.manifest, champion.model, engines)
+    return dict(zip(keys, scores.tolist(), strict=True))
 
 
 def _score_readings(

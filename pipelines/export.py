@@ -18,12 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from edge_agent.contract.bundle import Bundle, Golden, Manifest, Provenance, check_manifest, pack_bundle, read_bundle
 from edge_agent.contract.errors import BundleError
-from edge_agent.core.features import Windows, golden_readings
-from pipelines import stage
+from edge_agent.core.features import Windows
+from edge_agent.core.golden import golden_readings
+from pipelines import cluster, stage
 from pipelines.cli import progress
 from pipelines.forest import Float32s, to_onnx
 from pipelines.scoring import score
@@ -44,7 +44,7 @@ def work(context: Context) -> None:
     spec = context.params.spec
     onnx_model = to_onnx(model, len(spec.features))
     x, _, _ = load(context)
-    worst = ray.get(ray.remote(disagreement).remote(model, onnx_model, x, context.params.train.seed))
+    worst = cluster.run(disagreement, model, onnx_model, x, context.params.train.seed)
     tolerance = context.params.export.tolerance
     if not worst["max_abs_diff"] <= tolerance:
         raise BundleError(f"ONNX and the trained model differ by {worst['max_abs_diff']}; at most {tolerance} allowed")

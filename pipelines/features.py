@@ -15,13 +15,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from edge_agent.contract.bundle import FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
-from pipelines import stage
+from pipelines import cluster, stage
 from pipelines.cli import progress
 from pipelines.stage import Context
 
@@ -34,16 +33,13 @@ def work(context: Context) -> None:
     shutil.rmtree(context.features, ignore_errors=True)
     out = context.folder("features")
     parts = deal(count_by_device(context.readings), context.params.features.parts)
-    task = ray.remote(write_part)
-    waiting = [
-        task.remote(context.readings, devices, context.contract, context.params.spec, out / f"part-{i:03d}.parquet")
-        for i, devices in enumerate(parts)
+    calls = [
+        (context.readings, devices, context.contract, context.params.spec, out / f"part-{i:03d}.parquet") for i, devices in enumerate(parts)
     ]
-    total, rows = len(waiting), 0
-    while waiting:
-        (ready,), waiting = ray.wait(waiting)
-        rows += ray.get(ready)
-        progress(f"{rows} readings with {len(context.params.spec.features)} features", total - len(waiting), total)
+    rows = 0
+    for done, (_, written) in enumerate(cluster.as_done(write_part, calls), 1):
+        rows += written
+        progress(f"{rows} readings with {len(context.params.spec.features)} features", done, len(calls))
 
 
 def count_by_device(readings: Path) -> dict[str, int]:

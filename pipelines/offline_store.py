@@ -112,7 +112,7 @@ class AsOfOfflineStore(OfflineStore):
             raise NotImplementedError("this offline store joins features to entity rows; pass entity_df instead of a range of time")
         frame = _connect(config).sql(entity_df).df() if isinstance(entity_df, str) else entity_df
         time_column = infer_event_timestamp_from_entity_df(dict(frame.dtypes.items()))
-        times = pd.to_datetime(frame[time_column], utc=True)
+        times = pd.to_datetime(frame[time_column], utc=True).dt.floor("us")
         joins = [_Join.of(view, feature_refs, full_feature_names, config) for view in feature_views]
 
         def query() -> pa.Table:

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from cloud.lake import Lake
 from edge_agent.contract.bundle import FeatureSpec, read_bundle
@@ -59,10 +59,10 @@ def recompute(context: Context, bundle_path: Path, out: Path | None = None) -> d
     if not readings.num_rows:
         raise ConfigError(f"the lake {context.lake_dir} holds no readings of stream {contract.stream!r}; nothing to score")
     counts = {c["values"]: c["counts"] for c in readings["device"].value_counts().to_pylist()}
-    task, model = ray.remote(score_devices), ray.put(bundle.model)
     groups = deal(counts, context.params.features.parts)
     parts = [readings.filter(pc.is_in(readings["device"], pa.array(group))) for group in groups]
-    scored = pa.concat_tables(ray.get([task.remote(part, contract, spec, model) for part in parts]))
+    calls = [(part, contract, spec, bundle.model) for part in parts]
+    scored = pa.concat_tables([part for _, part in sorted(cluster.as_done(score_devices, calls), key=itemgetter(0))])
     if out is not None:
         pq.write_table(scored.drop_columns(["model"]), out)
     return compare(scored, digest) | {
@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         with cluster.connected():
             report = recompute(context, args.bundle, args.out)
     except FencelineError as e:
-        cli.err(f"score: {getattr(e, 'cause', e)}")
+        cli.err(f"score: {e}")
         return 2 if isinstance(e, ConfigError) else 1
     cli.out(json.dumps(report) if args.json else "\n".join(f"{k:18} {v}" for k, v in report.items()))
     return 0 if report["rows_compared"] and report["max_abs_diff"] <= args.max_diff else 1

@@ -14,12 +14,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
-from pipelines import stage, tracking
+from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
 from pipelines.params import Params
 from pipelines.stage import Context
@@ -34,7 +33,7 @@ def work(context: Context) -> None:
     versions = pick_versions(Lake(context.lake_dir), context)
     progress(f"lake {context.lake_dir}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
     out = context.folder("snapshot")
-    found = ray.get(ray.remote(write_snapshot).remote(context.lake_dir, out, context.params, context.contract, versions))
+    found = cluster.run(write_snapshot, context.lake_dir, out, context.params, context.contract, versions)
     stage.write_json(context.lake_version, found)
     tracking.current_run(context, fresh=True)
     progress(f"{found['rows']} readings, {found['labels']} labels")

@@ -97,8 +97,7 @@ def main(name: str, work: Callable[[Context], None]) -> int:
         with cluster.connected():
             work(context)
     except FencelineError as e:
-        message = str(getattr(e, "cause", e))  # an error from a Ray task is of its own class too, but its text is a whole traceback
-        code = 2 if isinstance(e, ConfigError) else 1
+        message, code = str(e), 2 if isinstance(e, ConfigError) else 1
         error.write_text(json.dumps({"stage": name, "message": message, "exit_code": code}))
         cli.err(f"{name}: {message}")
         return code

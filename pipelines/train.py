@@ -16,11 +16,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-import ray
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import GroupKFold
 
-from pipelines import stage, tracking
+from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
 from pipelines.dataset import TARGET
 from pipelines.forest import Float32s, freeze
@@ -42,7 +41,7 @@ def work(context: Context) -> None:
     best = min(range(len(trials)), key=lambda i: trials[i]["rmse"])
     setting = context.params.train.search[best]
     progress(f"best: setting {best + 1}, rmse {trials[best]['rmse']:.2f} over the folds; fitting it on {len(set(engines))} engines")
-    model = ray.get(ray.remote(fit_frozen).remote(setting, context.params.train.seed, x, y))
+    model = cluster.run(fit_frozen, setting, context.params.train.seed, x, y)
     out = context.folder("train")
     joblib.dump(model, out / "model.joblib")
     stage.write_json(out / "trials.json", {"best": best, "trials": trials})
@@ -61,22 +60,16 @@ def search(context: Context, x: Float32s, y: Floats, engines: npt.NDArray[Any]) 
     """Cross-validate every setting; for each its parameters, its error over all folds and that of each fold."""
     settings = context.params.train.search
     cuts = folds(engines, context.params.train.folds, context.params.train.seed)
-    data, target = ray.put(x), ray.put(y)
-    task = ray.remote(score_fold)
-    waiting = {
-        task.remote(setting, context.params.train.seed, data, target, inside, outside): (i, k)
-        for i, setting in enumerate(settings)
-        for k, (inside, outside) in enumerate(cuts)
-    }
+    data, target = cluster.share(x), cluster.share(y)
+    places = [(i, k) for i in range(len(settings)) for k in range(len(cuts))]
+    calls = [(settings[i], context.params.train.seed, data, target, *cuts[k]) for i, k in places]
     squares = np.full((len(settings), len(cuts)), np.nan)
     sizes = np.array([len(outside) for _, outside in cuts])
     store, parent = tracking.client(context), tracking.current_run(context)
-    total = len(waiting)
-    while waiting:
-        (ready,), _ = ray.wait(list(waiting))
-        i, k = waiting.pop(ready)
-        squares[i, k] = ray.get(ready)
-        progress(f"setting {i + 1} fold {k + 1}: rmse {np.sqrt(squares[i, k] / sizes[k]):.2f}", total - len(waiting), total)
+    for done, (n, error) in enumerate(cluster.as_done(score_fold, calls), 1):
+        i, k = places[n]
+        squares[i, k] = error
+        progress(f"setting {i + 1} fold {k + 1}: rmse {np.sqrt(error / sizes[k]):.2f}", done, len(calls))
         if not np.isnan(squares[i]).any():
             _log_trial(store, parent, i, settings[i], squares[i], sizes)
     return [
