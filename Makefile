@@ -86,6 +86,7 @@ check: $(VENV)/.installed ## style, types, import rules, workflows and contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck .ci/run .github/scripts/*.sh
 	$(BIN)/zizmor --offline --pedantic --no-progress .github
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(WORKFLOWS)
 	$(BIN)/check-jsonschema --builtin-schema custom.github-workflows-require-timeout $(WORKFLOWS)

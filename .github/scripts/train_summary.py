@@ -35,7 +35,8 @@ def where(result: dict[str, Any], artifact: str) -> str:
     address = urlsplit(url)
     if address.scheme in ("http", "https") and address.hostname not in ("127.0.0.1", "localhost", "::1"):
         return f"[{run}]({url})"
-    return f"{run}, on this job's own server; unpack artifact `{artifact}`, then `mlflow ui --backend-store-uri sqlite:///mlflow.db`"
+    look = "mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination artifacts"
+    return f"{run}, on this job's own server; unpack artifact `{artifact}` and there run `{look}`"
 
 
 if __name__ == "__main__":
