@@ -40,6 +40,7 @@ from edge_agent.contract.bundle import Bundle, Manifest, pack_bundle, read_bundl
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
 from edge_agent.contract.state import BundleRef
 from edge_agent.contract.topics import check_name
+from edge_agent.core.golden import check_golden
 from edge_agent.core.settings import nearest
 
 if TYPE_CHECKING:
@@ -242,9 +243,12 @@ def _same_again(target: str, known: TargetFile, bundle: Bundle, releases_dir: Pa
 
 
 def _self_test(bundle: Bundle) -> None:
-    from edge_agent.inference import self_test  # loads ONNX Runtime
+    """Check the golden vectors here before anything is signed; the device checks them again there."""
+    from onnxruntime import InferenceSession
 
-    self_test(bundle)
+    session = InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    check_golden(bundle.manifest, lambda features: session.run(None, {name: features.astype("float32")})[0].reshape(-1))
 
 
 def _client(mlflow_url: str) -> MlflowClient:

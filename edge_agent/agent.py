@@ -71,6 +71,7 @@ class Agent:
         self._updater: Updater | None = None
         self._model = UpdaterState()
         self._report_due = 0.0
+        self._lane: str | None = None
 
     def run(self) -> int:
         """Run until a signal; 0 after a clean stop.
@@ -103,6 +104,7 @@ class Agent:
         drafts += self._quarantine(taken.rejected, batch.received_us)
         self._store(drafts, taken.fixes)
         batch.release()
+        self._stay()
         self._count(batch, taken, time.perf_counter() - started)
 
     def _seal(self, readings: Readings) -> list[Draft]:
@@ -285,6 +287,7 @@ class Agent:
         )
         self._uplink.start()
         stack.callback(self._uplink.stop)
+        self._stay()
         stack.callback(self._close_model)
         if settings.releases is not None and config.root is not None:
             self._updater = self._start_updater(settings.releases.url, config.root)
@@ -325,6 +328,13 @@ class Agent:
         if now >= self._report_due:
             self._report_due = now + REPORT_S
             self._report()
+
+    def _stay(self) -> None:
+        """Keep the links of the place where the device is now."""
+        lane = self._track.lane_now()
+        if lane != self._lane:
+            self._lane = lane
+            self._uplink.stay(lane)
 
     def _count(self, batch: Batch, taken: Intaken, seconds: float) -> None:
         self.metrics.messages.inc(len(batch))

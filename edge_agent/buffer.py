@@ -46,6 +46,7 @@ CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
 CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
 CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, last_ordinal);
 """
+_DISK_ERRORS = (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.CorruptError, apsw.BusyError)
 _STORED = "lane, sequence, stream, rows, block"
 
 
@@ -266,7 +267,10 @@ class Buffer:
 
     def _read(self, query: str, values: tuple[str | int, ...]) -> list[tuple[Any, ...]]:
         with self._read_lock:
-            return self._reader.execute(query, values).fetchall()
+            try:
+                return self._reader.execute(query, values).fetchall()
+            except _DISK_ERRORS as e:
+                raise UnavailableError(f"buffer cannot be read: {e}") from e
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -275,7 +279,7 @@ class Buffer:
                 yield
         except apsw.FullError as e:
             raise BufferFullError(f"no room on the disk: {e}") from e
-        except (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.CorruptError, apsw.BusyError) as e:
+        except _DISK_ERRORS as e:
             raise UnavailableError(f"buffer cannot be written: {e}") from e
 
 

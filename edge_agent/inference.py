@@ -26,10 +26,10 @@ from typing import NoReturn
 import numpy as np
 
 from edge_agent import worker
-from edge_agent.contract.bundle import Bundle, Golden, Limits
+from edge_agent.contract.bundle import Bundle, Limits
 from edge_agent.contract.columns import Floats
 from edge_agent.contract.errors import BundleError, ContractError, FencelineError, Reason
-from edge_agent.core.features import Windows, golden_readings
+from edge_agent.core.golden import check_golden
 
 log = logging.getLogger(__name__)
 
@@ -172,37 +172,15 @@ def self_test(bundle: Bundle) -> None:
     Raises:
         BundleError: it does not, or the model does not run within its limits.
     """
-    golden = bundle.manifest.golden
-    features = _golden_features(bundle)
-    try:
+
+    def score(features: Floats) -> Floats:
         with ModelWorker(bundle.model, len(bundle.manifest.features.features), bundle.manifest.limits) as running:
-            scores = running.score(features)
+            return running.score(features)
+
+    try:
+        check_golden(bundle.manifest, score)
     except WorkerError as e:
         raise BundleError(f"self-test: {e}") from e
-    _check_scores(golden, scores)
-
-
-def _golden_features(bundle: Bundle) -> Floats:
-    golden = bundle.manifest.golden
-    try:
-        entity, event_us, table = golden_readings(golden)
-        features = Windows(bundle.manifest.features).push(entity, event_us, table)
-    except ContractError as e:
-        raise BundleError(f"self-test: {e}") from e
-    want = np.array([[np.nan if v is None else v for v in row] for row in golden.features])
-    equal = (features.view(np.int64) == want.view(np.int64)) | (np.isnan(features) & np.isnan(want))
-    if not equal.all():
-        row, column = np.argwhere(~equal)[0]
-        name = bundle.manifest.features.names[column]
-        raise BundleError(f"self-test: feature {name} of golden reading {row} is {features[row, column]!r}; want {want[row, column]!r}")
-    return features
-
-
-def _check_scores(golden: Golden, scores: Floats) -> None:
-    off = np.abs(scores - np.array(golden.scores))
-    if not (off <= golden.tolerance).all():  # a golden NaN fails here too
-        row = int(np.argmax(np.where(np.isnan(off), np.inf, off)))
-        raise BundleError(f"self-test: score of golden reading {row} is {scores[row]}; want {golden.scores[row]} within {golden.tolerance}")
 
 
 def _sort_out(message: str) -> tuple[Reason, str]:

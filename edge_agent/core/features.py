@@ -19,14 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.bundle import Feature, FeatureSpec, Golden
+from edge_agent.contract.bundle import Feature, FeatureSpec
 from edge_agent.contract.columns import Floats, Ints, Strings, Table
 from edge_agent.contract.errors import ContractError
 
 ENTITIES_MAX = 10_000
 _US_PER_HOUR = 3_600e6
 
-__all__ = ["Feature", "FeatureSpec", "Windows", "golden_readings"]
+__all__ = ["Feature", "FeatureSpec", "Windows"]
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,3 @@ class _Joined:
         inside = known[:, None] & ~np.isnan(values)
         hours = np.broadcast_to((-age_us / _US_PER_HOUR)[:, None], values.shape)
         return _Step(values, hours, inside)
-
-
-def golden_readings(golden: Golden) -> tuple[Strings, Ints, Table]:
-    """The readings of golden vectors, ready for `Windows.push`."""
-    fields: Table = {name: np.array([np.nan if v is None else v for v in column]) for name, column in golden.fields.items()}
-    return Strings.of(golden.entity), np.array(golden.event_us, np.int64), fields
