@@ -1,0 +1,106 @@
+"""The gate: what a region may store. Everything a device sends may be wrong."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from cloud.gate import Gate, Refusal
+from cloud.rows import Contracts
+from edge_agent.contract.block import decode_block, encode_block
+from edge_agent.contract.columns import Strings
+from edge_agent.contract.errors import Reason
+from edge_agent.contract.topics import DeviceTopics
+from edge_agent.core.zones import parse_zones
+from tests.cloud.blocks import ZONES_JSON, block, block_bytes, contract
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate("us", Contracts([contract()]), parse_zones(ZONES_JSON))
+
+
+def up(lane: str = "canada", device: str = "d1", stream: str = "pump") -> str:
+    return DeviceTopics(device).up(lane, stream)
+
+
+def refusal(found: object) -> tuple[Reason, str]:
+    assert isinstance(found, Refusal), found
+    return found.reason, found.detail
+
+
+def test_a_block_of_a_zone_that_this_region_may_hold_passes(gate: Gate) -> None:
+    header, table = gate.inspect(up(), block_bytes(1, lane="canada"))  # type: ignore[misc]
+    assert header.identity == ("d1", "e1", "canada", 1) and set(table) == {"ts", "pump", "count", "pressure", "ordinal", "score"}
+
+
+@pytest.mark.parametrize("lane", ["europe", "canada_europe", "atlantis", "nowhere"])
+def test_a_block_of_a_zone_that_this_region_may_not_hold_is_refused(gate: Gate, lane: str) -> None:
+    reason, detail = refusal(gate.inspect(up(lane), block_bytes(1, lane=lane)))
+    assert reason is Reason.WRONG_REGION and "'us'" in detail and lane in detail
+
+
+@pytest.mark.parametrize("topic", [up("europe"), up(device="d2"), up(stream="turbofan"), DeviceTopics("d1").reported])
+def test_a_header_that_does_not_say_what_the_topic_says_is_refused(gate: Gate, topic: str) -> None:
+    assert refusal(gate.inspect(topic, block_bytes(1, lane="canada")))[0] is Reason.WRONG_DEVICE
+
+
+@pytest.mark.parametrize("topic", ["x", "fenceline/v2/d1/up/canada/pump", "fenceline/v1/D1/up/canada/pump", "fenceline/v1/d1/up/b_a/pump"])
+def test_a_topic_that_is_not_ours_is_refused(gate: Gate, topic: str) -> None:
+    assert refusal(gate.inspect(topic, block_bytes(1)))[0] is Reason.UNKNOWN_TOPIC
+
+
+def test_a_contract_that_the_cloud_does_not_know_is_refused(gate: Gate) -> None:
+    reason, detail = refusal(gate.inspect(up(), block_bytes(1, lane="canada", contract_version="2.0.0")))
+    assert reason is Reason.UNKNOWN_STREAM and "'2.0.0'" in detail
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pressure": None},
+        {"extra": np.zeros(3)},
+        {"count": np.zeros(3)},
+        {"pump": np.zeros(3)},
+        {"score": Strings.of(["a"] * 3)},
+        {"ordinal": None},
+    ],
+    ids=["missing", "extra", "float for integer", "float for text", "text for score", "no ordinal"],
+)
+def test_columns_that_are_not_the_contracts_are_refused(gate: Gate, change: dict[str, object]) -> None:
+    header, table = block(1, lane="canada")
+    changed = {name: column for name, column in {**table, **change}.items() if column is not None}
+    reason, detail = refusal(gate.inspect(up(), encode_block(header, changed)))  # type: ignore[arg-type]
+    assert reason is Reason.CORRUPT and next(iter(change)) in detail
+
+
+def test_every_flipped_byte_of_a_block_is_refused_as_corrupt(gate: Gate) -> None:
+    good = block_bytes(1, lane="canada")
+    for place in range(len(good)):
+        damaged = good[:place] + bytes([good[place] ^ 0x41]) + good[place + 1 :]
+        assert refusal(gate.inspect(up(), damaged))[0] is Reason.CORRUPT
+
+
+def test_bytes_with_a_right_crc_and_anything_inside_never_stop_ingest(gate: Gate) -> None:
+    import zlib
+
+    seed = random.randrange(10**9)
+    chance = random.Random(seed)
+    good = block_bytes(1, lane="canada")[:-4]
+    for _ in range(2_000):
+        body = bytearray(good)
+        for _ in range(chance.randint(1, 6)):
+            body[chance.randrange(8, len(body))] = chance.randrange(256)
+        found = gate.inspect(up(), bytes(body) + zlib.crc32(body).to_bytes(4, "little"))
+        assert isinstance(found, Refusal | tuple), f"seed {seed}"
+
+
+def test_the_quarantine_needs_no_contract_of_the_project(gate: Gate) -> None:
+    header, _ = block(1, lane="canada", stream="quarantine", contract_version="1")
+    texts = Strings.of(["a", "b", "c"])
+    table = {"captured_at": np.arange(3), "topic": texts, "reason": texts, "detail": texts, "payload": texts, "ordinal": np.arange(3)}
+    payload = encode_block(header, table)
+    assert decode_block(payload)[0] == header
+    assert isinstance(gate.inspect(up(stream="quarantine"), payload), tuple)

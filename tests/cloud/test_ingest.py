@@ -1,0 +1,250 @@
+"""Ingest against a real broker: receipts, refusals, crashes."""
+
+from __future__ import annotations
+
+import json
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import paho.mqtt.client as mqtt
+import pytest
+from paho.mqtt.enums import CallbackAPIVersion
+
+from cloud import brokers, config, ingest
+from cloud.audit import Audit
+from cloud.config import Settings
+from cloud.lake import Lake
+from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
+from edge_agent.contract.topics import DeviceTopics
+from tests.brokers import Broker, User, nats_broker
+from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
+
+ROOT = Path(__file__).parents[2]
+SECRET = "between cloud and broker"
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    with nats_broker(tmp_path, [User("cloud", SECRET), User("d1", "p")], max_ack_pending=512, ack_wait_s=1.0) as running:
+        yield running
+
+
+@pytest.fixture
+def settings(tmp_path: Path, broker: Broker) -> Settings:
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "pump.yaml").write_text(CONTRACT_YAML)
+    (project / "zones.geojson").write_bytes(ZONES_JSON)
+    (project / "fenceline.toml").write_text(
+        f"contracts = ['pump.yaml']\nzones = 'zones.geojson'\n[[regions]]\nname = 'eu'\nport = {broker.port}\n"
+    )
+    found = config.load(project)
+    path = brokers.password_path(found, brokers.CLOUD_USER)
+    path.parent.mkdir(parents=True)
+    path.write_text(SECRET)
+    return found
+
+
+class Device:
+    """Publishes blocks as a device does, and collects its receipts and alarms."""
+
+    def __init__(self, broker: Broker) -> None:
+        self.topics = DeviceTopics("d1")
+        self.receipts: queue.SimpleQueue[Receipt] = queue.SimpleQueue()
+        self.alarms: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="d1")
+        self.client.username_pw_set("d1", "p")
+        self.client.on_message = self._take
+        subscribed = threading.Event()
+        self.client.on_connect = lambda *_: self.client.subscribe([(self.topics.receipts, 1), (self.topics.events, 1)])
+        self.client.on_subscribe = lambda *_: subscribed.set()
+        self.client.connect(broker.host, broker.port)
+        self.client.loop_start()
+        assert subscribed.wait(WAIT_S)
+
+    def _take(self, client: mqtt.Client, data: object, message: mqtt.MQTTMessage) -> None:
+        if message.topic == self.topics.receipts:
+            self.receipts.put(decode_receipt(bytes(message.payload)))
+        else:
+            self.alarms.put(json.loads(message.payload))
+
+    def send(self, payload: bytes, lane: str = "europe", stream: str = "pump") -> None:
+        self.client.publish(self.topics.up(lane, stream), payload, qos=1).wait_for_publish(WAIT_S)
+
+    def wait_for(self, cumulative: int) -> Receipt:
+        """The first receipt that settles that many blocks."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline:
+            receipt = self.receipts.get(timeout=WAIT_S)
+            if receipt.lanes[0].cumulative >= cumulative:
+                return receipt
+        raise AssertionError(f"no receipt for {cumulative} blocks")
+
+
+@pytest.fixture
+def device(broker: Broker) -> Iterator[Device]:
+    found = Device(broker)
+    yield found
+    found.client.disconnect()
+    found.client.loop_stop()
+
+
+@contextmanager
+def running(settings: Settings) -> Iterator[ingest.Ingest]:
+    """An ingest in a thread, connected."""
+    work = ingest.build(settings, "eu")
+    work.intake.open()
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    try:
+        wait_until(lambda: work.intake.connected)
+        yield work
+    finally:
+        work.stop = True
+        thread.join()
+        work.intake.close()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def rows(settings: Settings) -> list[tuple[int, int]]:
+    table = Lake(settings.lake_dir).read("pump", columns=["sequence", "row"])
+    return sorted(zip(*(c.to_pylist() for c in table.columns), strict=True)) if table.num_rows else []
+
+
+def test_blocks_are_committed_before_their_receipt(settings: Settings, device: Device) -> None:
+    with running(settings):
+        for sequence in (1, 2, 4):
+            device.send(block_bytes(sequence))
+        deadline = time.monotonic() + WAIT_S
+        receipt = device.wait_for(2)
+        while receipt.lanes[0].ranges == [] and time.monotonic() < deadline:
+            receipt = device.wait_for(2)
+        assert receipt == Receipt(device="d1", epoch="e1", lanes=[LaneReceipt(lane="europe", cumulative=2, ranges=[(4, 4)])])
+        assert rows(settings) == [(s, r) for s in (1, 2, 4) for r in range(3)]
+
+
+def test_a_block_that_is_sent_again_gets_a_receipt_and_no_rows(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        device.send(block_bytes(1))
+        device.wait_for(1)
+        device.send(block_bytes(1))
+        assert device.wait_for(1).lanes == [LaneReceipt(lane="europe", cumulative=1)]
+        wait_until(lambda: work.status.duplicates == 1)
+        assert len(rows(settings)) == 3
+
+
+@pytest.mark.parametrize(
+    ("payload", "lane", "reason"),
+    [
+        (block_bytes(1, lane="atlantis"), "atlantis", "wrong_region"),
+        (block_bytes(1, lane="europe"), "canada", "wrong_device"),
+        (block_bytes(1)[:-1] + b"!", "europe", "corrupt"),
+        (b"", "europe", "corrupt"),
+        (block_bytes(1, contract_version="9"), "europe", "unknown_stream"),
+    ],
+    ids=["foreign zone", "forged zone", "damaged", "empty", "unknown contract"],
+)
+def test_what_is_refused_is_counted_audited_and_alarmed_and_the_next_block_goes_on(
+    settings: Settings, device: Device, payload: bytes, lane: str, reason: str
+) -> None:
+    with running(settings) as work:
+        device.send(payload, lane)
+        device.send(block_bytes(1))
+        device.wait_for(1)
+
+        assert work.status.refused == {reason: 1}
+        alarm = device.alarms.get(timeout=WAIT_S)
+        assert (alarm["event"], alarm["region"], alarm["reason"], alarm["count"]) == ("block_refused", "eu", reason, 1)
+        (entry,) = Audit(settings.audit_path).entries()
+        assert (entry.subject, entry.region, entry.reason) == ("d1", "eu", reason)
+        assert len(rows(settings)) == 3
+        time.sleep(1.5)  # past ack_wait: an unacknowledged message would have come again
+        assert work.status.refused == {reason: 1}
+
+
+def test_a_storm_of_refusals_is_a_few_entries_with_their_number(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        for sequence in range(1, 31):
+            device.send(block_bytes(sequence, lane="atlantis"), "atlantis")
+        wait_until(lambda: work.status.refused == {"wrong_region": 30})
+    audit = Audit(settings.audit_path)
+    assert audit.counts() == {"wrong_region": 30} and len(audit.entries()) <= 2
+
+
+def test_blocks_wait_unacknowledged_while_the_lake_cannot_write(
+    settings: Settings, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*args: object, **kw: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with running(settings) as work:
+        with monkeypatch.context() as patch:
+            patch.setattr("cloud.lake.write_deltalake", no_space)
+            device.send(block_bytes(1))
+            wait_until(lambda: not work.status.lake_available)
+            assert device.receipts.empty()
+        device.wait_for(1)
+        assert len(rows(settings)) == 3
+
+
+def test_blocks_sent_while_ingest_is_down_are_stored_when_it_returns(settings: Settings, device: Device) -> None:
+    with running(settings):
+        device.send(block_bytes(1))
+        device.wait_for(1)
+    device.send(block_bytes(2))
+    with running(settings):
+        device.wait_for(2)
+    assert len(rows(settings)) == 6
+
+
+def test_ingest_goes_on_after_its_broker_was_killed(settings: Settings, broker: Broker, device: Device) -> None:
+    with running(settings) as work:
+        device.send(block_bytes(1))
+        device.wait_for(1)
+        broker.restart()
+        wait_until(lambda: work.intake.connection == 2 and work.intake.connected)
+        wait_until(device.client.is_connected)
+        time.sleep(0.3)
+        device.send(block_bytes(2))
+        device.send(block_bytes(2))
+        device.wait_for(2)
+    assert len(rows(settings)) == 6
+
+
+DIES_BEFORE_THE_RECEIPT = """
+import os, signal
+from cloud import ingest
+from cloud.intake import Intake
+Intake.publish = lambda *a, **kw: os.kill(os.getpid(), signal.SIGKILL)
+ingest.main()
+"""
+
+
+def test_killed_between_commit_and_receipt_it_stores_nothing_twice(settings: Settings, device: Device) -> None:
+    arguments = ["--region", "eu", "--project", str(settings.project)]
+    work = subprocess.Popen([sys.executable, "-c", DIES_BEFORE_THE_RECEIPT, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (status := ingest.read_status(settings, "eu")) is not None and status.connected)
+    device.send(block_bytes(1))
+    assert work.wait(WAIT_S) == -9
+    assert len(rows(settings)) == 3 and device.receipts.empty()
+
+    with running(settings) as again:
+        device.wait_for(1)  # the broker sends the block again
+        assert again.status.duplicates >= 1
+        device.send(block_bytes(2))
+        device.wait_for(2)
+    assert len(rows(settings)) == 6
