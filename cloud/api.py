@@ -21,6 +21,7 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -76,7 +77,7 @@ def build(settings: Settings, control: Control | None = None) -> Any:
         name = request.path_params["device"]
         found = [d for d in devices(fleet) if d["device"] == name]
         if not found:
-            raise ConfigError(f"there is no device {name!r}")
+            raise HTTPException(404, f"there is no device {name!r}")
         return found[0]
 
     def health(request: Request) -> Any:
@@ -118,7 +119,9 @@ def _json(answer: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Res
         try:
             found = await run_in_threadpool(answer, request)
         except ConfigError as e:
-            return JSONResponse({"error": str(e)}, 404)
+            return JSONResponse({"error": str(e)}, 400)
+        except HTTPException as e:
+            return JSONResponse({"error": e.detail}, e.status_code)
         return Response(msgspec.json.encode(found), media_type="application/json")
 
     return endpoint
