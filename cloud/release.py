@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -282,6 +283,7 @@ def _find_version(client: MlflowClient, model: str, alias_or_version: str) -> Mo
 
 def _download(version: ModelVersion, mlflow_url: str) -> Bundle:
     """The bundle's two parts as the pipeline's run logged them, with the model version filled in."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # `progress` tells the steps
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 

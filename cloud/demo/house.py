@@ -23,6 +23,10 @@ from cloud.stack import Stack
 from edge_agent.contract.errors import UnavailableError
 
 POLL_S = 0.25
+FLUSH = """
+[flush] # readings come slowly here; a block for each would be mostly header
+ms_max = 500.0
+"""
 
 T = TypeVar("T")
 
@@ -60,6 +64,8 @@ class House:
         """Register a device and its agent, which is not started yet."""
         home = None if place is None else Position(place.lat, place.lon)
         config_path = enrol(self.settings, self.fleet, device, home=home)
+        with config_path.open("a") as file:
+            file.write(FLUSH)
         self.agents.append(AgentProcess(device, config_path, self.logs / f"agent-{device}.log"))
 
     def wait(self, what: str, timeout_s: float, poll: Callable[[], T | None]) -> T:
