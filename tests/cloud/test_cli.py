@@ -1,0 +1,157 @@
+"""`fenceline`: exit codes, messages that say what to do, and JSON on stdout alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cloud import cli
+from edge_agent.config import load as load_agent
+
+ROOT = Path(__file__).parents[2]
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command on a fresh state directory: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(["--project", str(ROOT), "--state", str(tmp_path / "state"), *words])
+        except SystemExit as e:
+            code = int(str(e.code))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def answer(result: tuple[int, str, str]) -> Any:
+    code, out, err = result
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_help_is_fast_and_names_every_command() -> None:
+    started = time.monotonic()
+    said = subprocess.run([sys.executable, "-m", "cloud.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    seconds = time.monotonic() - started
+    for command in ("up", "status", "ui", "replay", "labels", "train", "release", "rollout", "keys", "device", "demo"):
+        assert f"    {command} " in said
+    imported = subprocess.run(
+        [sys.executable, "-c", "import sys, cloud.cli; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"numpy", "pyarrow", "deltalake", "mlflow", "ray"} & set(imported), f"help took {seconds:.2f} s"
+
+
+def test_a_device_needs_keys_first_then_gets_a_directory_its_agent_accepts(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("device", "add", "plane-01")
+    assert code == 2 and "fenceline keys init" in err
+
+    keys = answer(run("keys", "init", "--json"))
+    assert Path(keys["root"]).is_file()
+    moving = load_agent(Path(answer(run("device", "add", "plane-01", "--json"))["config"]))
+    standing = load_agent(Path(answer(run("device", "add", "pole-01", "--home", "48.1,11.5", "--json"))["config"]))
+
+    assert moving.fixed_lane is None and moving.settings.position.topic == "sensors/plane-01/position"
+    assert standing.fixed_lane == "europe"
+    assert moving.sensors.username == "sensor" and moving.sensors.password
+    assert {(name, e.username, bool(e.password)) for name, e in moving.endpoints.items()} == {
+        ("eu", "plane-01", True),
+        ("us", "plane-01", True),
+    }
+    assert moving.root == Path(keys["root"]).read_bytes()
+    for path in (tmp_path / "state/devices/plane-01").iterdir():
+        assert path.stat().st_mode & 0o077 == 0, path
+    assert [d["device"] for d in answer(run("device", "list", "--json"))] == ["plane-01", "pole-01"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["device", "add", "Plane 1"], "must match"),
+        (["device", "add", "ship", "--home", "0,-150"], "lies in no zone"),
+        (["device", "add", "ship", "--home", "91,0"], "out of bounds"),
+        (["replay", "x.csv"], "fenceline device add NAME"),
+        (["replay", "x.csv", "--device", "d1", "--mapping", "cmaps"], "did you mean 'cmapss'"),
+        (["replay", "x.csv", "--device", "d1", "--stream", "turbofn"], "did you mean 'turbofan'"),
+        (["labels", "add", "x.csv", "--run-to-failure", "--mapping", "cmapss"], "x.csv"),
+        (["rollout", "status"], "there is no rollout"),
+        (["rollout", "undo"], "there is no rollout"),
+        (["rollout", "start", "m"], "fenceline release m@champion"),
+        (["release", "turbofan-rul@champion"], "turbofan-rul"),
+        (["up", "--ports", "asia=1"], "unknown ports asia"),
+        (["up", "--ports", "eu=99999"], "port 99999"),
+        (["ui", "--no-open"], "fenceline up"),
+    ],
+)
+def test_what_a_person_must_change_exits_2_and_says_so(run: Run, words: list[str], message: str) -> None:
+    run("keys", "init")
+    code, _, err = run(*words)
+    assert code == 2 and message in err, err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["fly"], ["up", "--ports", "eu"], ["up", "--ports", "eu=x"], ["labels", "add", "f"], ["device", "add", "a", "--home", "x"]],
+)
+def test_a_wrong_command_line_exits_2(run: Run, words: list[str]) -> None:
+    assert run(*words)[0] == 2
+
+
+def test_a_directory_without_a_project_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--project", str(tmp_path), "status"]) == 2
+    assert f"no Fenceline project in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_second_keys_init_changes_nothing(run: Run) -> None:
+    root = Path(answer(run("keys", "init", "--json"))["root"])
+    before = root.read_bytes()
+    code, _, err = run("keys", "init")
+    assert code == 2 and "never overwritten" in err and root.read_bytes() == before
+
+
+def test_status_of_nothing_is_an_answer(run: Run) -> None:
+    found = answer(run("status", "--json"))
+    assert found["stack"] is None and found["devices"] == [] and found["lake"] == {} and found["audit_broken_at"] is None
+    code, out, _ = run("status")
+    assert code == 0 and "does not run (fenceline up)" in out
+
+
+def test_status_exits_1_when_the_audit_trail_was_changed(run: Run, tmp_path: Path) -> None:
+    import sqlite3
+
+    from cloud.audit import Audit
+
+    audit = Audit(tmp_path / "state/audit.db")
+    for _ in range(2):
+        audit.add("block_refused", region="eu", subject="d1", reason="corrupt", detail="x")
+    with sqlite3.connect(tmp_path / "state/audit.db") as db:
+        db.execute("DELETE FROM entries WHERE id = 1")
+    code, out, _ = run("status", "--json")
+    assert code == 1 and json.loads(out)["audit_broken_at"] == 1
+    assert run("status")[0] == 1
+
+
+def test_labels_are_added_and_replaced(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "labels.csv"
+    file.write_text("engine,ts,rul\nsim-1,1700000000,10\nsim-1,1700003600,9\n")
+    words = ("labels", "add", str(file), "--column", "rul", "--json")
+    assert answer(run(*words)) == {"stream": "turbofan", "added": 2, "labels": 2}
+    assert answer(run(*words)) == {"stream": "turbofan", "added": 2, "labels": 2}
+
+
+def test_train_passes_the_pipelines_answer_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cloud.cli", "--project", str(ROOT), "--state", str(tmp_path), "train", "--set", "nonsense"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "nonsense" in done.stderr
