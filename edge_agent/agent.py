@@ -50,7 +50,7 @@ from edge_agent.uplink import Uplink, UplinkConfig
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-REPORT_S = 10.0
+REPORT_S = 20.0  # also the sign of life that `fenceline status` shows
 FULL_RETRY_S = 0.5
 
 

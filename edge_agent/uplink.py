@@ -24,8 +24,6 @@ from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import msgspec
-
 from edge_agent.buffer import Buffer, StoredBlock
 from edge_agent.contract.errors import ContractError, UnavailableError
 from edge_agent.contract.receipt import Receipt, decode_receipt
@@ -135,8 +133,8 @@ class Uplink:
         self._plan = Plan({})
         self._here: str | None = None
         self._receipts: list[Receipt] = []
-        self._reported: tuple[Reported, bytes] | None = None
-        self._reported_to: dict[str, Reported] = {}
+        self._reported: bytes | None = None
+        self._reported_to: dict[str, bytes] = {}
         self._events: deque[bytes] = deque()
         self._events_in_flight: dict[tuple[str, int], bytes] = {}
         self._discover = True
@@ -272,7 +270,7 @@ class Uplink:
                 if self._links.get(event.link.name) is event.link:
                     self._apply_link_event(event)
             case Reported():
-                self._reported = (msgspec.structs.replace(event, at_us=0), encode_state(event))
+                self._reported = encode_state(event)
             case _Event(payload):
                 self._queue_event(payload)
             case _Here(lane):
@@ -408,9 +406,9 @@ class Uplink:
                 self._lose(link, str(e))
 
     def _publish_reported_to(self, name: str, link: Link) -> None:
-        if self._reported is not None and self._reported_to.get(name) != self._reported[0]:
-            link.publish(self._topics.reported, self._reported[1], retain=True)
-            self._reported_to[name] = self._reported[0]
+        if self._reported is not None and self._reported_to.get(name) != self._reported:
+            link.publish(self._topics.reported, self._reported, retain=True)
+            self._reported_to[name] = self._reported
 
     def _publish_events_to(self, name: str, link: Link) -> None:
         while self._events and len(self._events_in_flight) < EVENTS_IN_FLIGHT_MAX:
