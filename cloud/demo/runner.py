@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         keep = keep or bool(report.broken)
         write_report(report, args.report)
     except ConfigError as e:
+        keep = keep or (directory / "state/logs").exists()  # it had started
         console.print(f"demo: {e}", style="bold red", markup=False, highlight=False)
         return 2
     except FencelineError as e:
