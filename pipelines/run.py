@@ -26,9 +26,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from pipelines import cli, cluster, tracking
 from pipelines.params import override
+from pipelines.snapshot import pick_versions
 from pipelines.stage import Context, load_context, write_json
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
@@ -91,6 +93,7 @@ def run(
     project = project.absolute()
     override(project, overrides or [])
     context = load_context(project, state)
+    pick_versions(Lake(context.lake_dir), context)  # the snapshot asks again; a person should not wait for Ray to hear that
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
     _init_dvc(project)
     _forget_foreign_registration(context)
