@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,20 +23,27 @@ SMALL = (
 )
 
 
-def command(tmp_path: Path, *words: str) -> list[str]:
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory with a short name: Ray's sockets lie in it, and their names may have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="fl-") as name:
+        yield Path(name)
+
+
+def command(place: Path, *words: str) -> list[str]:
     sets = [word for assignment in SMALL for word in ("--set", assignment)]
-    report = str(tmp_path / "report.json")
+    report = str(place / "report.json")
     return [sys.executable, "-m", "cloud.cli", "--project", str(PROJECT), "demo", "--report", report, *sets, *words]
 
 
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(place: Path) -> dict[str, str]:
     """An empty home, and a temporary directory that can be searched for what was left."""
-    (tmp_path / "home").mkdir()
-    (tmp_path / "tmp").mkdir()
-    return {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(PROJECT)}
+    (place / "home").mkdir()
+    (place / "tmp").mkdir()
+    return {**os.environ, "HOME": str(place / "home"), "TMPDIR": str(place / "tmp"), "PYTHONPATH": str(PROJECT)}
 
 
-def processes_of(tmp_path: Path) -> list[str]:
+def processes_of(place: Path) -> list[str]:
     """Command lines of living processes that name this test's directory."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -42,20 +51,20 @@ def processes_of(tmp_path: Path) -> list[str]:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if str(tmp_path) in line and int(entry.name) != os.getpid():
+        if str(place) in line and int(entry.name) != os.getpid():
             found.append(line)
     return found
 
 
 @pytest.mark.timeout(420)
-def test_a_reading_travels_from_a_sensor_to_a_model_and_back(tmp_path: Path) -> None:
+def test_a_reading_travels_from_a_sensor_to_a_model_and_back(place: Path) -> None:
     done = subprocess.run(
-        command(tmp_path, "--devices", "2", "--engines", "5", "--json"),
-        env=environment(tmp_path), cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400,
+        command(place, "--devices", "2", "--engines", "5", "--json"),
+        env=environment(place), cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-8_000:] + done.stdout[-2_000:]
     report = json.loads(done.stdout)
-    assert report == json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads((place / "report.json").read_text())
     assert report["broken"] == []
     assert (report["lost"], report["duplicates"], report["out_of_zone"], report["altered"], report["quarantined"]) == (0, 0, 0, 0, 0)
     assert report["readings_in_lake"] == report["readings_published"] == sum(report["rows_by_lane"].values()) > 900
@@ -68,15 +77,15 @@ def test_a_reading_travels_from_a_sensor_to_a_model_and_back(tmp_path: Path) -> 
     assert report["uplink_bytes_per_reading"] < report["sensor_bytes_per_reading"]
     assert report["mlflow_run_id"] and report["model_version"] == "1"
     assert {"collect", "train", "release", "score", "verify"} <= set(report["seconds_by_phase"])
-    assert processes_of(tmp_path) == []
-    assert list((tmp_path / "tmp").glob("fenceline-demo-*")) == [], "a good demonstration cleans up"
+    assert processes_of(place) == []
+    assert list((place / "tmp").glob("fenceline-demo-*")) == [], "a good demonstration cleans up"
 
 
 @pytest.mark.timeout(180)
-def test_a_demonstration_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+def test_a_demonstration_that_is_stopped_leaves_no_process(place: Path) -> None:
     process = subprocess.Popen(
-        command(tmp_path, "--devices", "2", "--engines", "2"),
-        env=environment(tmp_path), cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command(place, "--devices", "2", "--engines", "2"),
+        env=environment(place), cwd=place, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -93,14 +102,14 @@ def test_a_demonstration_that_is_stopped_leaves_no_process(tmp_path: Path) -> No
     finally:
         process.kill()
         process.wait()
-    assert processes_of(tmp_path) == []
+    assert processes_of(place) == []
 
 
-def test_a_directory_without_nasas_files_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_a_directory_without_nasas_files_is_refused_before_anything_starts(place: Path) -> None:
     done = subprocess.run(
-        command(tmp_path, "--cmapss", str(tmp_path)),
-        env=environment(tmp_path), cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+        command(place, "--cmapss", str(place)),
+        env=environment(place), cwd=place, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
     assert "neither train_FD001.txt nor train_FD001.txt.gz" in done.stdout + done.stderr
-    assert list((tmp_path / "tmp").glob("fenceline-demo-*")) == []
+    assert list((place / "tmp").glob("fenceline-demo-*")) == []
