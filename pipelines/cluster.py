@@ -23,6 +23,7 @@ from edge_agent.contract.errors import FencelineError, UnavailableError
 
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 CPUS_MAX = 16
+TASK_S_MAX = 1_800
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -89,6 +90,7 @@ def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Ite
     """Call `function` once per entry of `calls`, a Ray task each; (index, result) as they finish.
 
     Raises:
+        UnavailableError: no task ended within TASK_S_MAX.
         FencelineError: as a task raised it. Other errors come as Ray's own, with the task's traceback.
     """
     import ray
@@ -96,7 +98,10 @@ def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Ite
     task = ray.remote(function)
     waiting = {task.remote(*arguments): i for i, arguments in enumerate(calls)}
     while waiting:
-        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=TASK_S_MAX)
+        if not done:
+            raise UnavailableError(f"none of {len(waiting)} Ray tasks ended within {TASK_S_MAX} s; has the cluster a free CPU for them?")
+        (ready,) = done
         try:
             result = ray.get(ready)
         except ray.exceptions.RayTaskError as e:

@@ -110,14 +110,15 @@ def submit(address: str, arguments: list[str], say: Say) -> int:
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
-    try:
-        client = JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as e:
-        raise UnavailableError(f"no Ray dashboard answers at {address}: {e}") from e
     passed = {k: v for k, v in os.environ.items() if k.startswith(("FENCELINE_", "MLFLOW_"))}
     passed.setdefault("FENCELINE_GIT_COMMIT", tracking.git_commit())
     passed["PYTHONPATH"] = _python_path()
-    job = client.submit_job(entrypoint=f"{sys.executable} -m pipelines.run {shlex.join(arguments)}", runtime_env={"env_vars": passed})
+    entrypoint = f"{sys.executable} -m pipelines.run {shlex.join(arguments)}"
+    try:
+        client = JobSubmissionClient(address)
+        job = client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed})
+    except (ConnectionError, RuntimeError) as e:
+        raise UnavailableError(f"the Ray cluster at {address} does not take the job: {e}") from e
     say(f"Ray job {job} at {address}")
     shown = 0
     while True:
