@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -26,11 +25,12 @@ from typing import Any
 
 import msgspec
 
-from cloud import brokers, tether
+from cloud import brokers
 from cloud.api import token
 from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.parts import Part, broker_part, check_ports, environment, parts
+from cloud.tether import tethered
 from edge_agent.contract.errors import ConfigError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -200,10 +200,14 @@ class Stack:
         path = self._log_path(part)
         if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
             path.replace(path.with_suffix(".log.1"))
-        tethered = [sys.executable, "-I", "-S", tether.__file__, str(os.getpid()), *part.command]
         with path.open("ab") as output:
             return subprocess.Popen(
-                tethered, cwd=self.settings.project, env=environment(part), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                tethered(part.command),
+                cwd=self.settings.project,
+                env=environment(part),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
             )
 
     def _end_all(self) -> None:

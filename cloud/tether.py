@@ -11,6 +11,12 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 
+
+def tethered(command: list[str]) -> list[str]:
+    """The command that runs `command` tied to this process; start it from a thread that lives as long as it shall."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
+
+
 if __name__ == "__main__":
     parent = int(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)

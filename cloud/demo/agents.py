@@ -1,6 +1,7 @@
 """The gateways' agents as processes of their own: start, kill, start again, stop.
 
-- Each runs in its own session, so that Ctrl-C reaches the demo alone and the demo stops them in order.
+- Each runs in its own session, so that Ctrl-C reaches the demo alone and the demo stops them in order. If the demo itself
+  is killed, the kernel ends them.
 - `stop` leaves nothing behind: what remains of the agent's process groups is killed, and logged as a fault of the agent.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from cloud.tether import tethered
 from edge_agent.contract.errors import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ class AgentProcess:
     def start(self) -> None:
         """Start the agent; it has not connected to anything yet."""
         with self.log_path.open("ab") as out:
-            command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)]
+            command = tethered([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)])
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         self._groups.append(self._process.pid)
         log.info("agent started device=%s pid=%d", self.device, self._process.pid)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from cloud.config import Settings
+from cloud.tether import tethered
 from edge_agent.contract.errors import FencelineError
 
 TAIL_LINES = 20
@@ -44,7 +45,7 @@ def _run(words: list[str], settings: Settings, log_path: Path, say: Callable[[st
     """Run one command to its end; whatever happens, it and its children are gone afterwards."""
     command = [sys.executable, "-m", words[0], "--project", str(settings.project), "--state", str(settings.state_dir), "--json", *words[1:]]
     process = subprocess.Popen(
-        command,
+        tethered(command),
         cwd=settings.project,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -83,7 +84,7 @@ def _follow(stream: Any, log_path: Path, say: Callable[[str], None], tail: deque
 def _end(process: subprocess.Popen[str]) -> None:
     """End the command (it stops Ray and its stages), then whatever is left of its session."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
