@@ -25,6 +25,8 @@ from edge_agent.core.golden import golden_readings
 from pipelines.scoring import score
 from tests.pipelines.lakes import LANES, ROOT, fill, open_lake, readings, store
 
+pytestmark = pytest.mark.timeout(420)  # minutes on a busy machine: each stage is a process with heavy imports
+
 SMALL = [
     "train.search=[{learning_rate: 0.1, max_iter: 40, max_leaf_nodes: 7, min_samples_leaf: 10, l2_regularization: 0.0}]",
     "train.folds=2",
@@ -46,7 +48,7 @@ class Project:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "FENCELINE_"))}
         environment["FENCELINE_GIT_COMMIT"] = "c0ffee"
         command = [sys.executable, "-m", module, "--project", str(self.path), "--state", str(self.state), "--json", *arguments]
-        return subprocess.run(command, cwd=self.path.parent, env=environment, capture_output=True, text=True, timeout=170)
+        return subprocess.run(command, cwd=self.path.parent, env=environment, capture_output=True, text=True, timeout=400)
 
     def train(self, *arguments: str) -> dict[str, Any]:
         done = self.command("pipelines.run", *arguments)
