@@ -6,6 +6,7 @@ They run as a user would run them, with `python -m`, in the demonstration's proj
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from edge_agent.contract.errors import FencelineError
 TAIL_LINES = 20
 STOP_S = 15.0
 TIMEOUT_S = 900.0
+_PROGRESS = re.compile(r"\[\d+/\d+\] | {2,}\S|starting ")
+"""What the pipelines' `say` writes; the rest of stderr is what libraries warn of, and goes to the log alone."""
 
 
 class PipelineError(FencelineError):
@@ -77,7 +80,7 @@ def _follow(stream: Any, log_path: Path, say: Callable[[str], None], tail: deque
         for line in stream:
             log.write(line)
             tail.append(line.rstrip())
-            if line.startswith(("[", "  ", "starting")):
+            if _PROGRESS.match(line):
                 say(line.rstrip())
 
 

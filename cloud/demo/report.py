@@ -1,8 +1,9 @@
 """What the demonstration found: `build/demo-report.json` for machines, a table for people.
 
-`uplink_bytes_per_reading` is the bytes of the MQTT PUBLISH packets that carried the readings' blocks (fixed header, topic
-and block, sent again or not) divided by the readings stored; neither TCP nor TLS is counted. `sensor_bytes_per_reading` is the same for the
-JSON messages on the sensor side. Error figures are in cycles; the truth is clipped like the training target.
+`uplink_bytes_per_reading` is what the agents say they have sent, whole blocks with headers and CRC, those sent again included, divided by
+the readings in the lake; MQTT's, TCP's and TLS's own bytes are not counted (an agent that is killed is asked just before).
+`sensor_bytes_per_reading` is the JSON of the readings on the sensor side, counted the same way. Both depend on how many readings share a
+block: the simulated gateways seal one every half second. Error figures are in cycles; the truth is clipped like the training target.
 """
 
 from __future__ import annotations
