@@ -32,16 +32,16 @@ from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig
 from edge_agent.contract.block import SCORE
 from edge_agent.contract.columns import Strings, Table, take
-from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
+from edge_agent.contract.errors import ConfigError, ContractError, Reason, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
-from edge_agent.contract.stream import QUARANTINE
+from edge_agent.contract.stream import QUARANTINE, FieldType
 from edge_agent.core.outbox import OutboxLimits
 from edge_agent.core.zones import Fix, Track
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.mqtt.source import Batch, Source, SourceConfig
-from edge_agent.releases import RepositoryConfig
+from edge_agent.releases import RefusedError, RepositoryConfig
 from edge_agent.scoring import Scoring
 from edge_agent.status import StatusServer
 from edge_agent.updater import Activation, Updater, UpdaterConfig, UpdaterState
@@ -192,12 +192,16 @@ class Agent:
     # The model: the updater's thread makes one ready, this thread takes it between two batches.
 
     def _activate(self, activation: Activation | None) -> None:
-        """Called by the updater in its own thread."""
+        """Called by the updater in its own thread, or while the agent starts."""
         if activation is None:
             self._swaps.put(None)
             return
         manifest = activation.bundle.manifest
         contract = next(c for c in self._config.contracts if c.stream == manifest.stream)
+        numeric = {f.name for f in contract.fields if f.type is not FieldType.STRING}
+        foreign = sorted({f.field for f in manifest.features.features} - numeric)
+        if foreign:
+            raise RefusedError(Reason.FOREIGN, f"bundle needs the fields {foreign}, which are no numbers of stream {contract.stream}")
         worker = ModelWorker(activation.bundle.model, len(manifest.features.features), manifest.limits)
         self._swaps.put(Scoring(activation, worker, contract))
 
@@ -285,12 +289,14 @@ class Agent:
         self._uplink = Uplink(
             _uplink_config(config), self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
         )
-        self._uplink.start()
+        if settings.releases is not None and config.root is not None:
+            self._updater = self._make_updater(settings.releases.url, config.root)
+        self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
         self._stay()
         stack.callback(self._close_model)
-        if settings.releases is not None and config.root is not None:
-            self._updater = self._start_updater(settings.releases.url, config.root)
+        if self._updater is not None:
+            self._updater.start()
             stack.callback(self._updater.stop)
         self._source = Source(_source_config(config))
         self._source.start()
@@ -300,16 +306,14 @@ class Agent:
         if settings.metrics.listen:
             metrics.serve(self.metrics, settings.metrics.listen)
 
-    def _start_updater(self, url: str, root: bytes) -> Updater:
-        updater = Updater(
+    def _make_updater(self, url: str, root: bytes) -> Updater:
+        return Updater(
             UpdaterConfig(RepositoryConfig(url, root), {c.stream: c.version for c in self._config.contracts}),
             self._config.state_dir / "models",
             here=self._track.lane_now,
             on_activate=self._activate,
             on_report=self._on_model_state,
         )
-        updater.start()
-        return updater
 
     def _stop(self) -> None:
         self._stopping = True

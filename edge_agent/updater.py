@@ -82,7 +82,7 @@ class Updater:
     Args:
         store: a directory of its own: bundles by sha256, TUF metadata, `state.json`.
         here: the lane that the device is in now; a bundle that names zones must name all of that lane.
-        on_activate: takes the bundle to run now, None for no model. If it raises WorkerError, the bundle is refused.
+        on_activate: takes the bundle to run now, None for no model. If it raises RefusedError or WorkerError, the bundle is refused.
         on_report: takes the state whenever it has changed; `status` returns it too.
 
     The callbacks run in the thread of `start`, then in the updater's own.
@@ -232,17 +232,21 @@ class Updater:
             bundle = read_bundle(data)
         except BundleError as e:
             raise RefusedError(Reason.SELF_TEST, str(e)) from e
-        self._check_manifest(ref, bundle.manifest)
+        manifest = bundle.manifest
+        name, want = (manifest.model, manifest.model_version), (ref.model, ref.model_version)
+        if name != want:
+            raise RefusedError(Reason.FOREIGN, f"bundle holds model {name[0]} version {name[1]}; want {want[0]} version {want[1]}")
+        self._check_contract(manifest)
+        lane = self._here()
+        if manifest.zones and not set(lane.split("_")) <= set(manifest.zones):
+            raise RefusedError(Reason.FOREIGN, f"bundle may run in {', '.join(manifest.zones)}; this device is in {lane}")
         try:
             self_test(bundle)
         except BundleError as e:
             raise RefusedError(Reason.SELF_TEST, str(e)) from e
         return bundle
 
-    def _check_manifest(self, ref: BundleRef, manifest: Manifest) -> None:
-        name, want = (manifest.model, manifest.model_version), (ref.model, ref.model_version)
-        if name != want:
-            raise RefusedError(Reason.FOREIGN, f"bundle holds model {name[0]} version {name[1]}; want {want[0]} version {want[1]}")
+    def _check_contract(self, manifest: Manifest) -> None:
         version = self._config.contracts.get(manifest.stream)
         if version is None:
             streams = ", ".join(self._config.contracts)
@@ -250,13 +254,10 @@ class Updater:
         if manifest.contract_version != version:
             contract = f"{manifest.stream} contract version"
             raise RefusedError(Reason.FOREIGN, f"bundle is for {contract} {manifest.contract_version}; this device has {version}")
-        lane = self._here()
-        if manifest.zones and not set(lane.split("_")) <= set(manifest.zones):
-            raise RefusedError(Reason.FOREIGN, f"bundle may run in {', '.join(manifest.zones)}; this device is in {lane}")
 
     def _roll_back(self, reason: Reason, detail: str) -> None:
         failed = self._state.active
-        back = None if self._state.previous is None else self._load(self._state.previous)
+        back = self._load_previous()
         log.warning("bundle rolled back from=%s to=%s reason=%s detail=%s", failed, back and back.ref, reason, detail)
         self._change(phase=Phase.ROLLED_BACK, active=back and back.ref, previous=None, reason=reason, detail=detail)
         self._reactivate(back)
@@ -265,29 +266,42 @@ class Updater:
     def _reactivate(self, activation: Activation | None) -> None:
         try:
             self._on_activate(activation)
-        except WorkerError as e:
+        except (RefusedError, WorkerError) as e:
             self._roll_back(e.reason, str(e))
 
     def _resume(self) -> None:
-        state = self._state
-        if state.active is None:
+        if self._state.active is None:
             return
-        found = self._load(state.active)
-        if found is not None:
+        try:
+            found = self._load(self._state.active)
+        except RefusedError as e:
+            self._roll_back(e.reason, str(e))
+        else:
             self._reactivate(found)
-            return
-        self._roll_back(Reason.TAMPERED, f"bundle file {state.active.sha256} is missing or damaged")
 
-    def _load(self, ref: BundleRef) -> Activation | None:
-        """A bundle that was active before, from the store; None if its file is not what it was."""
+    def _load_previous(self) -> Activation | None:
+        if self._state.previous is None:
+            return None
+        try:
+            return self._load(self._state.previous)
+        except RefusedError as e:
+            log.error("previous bundle refused reason=%s detail=%s", e.reason, e)
+            return None
+
+    def _load(self, ref: BundleRef) -> Activation:
+        """A bundle that was active before, from the store; the contracts may be others than they were then.
+
+        Raises:
+            RefusedError: its file is not what it was, or it is not for the contracts of this device.
+        """
         try:
             data = self._path(ref).read_bytes()
             if hashlib.sha256(data).hexdigest() != ref.sha256:
-                raise BundleError(f"{self._path(ref)} does not hold sha256 {ref.sha256}")
+                raise BundleError(f"it does not hold sha256 {ref.sha256}")
             bundle = read_bundle(data)
         except (OSError, BundleError) as e:
-            log.error("bundle not loaded target=%s error=%s", ref.target, e)
-            return None
+            raise RefusedError(Reason.TAMPERED, f"bundle file {self._path(ref)} is missing or damaged: {e}") from e
+        self._check_contract(bundle.manifest)
         return Activation(ref, bundle, on_probation=ref == self._state.active and self._state.phase is Phase.PROBATION)
 
     def _path(self, ref: BundleRef) -> Path:
