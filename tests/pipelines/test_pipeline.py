@@ -181,6 +181,19 @@ def test_worse_model_does_not_become_champion(project: Project, trained: dict[st
     assert str(client.get_model_version_by_alias("turbofan-rul", "challenger").version) == second["model_version"]
 
 
+def test_data_and_model_of_an_earlier_run_come_back_with_its_dvc_lock(project: Project, trained: dict[str, Any]) -> None:
+    model = project.build / "train/model.joblib"
+    tag = project.client().get_run(trained["run_id"]).data.tags["dvc.train.model.joblib"]
+    assert f"md5:{md5(model)}" != tag
+    lock = project.client().download_artifacts(trained["run_id"], "pipeline/dvc.lock")
+    shutil.copy(lock, project.path / "pipelines/dvc.lock")
+    for stage in ("dataset", "train"):
+        command = [sys.executable, "-m", "dvc", "checkout", "--force", f"pipelines/dvc.yaml:{stage}"]
+        subprocess.run(command, cwd=project.path, check=True, capture_output=True, timeout=120)
+    assert f"md5:{md5(model)}" == tag
+    assert pq.read_table(project.build / "dataset/dataset.parquet").num_rows
+
+
 def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, trained: dict[str, Any], tmp_path: Path) -> None:
     data = pack_bundle(bundle_of(project, trained))
     path = tmp_path / "model.bundle"
@@ -205,6 +218,10 @@ def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, 
     assert report["rows_compared"] == report["rows_with_model"] == len(table["ts"])
     assert (report["missing_readings"], report["devices"]) == (0, 5)
     assert pq.read_table(tmp_path / "scores.parquet").num_rows == report["rows_scored"]
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
 
 def bundle_of(project: Project, result: dict[str, Any]) -> Bundle:
