@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,7 @@ from edge_agent.contract.errors import FencelineError, UnavailableError
 OBJECT_STORE_BYTES = 256 * 1024 * 1024
 CPUS_MAX = 16
 TASK_S_MAX = 1_800
+TEMP_CHARS_MAX = 24  # Ray adds up to 80
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,18 +69,30 @@ def local_head() -> Iterator[dict[str, str]]:
     os.environ.pop("RAY_ADDRESS", None)
     import ray
 
-    ray.init(
-        num_cpus=min(os.cpu_count() or 1, CPUS_MAX),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address="127.0.0.1",
-    )
-    try:
-        yield {**here, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    finally:
-        ray.shutdown()
+    with _temp_dir() as temp_dir:
+        ray.init(
+            num_cpus=min(os.cpu_count() or 1, CPUS_MAX),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=temp_dir,
+        )
+        try:
+            yield {**here, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _temp_dir() -> Iterator[str]:
+    """A directory for Ray's session, gone afterwards; a short name, as Ray's sockets lie in it and the kernel takes 107 bytes."""
+    base = tempfile.gettempdir()
+    if len(base) > TEMP_CHARS_MAX:
+        base = "/tmp"
+    with tempfile.TemporaryDirectory(prefix="ray-", dir=base, ignore_cleanup_errors=True) as path:
+        yield path
 
 
 def run(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,6 +14,8 @@ Both can be killed, frozen and started again on the same port with the same stor
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import shutil
 import signal
 import socket
@@ -186,12 +188,12 @@ def mosquitto_broker(
     def command(port: int) -> list[str]:
         lines = [
             f"listener {port} {HOST}",
-            f"user {Path.home().owner()}",
+            f"user {pwd.getpwuid(os.getuid()).pw_name}",
             "persistence true",
             f"persistence_location {home}/",
             "autosave_interval 1",
             "autosave_on_changes true",
-            "max_queued_messages 0",
+            "max_queued_messages 1000000",
             "max_inflight_messages 0",
             "set_tcp_nodelay true",
         ]
