@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Command = Callable[[argparse.Namespace], int]
 
 ROLLOUT_POLL_S = 0.5
+PIPE_WIDTH = 140  # of tables that no terminal shows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -470,12 +471,12 @@ def _print_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     table = Table(*heads, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         table.add_row(*("-" if cell is None else str(cell) for cell in row))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def _print_devices(found: list[dict[str, Any]]) -> None:
     names = ("device", "desired", "active", "phase", "reason", "zone", "blocks_waiting", "seen_s_ago")
-    heads = ("device", "wanted", "runs", "phase", "reason", "zone", "waiting", "seen (s ago)")
+    heads = ("device", "wanted", "runs", "phase", "reason", "zone", "waiting", "seen s ago")
     _print_table(heads, [tuple(d[name] for name in names) for d in found])
 
 

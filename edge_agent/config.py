@@ -92,7 +92,11 @@ class BufferSettings(_Settings, frozen=True, kw_only=True):
 
 
 class FlushSettings(_Settings, frozen=True, kw_only=True):
-    """When a batch is stored: at so many rows or bytes, or this long after its first message."""
+    """When a batch is stored and becomes a block: at so many rows or bytes, or this long after its first message.
+
+    A block of one reading costs some 600 bytes, one of hundreds a twentieth of their JSON: slow sensors on a metered link want a
+    longer `ms_max` (a minute, say). Messages are acknowledged to the sensor broker when the batch is stored.
+    """
 
     rows_max: int = 4_096
     bytes_max: int = 4 * MIB
