@@ -108,9 +108,7 @@ BAD_TREES: list[tuple[dict[str, Any], Reason, str]] = [
 
 @everywhere
 @pytest.mark.parametrize(("tree", "reason", "words"), BAD_TREES, ids=[b[2] + f" {b[1]}" for b in BAD_TREES])
-def test_a_bad_reading_is_rejected_and_its_neighbours_are_not(
-    encoding: Encoding, tree: dict[str, Any], reason: Reason, words: str
-) -> None:
+def test_a_bad_reading_is_rejected_and_its_neighbours_are_not(encoding: Encoding, tree: dict[str, Any], reason: Reason, words: str) -> None:
     encode = ENCODERS[encoding]
     got = decode([encode(reading(cycle=1)), encode(tree), encode(reading(cycle=2))], encoding)
     assert got.table["cycle"].tolist() == [1, 2] and got.rows.tolist() == [0, 2]
