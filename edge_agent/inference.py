@@ -6,9 +6,8 @@
 - Memory: the kernel refuses what goes beyond `memory_mb` above the bare runtime (RLIMIT_DATA; RLIMIT_AS would count
   the gigabytes that the runtime only reserves).
 
->>> with ModelWorker(bundle.model, features=63, limits=bundle.manifest.limits) as worker:  # doctest: +SKIP
-...     worker.score(np.zeros((2, 63)))
-array([117.2, 117.2])
+    with ModelWorker(bundle.model, features=63, limits=bundle.manifest.limits) as worker:
+        scores = worker.score(features)
 """
 
 from __future__ import annotations
