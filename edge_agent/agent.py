@@ -263,6 +263,8 @@ class Agent:
                 readings_stored=self._buffer.readings_stored(),
             )
         )
+        self.metrics.waiting.clear()  # lanes that have nothing any more
+        self.metrics.waiting_bytes.clear()
         for lane in waiting:
             self.metrics.waiting.labels(lane.lane).set(lane.blocks)
             self.metrics.waiting_bytes.labels(lane.lane).set(lane.bytes)

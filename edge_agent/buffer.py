@@ -3,7 +3,9 @@
 - `append` seals drafts into blocks and returns once they are on disk. Only then may sensor messages be acknowledged.
 - A block leaves when the lake's receipt names it, and no earlier. The newest `history_rows` readings of a stream stay
   even then: after a restart they rebuild the open windows and the filter of redelivered messages.
-- At `bytes_max`, `append` refuses with BufferFullError. The caller stops acknowledging and tries again.
+- At `bytes_max`, or when the disk has no room, history gives way, the oldest first. When there is none left,
+  `append` refuses with BufferFullError. The caller stops acknowledging and tries again.
+- `append` leaves RESERVE_BYTES of the disk free: with no room at all, SQLite could not even note a receipt.
 - A damaged file is moved aside, never deleted, and a new buffer (a new epoch) takes its place.
 
 One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import threading
 import time
@@ -45,8 +48,12 @@ CREATE TABLE IF NOT EXISTS blocks (
 CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
 CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
 CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, last_ordinal);
+CREATE INDEX IF NOT EXISTS blocks_settled ON blocks (id) WHERE settled = 1;
 """
 _DISK_ERRORS = (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.CorruptError, apsw.BusyError)
+RESERVE_BYTES = 256 * 1024
+SHED_BLOCKS = 64  # history given up at a time
+SETTLE_BLOCKS = 32  # settled in one transaction: what it writes must fit the reserve
 _STORED = "lane, sequence, stream, rows, block"
 
 
@@ -102,7 +109,7 @@ class Buffer:
     def __init__(self, path: Path, device: str, boot: str, *, bytes_max: int, history_rows: dict[str, int]) -> None:
         """Open or create the buffer at `path`; `history_rows` is what to keep per stream after receipts."""
         self._device, self._boot = device, boot
-        self._bytes_max, self._history_rows = bytes_max, history_rows
+        self._path, self._bytes_max, self._history_rows = path, bytes_max, history_rows
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         self._writer, self._reader = _open_or_move_aside(path)
         self.epoch = self._epoch()
@@ -124,21 +131,22 @@ class Buffer:
         if not drafts and not fixes:
             return []
         with self._write_lock:
-            if drafts and self._used_bytes() >= self._bytes_max:
-                raise BufferFullError(f"buffer holds {self._used_bytes()} bytes; the limit is {self._bytes_max}")
             sequences, ordinals = dict(self._sequences), dict(self._ordinals)
-            stored = []
+            sealed = []
+            for draft in drafts:
+                sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
+                ordinals.setdefault(draft.stream, 0)
+                header = self._header(draft, sequences[draft.lane], now)
+                sealed.append(_seal(header, draft, self._ordinals.get(draft.stream, 0), ordinals[draft.stream]))
+                ordinals[draft.stream] += draft.rows
+            self._make_room(sum(len(s.stored.block) for s in sealed))
             with self._transaction():
-                for draft in drafts:
-                    sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
-                    ordinals.setdefault(draft.stream, 0)
-                    header = self._header(draft, sequences[draft.lane], now)
-                    stored.append(self._insert(header, draft, self._ordinals.get(draft.stream, 0), ordinals[draft.stream]))
-                    ordinals[draft.stream] += draft.rows
+                for block in sealed:
+                    self._insert(block)
                 self._write_counters(sequences, ordinals)
                 self._write_fixes(fixes)
             self._sequences, self._ordinals = sequences, ordinals
-        return stored
+        return [s.stored for s in sealed]
 
     def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
         """The next unsettled blocks of a lane, by rising sequence."""
@@ -168,19 +176,11 @@ class Buffer:
         """Forget what the lake holds; returns how many blocks it settled. A receipt for another epoch settles none."""
         if receipt.device != self._device or receipt.epoch != self.epoch:
             return 0
-        with self._write_lock, self._transaction():
-            before = self._writer.total_changes()
-            for lane in receipt.lanes:
-                self._settle_range(lane.lane, 0, lane.cumulative)
-                for first, last in lane.ranges:
-                    self._settle_range(lane.lane, first, last)
-            settled = self._writer.total_changes() - before
-            if settled:
-                for stream, ordinal in self._ordinals.items():
-                    keep = self._history_rows.get(stream, 0)
-                    self._writer.execute(
-                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND last_ordinal < ?", (stream, ordinal - keep)
-                    )
+        settled = 0
+        for lane in receipt.lanes:
+            for first, last in [(0, lane.cumulative), *lane.ranges]:
+                while count := self._settle_some(lane.lane, first, last):
+                    settled += count
         return settled
 
     def history(self, stream: str) -> Table | None:
@@ -229,15 +229,12 @@ class Buffer:
             model=draft.model,
         )
 
-    def _insert(self, header: BlockHeader, draft: Draft, base: int, following: int) -> StoredBlock:
-        """Store one block; `base` is the stream's ordinal before this append, `following` after the drafts before this one."""
-        ordinals = np.arange(following, following + draft.rows) if draft.order is None else base + draft.order
-        block = encode_block(header, {**draft.table, ORDINAL: ordinals})
+    def _insert(self, sealed: _Sealed) -> None:
+        stored = sealed.stored
         self._writer.execute(
             "INSERT INTO blocks (lane, sequence, stream, last_ordinal, rows, sealed_us, block) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (header.lane, header.sequence, header.stream, int(ordinals.max()), header.rows, header.sealed_us, block),
+            (stored.lane, stored.sequence, stored.stream, sealed.last_ordinal, stored.rows, sealed.sealed_us, stored.block),
         )
-        return StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
 
     def _write_counters(self, sequences: dict[str, int], ordinals: dict[str, int]) -> None:
         for lane, sequence in sequences.items() - self._sequences.items():
@@ -252,9 +249,67 @@ class Buffer:
                 "DELETE FROM fixes WHERE time_us <= (SELECT time_us FROM fixes ORDER BY time_us DESC LIMIT 1 OFFSET ?)", (FIXES_MAX,)
             )
 
-    def _settle_range(self, lane: str, first: int, last: int) -> None:
-        query = "UPDATE blocks SET settled = 1 WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ?"
-        self._writer.execute(query, (lane, first, last))
+    def _settle_some(self, lane: str, first: int, last: int) -> int:
+        """Settle up to SETTLE_BLOCKS blocks of a range; returns how many it were."""
+        with self._write_lock:
+            self._shrink_log(RESERVE_BYTES)
+            with self._transaction():
+                self._writer.execute(
+                    "UPDATE blocks SET settled = 1 WHERE id IN"
+                    " (SELECT id FROM blocks WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ? LIMIT ?)",
+                    (lane, first, last, SETTLE_BLOCKS),
+                )
+                settled = self._writer.changes()
+                for stream, ordinal in self._ordinals.items() if settled else ():
+                    keep = self._history_rows.get(stream, 0)
+                    self._writer.execute(
+                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND last_ordinal < ?", (stream, ordinal - keep)
+                    )
+        return settled
+
+    def _make_room(self, size: int) -> None:
+        """See to it that blocks of `size` bytes fit, and the reserve beside them.
+
+        Raises:
+            BufferFullError: they do not, and there is no history left to give up.
+        """
+        self._shrink_log(2 * size + RESERVE_BYTES)
+        while (lack := self._lack(size)) and self._shed_history():
+            self._shrink_log(2 * size + RESERVE_BYTES)
+        if lack:
+            raise BufferFullError(lack)
+
+    def _lack(self, size: int) -> str:
+        """Why blocks of `size` bytes do not fit; empty if they do. They go to the log first, then to free or new pages."""
+        used = self._used_bytes()
+        if used + size > self._bytes_max:
+            return f"buffer holds {used} bytes, {size} more would pass the limit of {self._bytes_max}"
+        free = self._free_bytes()
+        wanted = size + RESERVE_BYTES
+        if size > self._spare_bytes():  # the file grows and never shrinks: leave room for the log of blocks to come
+            wanted *= 2
+        return f"disk of {self._path.parent} has {free} bytes free; {wanted} wanted" if free < wanted else ""
+
+    def _shed_history(self) -> int:
+        """Give up the oldest settled blocks; returns how many."""
+        with self._transaction():
+            query = "DELETE FROM blocks WHERE id IN (SELECT id FROM blocks WHERE settled = 1 ORDER BY id LIMIT ?)"
+            self._writer.execute(query, (SHED_BLOCKS,))
+            return self._writer.changes()
+
+    def _shrink_log(self, wanted: int) -> None:
+        """Bring the write-ahead log into the file, unless the disk has room for it once more and for `wanted` bytes."""
+        log_bytes = self._path.with_name(f"{self._path.name}-wal").stat().st_size
+        if log_bytes and self._free_bytes() < log_bytes + wanted:
+            with _translated():
+                self._writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self._path.parent)
+        return disk.f_bavail * disk.f_frsize
+
+    def _spare_bytes(self) -> int:
+        return int(self._writer.pragma("freelist_count") * self._writer.pragma("page_size"))
 
     def _used_bytes(self) -> int:
         pages = self._writer.pragma("page_count") - self._writer.pragma("freelist_count")
@@ -274,13 +329,35 @@ class Buffer:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        try:
-            with self._writer:
-                yield
-        except apsw.FullError as e:
-            raise BufferFullError(f"no room on the disk: {e}") from e
-        except _DISK_ERRORS as e:
-            raise UnavailableError(f"buffer cannot be written: {e}") from e
+        with _translated(), self._writer:
+            yield
+
+
+@dataclass(frozen=True)
+class _Sealed:
+    """A block on its way to the disk."""
+
+    stored: StoredBlock
+    last_ordinal: int
+    sealed_us: int
+
+
+def _seal(header: BlockHeader, draft: Draft, base: int, following: int) -> _Sealed:
+    """`base` is the stream's ordinal before this append, `following` after the drafts before this one."""
+    ordinals = np.arange(following, following + draft.rows) if draft.order is None else base + draft.order
+    block = encode_block(header, {**draft.table, ORDINAL: ordinals})
+    stored = StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
+    return _Sealed(stored, int(ordinals.max()), header.sealed_us)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except apsw.FullError as e:
+        raise BufferFullError(f"no room on the disk: {e}") from e
+    except _DISK_ERRORS as e:
+        raise UnavailableError(f"buffer cannot be written: {e}") from e
 
 
 def _open_or_move_aside(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
@@ -298,13 +375,13 @@ def _open_or_move_aside(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
 
 def _open(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
     writer = apsw.Connection(str(path))
     writer.set_busy_timeout(5_000)
     writer.pragma("journal_mode", "wal")
     writer.pragma("synchronous", "full")
     with writer:
         writer.execute(_SCHEMA)
-    path.chmod(0o600)
     reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     reader.set_busy_timeout(5_000)
     return writer, reader

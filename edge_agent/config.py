@@ -233,9 +233,15 @@ def _fixed_lane(position: PositionSettings, zones: Zones, path: Path) -> str | N
 
 
 def _broker(settings: BrokerSettings, base: Path, where: str) -> Broker:
-    url = urlsplit(settings.url)
-    if url.scheme not in ("mqtt", "mqtts") or not url.hostname:
-        raise ConfigError(f"{where}: url {settings.url!r} must be mqtt://HOST:PORT or mqtts://HOST:PORT")
+    try:
+        url = urlsplit(settings.url)
+        port = url.port
+    except ValueError as e:  # a port that is no number, an open bracket
+        raise ConfigError(f"{where}: url {settings.url!r}: {e}") from e
+    if url.scheme not in ("mqtt", "mqtts") or not url.hostname or url.username is not None:
+        raise ConfigError(f"{where}: url {settings.url!r} must be mqtt://HOST:PORT or mqtts://HOST:PORT, without a user")
+    if settings.password_file is not None and settings.username is None:
+        raise ConfigError(f"{where}: password_file needs username too")
     files = [base / f if f else None for f in (settings.ca_file, settings.cert_file, settings.key_file)]
     for file in files:
         if file is not None and not file.is_file():
@@ -247,7 +253,7 @@ def _broker(settings: BrokerSettings, base: Path, where: str) -> Broker:
         password = _read(base / settings.password_file, f"{where}.password_file").decode().strip()
     return Broker(
         host=url.hostname,
-        port=url.port or (8883 if url.scheme == "mqtts" else 1883),
+        port=port or (8883 if url.scheme == "mqtts" else 1883),
         username=settings.username,
         password=password,
         tls=Tls(*files) if url.scheme == "mqtts" else None,

@@ -23,7 +23,8 @@ from edge_agent.core.zones import Fix, Track, Zones
 from edge_agent.position import read_fix
 
 ROUTES_MAX = 10_000
-_POSITION = "position"
+TOPIC_CHARACTERS_MAX = 256  # of topics whose route is remembered, and that are shown whole
+_POSITION = "/position"  # no stream can have this name
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Intake:
         for i, topic in enumerate(topics):
             places.setdefault(self._route(topic), []).append(i)
         for i in places.pop(None, []):
-            out.rejected.append(Rejected(topics[i], Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i]!r}", payloads[i]))
+            detail = f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"
+            out.rejected.append(Rejected(topics[i], Reason.UNKNOWN_TOPIC, detail, payloads[i]))
         for i in places.pop(_POSITION, []):
             self._take_position(topics[i], payloads[i], out)
         for stream, rows in places.items():
@@ -91,7 +93,7 @@ class Intake:
         return out
 
     def _route(self, topic: str) -> str | None:
-        """The stream of a topic, `position`, or None."""
+        """The stream of a topic, _POSITION, or None."""
         if topic in self._routes:
             return self._routes[topic]
         route = None
@@ -99,7 +101,7 @@ class Intake:
             route = _POSITION
         else:
             route = next((s for s, c in self._contracts.items() if topic_matches_sub(c.topic, topic)), None)
-        if len(self._routes) < ROUTES_MAX:
+        if len(self._routes) < ROUTES_MAX and len(topic) <= TOPIC_CHARACTERS_MAX:
             self._routes[topic] = route
         return route
 

@@ -57,7 +57,7 @@ class StatusServer:
                 peer.settimeout(TIMEOUT_S)
                 try:
                     peer.sendall(msgspec.json.encode(self._describe()))
-                except OSError as e:
+                except (OSError, UnavailableError) as e:  # the asker is gone, or the buffer cannot be read: the next may have luck
                     log.warning("status unanswered error=%s", e)
 
 

@@ -375,7 +375,7 @@ class _Connection:
             self._topics += cut.topics
             self._payloads += cut.payloads
             self._acks.append(cut.acks)
-            self._bytes += sum(map(len, cut.payloads))
+            self._bytes += sum(map(len, cut.payloads)) + sum(map(len, cut.topics))
         return cut.packets
 
     def _flush(self) -> None:

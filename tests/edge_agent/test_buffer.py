@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,12 +83,44 @@ def test_a_full_buffer_refuses_and_takes_again_after_a_receipt(tmp_path: Path) -
     buffer = open_buffer(tmp_path, bytes_max=200_000)
     noise = np.random.default_rng(1).normal(size=2_000)
     stored = 0
-    with pytest.raises(BufferFullError, match="limit is 200000"):
+    with pytest.raises(BufferFullError, match="limit of 200000"):
         for _ in range(100):
             stored += len(buffer.append([draft(noise.tolist())], [], NOW))
     assert len(buffer.pending("europe", 0, 1_000)) == stored
     buffer.settle(receipt(buffer, stored))
     assert buffer.append([draft([1.0])], [], NOW)[0].sequence == stored + 1
+
+
+def test_history_gives_way_to_new_readings_when_the_buffer_is_full(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, bytes_max=200_000, history_rows=1_000_000)
+    noise = np.random.default_rng(1).normal(size=200)
+    for sequence in range(1, 301):
+        buffer.append([draft(noise.tolist())], [], NOW)
+        buffer.settle(receipt(buffer, sequence))
+    assert buffer.used_bytes() <= 200_000
+    history = buffer.history("pump")
+    assert history is not None and isinstance(history["ordinal"], np.ndarray)
+    assert history["ordinal"][-1] == 300 * 200 - 1
+
+
+@pytest.mark.needs_root
+def test_a_full_disk_refuses_readings_but_still_takes_receipts(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=True)
+    try:
+        buffer = open_buffer(tmp_path, history_rows=1_000_000)
+        rng = np.random.default_rng(1)
+        stored = 0
+        for _ in range(3):
+            with pytest.raises(BufferFullError, match="bytes free"):
+                for _ in range(1_000):
+                    stored += len(buffer.append([draft(rng.normal(size=100).tolist())], [], NOW))
+            waiting = sum(s.blocks for s in buffer.lanes())
+            assert waiting > 20
+            assert buffer.settle(receipt(buffer, stored)) == waiting
+        assert buffer.append([draft([1.0])], [], NOW)[0].sequence == stored + 1
+        buffer.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
 
 
 def test_fixes_are_kept_newest_first_up_to_the_limit(tmp_path: Path) -> None:
