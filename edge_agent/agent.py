@@ -152,9 +152,12 @@ class Agent:
         return scores, scoring.sha256
 
     def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
-        if not rejected:
-            return []
-        lane = self._track.lane_now()
+        for r in rejected:
+            self.metrics.rejected.labels(r.reason.value).inc()
+        lanes = sorted({r.lane for r in rejected})
+        return [self._quarantine_draft(lane, [r for r in rejected if r.lane == lane], received_us) for lane in lanes]
+
+    def _quarantine_draft(self, lane: str, rejected: list[Rejected], received_us: int) -> Draft:
         table: Table = {
             "captured_at": np.full(len(rejected), received_us, np.int64),
             "topic": Strings.of([r.topic for r in rejected]),
@@ -162,11 +165,9 @@ class Agent:
             "detail": Strings.of([r.detail for r in rejected]),
             "payload": Strings.of([_text(r.payload) for r in rejected]),
         }
-        for r in rejected:
-            self.metrics.rejected.labels(r.reason.value).inc()
         quality, policy = self._track.quality(lane), self._config.zones.digest
         stream, version = QUARANTINE.stream, QUARANTINE.version
-        return [Draft(lane, stream, version, quality, policy, table, len(rejected), received_us, received_us)]
+        return Draft(lane, stream, version, quality, policy, table, len(rejected), received_us, received_us)
 
     def _store(self, drafts: list[Draft], fixes: list[Fix]) -> None:
         """Commit; while the buffer is full, hold the source by not coming back."""

@@ -4,10 +4,12 @@
 - What breaks its contract is rejected with a reason, never silently away.
 - A reading seen before (the broker delivered it again) is dropped and counted.
 - Fixes are taken first: readings are stamped by event time, not by their place in the batch.
+- A reject has no event time to trust: it gets the lane of the newest fix that came before it.
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,8 +31,9 @@ _POSITION = "/position"  # no stream can have this name
 
 @dataclass(frozen=True)
 class Rejected:
-    """A payload that goes to quarantine, and why."""
+    """A payload that goes to quarantine, why, and the lane it was captured in."""
 
+    lane: str
     topic: str
     reason: Reason
     detail: str
@@ -83,13 +86,24 @@ class Intake:
         places: dict[str | None, list[int]] = {}
         for i, topic in enumerate(topics):
             places.setdefault(self._route(topic), []).append(i)
-        for i in places.pop(None, []):
-            detail = f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"
-            out.rejected.append(Rejected(topics[i], Reason.UNKNOWN_TOPIC, detail, payloads[i]))
+        rejects: list[tuple[int, Reason, str]] = []
+        lanes = [(-1, self.track.lane_now())]  # from which message on the device was where
         for i in places.pop(_POSITION, []):
-            self._take_position(topics[i], payloads[i], out)
+            try:
+                fix = read_fix(payloads[i], self._zones)
+            except ContractError as e:
+                rejects.append((i, Reason.MALFORMED, str(e)))
+                continue
+            self.track.add(fix)
+            out.fixes.append(fix)
+            lanes.append((i, self.track.lane_now()))
+        for i in places.pop(None, []):
+            rejects.append((i, Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"))
         for stream, rows in places.items():
-            self._take_readings(str(stream), [topics[i] for i in rows], [payloads[i] for i in rows], out)
+            rejects += self._take_readings(str(stream), rows, payloads, out)
+        for i, reason, detail in sorted(rejects):
+            lane = lanes[bisect.bisect_left(lanes, i, key=lambda step: step[0]) - 1][1]
+            out.rejected.append(Rejected(lane, topics[i], reason, detail, payloads[i]))
         return out
 
     def _route(self, topic: str) -> str | None:
@@ -105,24 +119,13 @@ class Intake:
             self._routes[topic] = route
         return route
 
-    def _take_position(self, topic: str, payload: bytes, out: Intaken) -> None:
-        try:
-            fix = read_fix(payload, self._zones)
-        except ContractError as e:
-            out.rejected.append(Rejected(topic, Reason.MALFORMED, str(e), payload))
-            return
-        self.track.add(fix)
-        out.fixes.append(fix)
-
-    def _take_readings(self, stream: str, topics: list[str], payloads: list[bytes], out: Intaken) -> None:
+    def _take_readings(self, stream: str, rows: list[int], payloads: list[bytes], out: Intaken) -> list[tuple[int, Reason, str]]:
+        """Put the fresh, valid readings of one stream into `out`; returns the place, reason and detail of each reject."""
         contract = self._contracts[stream]
-        decoded = self._decoders[stream].decode(payloads)
+        decoded = self._decoders[stream].decode([payloads[i] for i in rows])
         valid, out_of_range = validate(contract, decoded.table)
-        for reject in decoded.rejects:
-            out.rejected.append(Rejected(topics[reject.index], reject.reason, reject.detail, payloads[reject.index]))
-        for reject in out_of_range:
-            place = int(decoded.rows[reject.index])
-            out.rejected.append(Rejected(topics[place], reject.reason, reject.detail, payloads[place]))
+        rejects = [(rows[r.index], r.reason, r.detail) for r in decoded.rejects]
+        rejects += [(rows[int(decoded.rows[r.index])], r.reason, r.detail) for r in out_of_range]
         table = take(decoded.table, valid)
         fresh = self._recent[stream].fresh(contract, table)
         self._recent[stream].remember(contract, table)
@@ -134,3 +137,4 @@ class Intake:
         assert isinstance(event_us, np.ndarray)
         if len(event_us):
             out.readings.append(Readings(contract, table, self.track.stamp(event_us.astype(np.int64, copy=False))))
+        return rejects
