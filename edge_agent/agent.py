@@ -62,7 +62,12 @@ class Agent:
     """Everything that runs on one gateway; `run` returns when SIGTERM or SIGINT arrives."""
 
     def __init__(self, config: AgentConfig) -> None:
+        """Make what needs no state directory and no network; ConfigError for settings that cannot work."""
         self._config = config
+        self._source = Source(_source_config(config))
+        self._uplink_config = _uplink_config(config)
+        self._repository = _repository(config)
+        self._metrics_address = metrics.parse_listen(config.settings.metrics.listen)
         self._stopping = False
         self._clock = Clock()
         self.metrics = metrics.Metrics()
@@ -180,6 +185,7 @@ class Agent:
                 self.metrics.full.inc()
                 if not held:
                     log.warning("buffer full, source held error=%s", e)
+                    self._tell("buffer_full", detail=str(e))
                 held = True
                 self._tick()
                 if self._stopping:
@@ -210,12 +216,13 @@ class Agent:
         while not self._swaps.empty():
             old, self._scoring = self._scoring, self._swaps.get()
             if self._scoring is not None:
-                self._scoring.warm(self._buffer.history(self._scoring.stream))
+                self._scoring.warm(self._buffer.history(self._scoring.stream, self._scoring.contract_version))
             if old is not None:
                 old.close()
 
     def _drop_model(self, scoring: Scoring, error: WorkerError) -> None:
         log.error("model failed sha256=%s reason=%s detail=%s", scoring.sha256, error.reason, error)
+        self._tell("model_failed", sha256=scoring.sha256, reason=error.reason.value, detail=str(error))
         self.metrics.model_failures.labels(error.reason.value).inc()
         self._scoring = None
         scoring.close()
@@ -245,6 +252,10 @@ class Agent:
         """Called by the updater in its own thread."""
         self._model = state
         self._report()
+
+    def _tell(self, event: str, **fields: str) -> None:
+        """Tell the operator, over the device's events topic."""
+        self._uplink.publish_event(msgspec.json.encode({"event": event, "at_us": time.time_ns() // 1_000, **fields}))
 
     def _report(self) -> None:
         model, waiting = self._model, self._buffer.lanes()
@@ -286,14 +297,14 @@ class Agent:
         self._track = Track(position.max_age_s, position.home, config.fixed_lane, self._buffer.fixes())
         self._intake = Intake(config.contracts, position.topic, config.zones, self._track, settings.buffer.history_rows)
         for contract in config.contracts:
-            stored = self._buffer.history(contract.stream)
+            stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
                 self._intake.remember(contract.stream, stored)
         self._uplink = Uplink(
-            _uplink_config(config), self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
+            self._uplink_config, self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
         )
-        if settings.releases is not None and config.root is not None:
-            self._updater = self._make_updater(settings.releases.url, config.root)
+        if self._repository is not None:
+            self._updater = self._make_updater(self._repository)
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
         self._stay()
@@ -301,17 +312,16 @@ class Agent:
         if self._updater is not None:
             self._updater.start()
             stack.callback(self._updater.stop)
-        self._source = Source(_source_config(config))
         self._source.start()
         stack.callback(self._source.stop)
         status = StatusServer(config.state_dir, self.describe)
         stack.callback(status.close)
-        if settings.metrics.listen:
-            metrics.serve(self.metrics, settings.metrics.listen)
+        if self._metrics_address is not None:
+            metrics.serve(self.metrics, *self._metrics_address)
 
-    def _make_updater(self, url: str, root: bytes) -> Updater:
+    def _make_updater(self, repository: RepositoryConfig) -> Updater:
         return Updater(
-            UpdaterConfig(RepositoryConfig(url, root), {c.stream: c.version for c in self._config.contracts}),
+            UpdaterConfig(repository, {c.stream: c.version for c in self._config.contracts}),
             self._config.state_dir / "models",
             here=self._track.lane_now,
             on_activate=self._activate,
@@ -390,6 +400,13 @@ def _uplink_config(config: AgentConfig) -> UplinkConfig:
         receipt_timeout_s=uplink.receipt_timeout_s,
     )
     return UplinkConfig(config.device, endpoints, failback_s=uplink.failback_s, limits=limits)
+
+
+def _repository(config: AgentConfig) -> RepositoryConfig | None:
+    releases = config.settings.releases
+    if releases is None or config.root is None:
+        return None
+    return RepositoryConfig(releases.url, config.root, config.releases_ca)
 
 
 def _source_config(config: AgentConfig) -> SourceConfig:

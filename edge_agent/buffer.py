@@ -6,7 +6,8 @@
 - At `bytes_max`, or when the disk has no room, history gives way, the oldest first. When there is none left,
   `append` refuses with BufferFullError. The caller stops acknowledging and tries again.
 - `append` leaves RESERVE_BYTES of the disk free: with no room at all, SQLite could not even note a receipt.
-- A damaged file is moved aside, never deleted, and a new buffer (a new epoch) takes its place.
+- A file that is no database is moved aside, never deleted, and a new buffer (a new epoch) takes its place. A damaged
+  block is left where it is and left out of history.
 
 One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
 """
@@ -30,7 +31,7 @@ import numpy as np
 from edge_agent.clock import Moment
 from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block, encode_block
 from edge_agent.contract.columns import Ints, Table, concat, take
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ContractError, UnavailableError
 from edge_agent.contract.receipt import Receipt
 from edge_agent.core.zones import FIXES_MAX, Fix
 
@@ -156,14 +157,6 @@ class Buffer:
         )
         return [StoredBlock(*row) for row in rows]
 
-    def newest(self, lane: str, limit: int) -> list[StoredBlock]:
-        """The newest unsettled blocks of a lane, by falling sequence."""
-        rows = self._read(
-            f"SELECT {_STORED} FROM blocks WHERE settled = 0 AND lane = ? ORDER BY sequence DESC LIMIT ?",
-            (lane, limit),
-        )
-        return [StoredBlock(*row) for row in rows]
-
     def lanes(self) -> list[LaneState]:
         """Every lane that has blocks waiting for a receipt."""
         rows = self._read(
@@ -183,11 +176,14 @@ class Buffer:
                     settled += count
         return settled
 
-    def history(self, stream: str) -> Table | None:
-        """The newest readings of a stream, `history_rows` or somewhat more, in the order seen; None if there are none."""
+    def history(self, stream: str, contract_version: str) -> Table | None:
+        """The newest readings of a stream, `history_rows` or somewhat more, in the order seen; None if there are none.
+
+        Only those of this contract version: others may have other fields.
+        """
         first = self._ordinals.get(stream, 0) - self._history_rows.get(stream, 0)
         blocks = self._read("SELECT block FROM blocks WHERE stream = ? AND last_ordinal >= ? ORDER BY last_ordinal", (stream, first))
-        tables = [decode_block(block)[1] for (block,) in blocks]
+        tables = [table for (block,) in blocks if (table := _past(block, contract_version)) is not None]
         if not tables:
             return None
         shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
@@ -348,6 +344,16 @@ def _seal(header: BlockHeader, draft: Draft, base: int, following: int) -> _Seal
     block = encode_block(header, {**draft.table, ORDINAL: ordinals})
     stored = StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
     return _Sealed(stored, int(ordinals.max()), header.sealed_us)
+
+
+def _past(block: bytes, contract_version: str) -> Table | None:
+    """The readings of a stored block, if it is whole and of this contract version."""
+    try:
+        header, table = decode_block(block)
+    except ContractError as e:
+        log.error("stored block damaged error=%s", e)
+        return None
+    return table if header.contract_version == contract_version else None
 
 
 @contextlib.contextmanager

@@ -57,9 +57,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from edge_agent.agent import Agent
     from edge_agent.config import load
 
     config = load(args.config)
+    Agent(config)  # refuses what reading the file cannot see, such as TLS files that do not load
     position = config.settings.position
     _print(
         {

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from edge_agent.contract.block import NOWHERE
+from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.stream import QUARANTINE, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
@@ -82,13 +82,14 @@ class ReleaseSettings(_Settings, frozen=True, kw_only=True):
 
     url: str
     root: str
+    ca_file: str | None = None
 
 
 class BufferSettings(_Settings, frozen=True, kw_only=True):
     """Limits of the durable buffer."""
 
     bytes_max: int = 1024 * MIB
-    history_rows: int = 20_000
+    history_rows: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20_000
 
 
 class FlushSettings(_Settings, frozen=True, kw_only=True):
@@ -98,9 +99,9 @@ class FlushSettings(_Settings, frozen=True, kw_only=True):
     longer `ms_max` (a minute, say). Messages are acknowledged to the sensor broker when the batch is stored.
     """
 
-    rows_max: int = 4_096
-    bytes_max: int = 4 * MIB
-    ms_max: float = 20.0
+    rows_max: Annotated[int, msgspec.Meta(ge=1, le=ROWS_MAX)] = 4_096
+    bytes_max: Annotated[int, msgspec.Meta(ge=1_024, le=BLOCK_BYTES_MAX // 2)] = 4 * MIB
+    ms_max: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = 20.0
 
 
 class UplinkSettings(_Settings, frozen=True, kw_only=True):
@@ -168,6 +169,7 @@ class AgentConfig:
     sensors: Broker
     endpoints: dict[str, Broker]
     root: bytes | None
+    releases_ca: Path | None
 
     @property
     def device(self) -> str:
@@ -208,6 +210,7 @@ def load(path: Path) -> AgentConfig:
         sensors=_broker(settings.sensors, base, "sensors"),
         endpoints=endpoints,
         root=_read(base / settings.releases.root, "releases.root") if settings.releases else None,
+        releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
     )
 
 

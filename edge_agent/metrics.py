@@ -34,13 +34,27 @@ class Metrics:
         )
 
 
-def serve(metrics: Metrics, listen: str) -> None:
-    """Serve `/metrics` at HOST:PORT.
+def parse_listen(listen: str | None) -> tuple[str, int] | None:
+    """HOST:PORT as host and port; None if metrics are not served.
 
     Raises:
         ConfigError: the host is not loopback: metrics have no authentication, put a proxy in front.
     """
+    if listen is None:
+        return None
     host, _, port = listen.rpartition(":")
-    if host.strip("[]") not in LOOPBACK or not port.isdigit():
+    if host.strip("[]") not in LOOPBACK or not port.isdigit() or int(port) > 65_535:
         raise ConfigError(f"metrics.listen {listen!r} must be HOST:PORT on loopback ({', '.join(LOOPBACK)})")
-    start_http_server(int(port), host.strip("[]"), registry=metrics.registry)
+    return host.strip("[]"), int(port)
+
+
+def serve(metrics: Metrics, host: str, port: int) -> None:
+    """Serve `/metrics`.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    try:
+        start_http_server(port, host, registry=metrics.registry)
+    except OSError as e:
+        raise ConfigError(f"metrics.listen {host}:{port}: {e.strerror}; choose another port") from e

@@ -24,7 +24,7 @@ class Scoring:
 
     def __init__(self, activation: Activation, worker: ModelWorker, contract: StreamContract) -> None:
         self.sha256 = activation.sha256
-        self.stream = contract.stream
+        self.stream, self.contract_version = contract.stream, contract.version
         self._manifest = activation.bundle.manifest
         self._contract = contract
         self._worker = worker
@@ -53,7 +53,8 @@ class Scoring:
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
             value = scores[np.argmax(bad)]
-            raise WorkerError(Reason.BAD_SCORES, f"score {value} is not within [{low}, {high}] of the manifest")
+            reason = Reason.BAD_SCORES if self.proved else Reason.PROBATION
+            raise WorkerError(reason, f"score {value} is not within [{low}, {high}] of the manifest")
         self._good_rows += len(scores)
         return scores
 

@@ -16,11 +16,3 @@ def notify(state: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
         s.connect(address)
         s.sendall(state.encode())
-
-
-def watchdog_interval_s() -> float | None:
-    """Half of the watchdog's time, in seconds; None if systemd wants no sign of life from this process."""
-    usec, pid = os.environ.get("WATCHDOG_USEC"), os.environ.get("WATCHDOG_PID")
-    if not usec or (pid and int(pid) != os.getpid()):
-        return None
-    return int(usec) / 2e6

@@ -165,10 +165,6 @@ class Uplink:
         if blocks:
             self._inbox.put(_Stored(blocks))
 
-    def wake(self) -> None:
-        """Look into the buffer now: it holds blocks that were not offered."""
-        self._inbox.put(_Stored(()))
-
     def stay(self, lane: str) -> None:
         """The device is in `lane` now: keep its endpoints connected though it may have nothing to send."""
         self._inbox.put(_Here(lane))

@@ -24,6 +24,7 @@ from edge_agent.contract.columns import Floats, Ints, Strings, Table
 from edge_agent.contract.errors import ContractError
 
 ENTITIES_MAX = 10_000
+CELLS_MAX = 1_000_000  # window rows × fields × readings worked on at once; bounds the memory of a large batch
 _US_PER_HOUR = 3_600e6
 
 __all__ = ["Feature", "FeatureSpec", "Windows"]
@@ -57,7 +58,10 @@ class Windows:
         joined = self._join(entity, event_us, table)
         out = np.empty((len(event_us), len(self.spec.features)))
         if len(event_us):
-            out[joined.order] = self._features(joined)
+            rows = max(1, CELLS_MAX // (self.spec.window_rows * len(self._fields)))
+            for first in range(0, len(event_us), rows):
+                part = slice(first, first + rows)
+                out[joined.order[part]] = self._features(joined.part(part))
         return out
 
     def warm(self, entity: Strings, event_us: Ints, table: Table) -> None:
@@ -166,6 +170,10 @@ class _Joined:
     starts: npt.NDArray[np.intp]
     event_us: Ints
     values: Floats
+
+    def part(self, rows: slice) -> _Joined:
+        """The same, for some of the new readings."""
+        return _Joined(self.order[rows], self.rows[rows], self.starts[rows], self.event_us, self.values)
 
     def step(self, back: int, window_s: float) -> _Step:
         place = self.rows - back

@@ -187,7 +187,7 @@ def test_a_model_whose_first_scores_are_out_of_range_goes_and_the_one_before_com
     assert used[-1] == good.sha256
     assert used.count(None) >= 1  # those of the failed batch are stored all the same
     wait_for(lambda: bench.cloud.reported.get("phase") == "rolled_back", bench.log)
-    assert bench.cloud.reported["reason"] == "bad_scores"
+    assert bench.cloud.reported["reason"] == "probation"
 
 
 def test_a_model_for_fields_that_the_stream_lacks_is_refused(fleet: Fleet) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,7 +56,6 @@ def test_only_a_receipt_of_this_epoch_frees_blocks(tmp_path: Path) -> None:
     assert buffer.settle(foreign) == 0
     assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 3
     assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [3, 5]
-    assert [b.sequence for b in buffer.newest("europe", 1)] == [5]
     assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 0
 
 
@@ -64,7 +65,7 @@ def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -
         buffer.append([draft([float(i)])], [], NOW)
     buffer.settle(receipt(buffer, 6))
     assert buffer.lanes() == []
-    history = buffer.history("pump")
+    history = buffer.history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [3.0, 4.0, 5.0]
 
 
@@ -74,7 +75,7 @@ def test_history_comes_in_the_order_seen_across_lanes(tmp_path: Path) -> None:
     second = replace(draft([1.0, 3.0], "switzerland"), order=np.array([1, 3]))
     buffer.append([first, second], [], NOW)
     buffer.append([draft([4.0])], [], NOW)
-    history = buffer.history("pump")
+    history = buffer.history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert history["ordinal"].tolist() == [0, 1, 2, 3, 4]
 
@@ -98,7 +99,7 @@ def test_history_gives_way_to_new_readings_when_the_buffer_is_full(tmp_path: Pat
         buffer.append([draft(noise.tolist())], [], NOW)
         buffer.settle(receipt(buffer, sequence))
     assert buffer.used_bytes() <= 200_000
-    history = buffer.history("pump")
+    history = buffer.history("pump", "1.0.0")
     assert history is not None and isinstance(history["ordinal"], np.ndarray)
     assert history["ordinal"][-1] == 300 * 200 - 1
 
@@ -140,3 +141,14 @@ def test_a_damaged_file_is_moved_aside_and_a_new_epoch_begins(tmp_path: Path) ->
     (aside,) = tmp_path.glob("buffer.db.damaged-*")
     assert aside.read_bytes().startswith(b"not a database")
     assert buffer.append([draft([1.0])], [], NOW)
+
+
+def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=10)
+    for value, version in ((1.0, "0.9.0"), (2.0, "1.0.0"), (3.0, "1.0.0")):
+        buffer.append([replace(draft([value]), contract_version=version)], [], NOW)
+    buffer.close()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
+        db.execute("UPDATE blocks SET block = zeroblob(100) WHERE sequence = 3")
+    history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
+    assert history is not None and history["t"].tolist() == [2.0]

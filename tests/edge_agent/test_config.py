@@ -74,6 +74,8 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
         ('name = "eu"=>name = "eu"\nca_file = "ca.pem"', "file .*ca.pem does not exist"),
         ('source = "static"=>source = "mqtt"', "needs position.topic"),
         ("[sensors]=>[sensors", "not TOML"),
+        ("[position]=>[flush]\nrows_max = 100000\n[position]", r"Expected `int` <= 65536 - at `\$.flush.rows_max`"),
+        ("[position]=>[buffer]\nhistory_rows = 0\n[position]", r"Expected `int` >= 1 - at `\$.buffer.history_rows`"),
     ],
 )
 def test_a_bad_config_says_what_where_and_what_to_do(tmp_path: Path, change: str, says: str) -> None:
@@ -94,6 +96,9 @@ def test_check_exits_0_on_a_good_config_and_2_with_the_hint_on_a_bad_one(tmp_pat
     path = write(tmp_path)
     assert main(["check", "--config", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["streams"] == {"turbofan": "1.0.0, json on sensors/plane-01/turbofan"}
+    path.write_text(path.read_text() + '[metrics]\nlisten = "0.0.0.0:9464"\n')
+    assert main(["check", "--config", str(path)]) == 2
+    assert "metrics.listen '0.0.0.0:9464' must be HOST:PORT on loopback" in capsys.readouterr().err
     path.write_text(path.read_text().replace("state_dir", "state_dirr"))
     assert main(["check", "--config", str(path)]) == 2
     assert "did you mean 'state_dir'?" in capsys.readouterr().err

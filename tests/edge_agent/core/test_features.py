@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.columns import Strings, take
 from edge_agent.contract.errors import ContractError
+from edge_agent.core import features
 from edge_agent.core.features import Windows
 
 HOUR_US = 3_600_000_000
@@ -40,11 +41,11 @@ def by_definition(entity: list[str], event_us: np.ndarray, values: np.ndarray, r
 @given(st.integers(0, 2**32), st.integers(1, 60))
 def test_features_follow_their_definition(seed: int, rows: int) -> None:
     entity, event_us, table = readings(seed, rows)
-    features = Windows(SPEC).push(entity, event_us, table)
+    found = Windows(SPEC).push(entity, event_us, table)
     names = entity.tolist()
     for row in range(rows):
         want = by_definition(names, event_us, table["t"], row) + by_definition(names, event_us, table["p"], row)
-        np.testing.assert_allclose(features[row], want, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(found[row], want, rtol=1e-9, atol=1e-9)
 
 
 @given(st.integers(0, 2**32), st.lists(st.integers(1, 20), min_size=1, max_size=10))
@@ -61,6 +62,13 @@ def test_any_cut_into_batches_and_a_restart_give_the_same_bits(seed: int, cuts: 
         restarted.warm(entity[:start], event_us[:start], take(table, slice(0, start)))
         windows = restarted
     assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_a_batch_worked_on_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    entity, event_us, table = readings(3, 50)
+    whole = Windows(SPEC).push(entity, event_us, table)
+    monkeypatch.setattr(features, "CELLS_MAX", 7 * SPEC.window_rows * 2)
+    assert Windows(SPEC).push(entity, event_us, table).tobytes() == whole.tobytes()
 
 
 def test_a_field_the_stream_lacks_is_named() -> None:
