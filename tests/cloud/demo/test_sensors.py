@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -42,10 +43,13 @@ def test_everything_is_acknowledged_and_arrives_in_order(tmp_path: Path) -> None
     with nats_broker(tmp_path, users=[User("sensor", "secret")]) as broker:
         client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="listener")
         client.username_pw_set("sensor", "secret")
+        subscribed = threading.Event()
+        client.on_connect = lambda *_: client.subscribe("sensors/plane-0/#", qos=0)
+        client.on_subscribe = lambda *_: subscribed.set()
         client.on_message = lambda _client, _data, message: seen.append(message.payload)
         client.connect(broker.host, broker.port)
-        client.subscribe("sensors/plane-0/#", qos=0)
         client.loop_start()
+        assert subscribed.wait(10)
         play(SensorBroker(broker.host, broker.port, "sensor", "secret"), flights, 1e6, lambda done, total: told.append(done))
         deadline = time.monotonic() + 10
         while len(seen) < len(flights[0]) and time.monotonic() < deadline:
