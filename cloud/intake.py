@@ -3,6 +3,8 @@
 - MQTT 3.1.1, QoS 1, a persistent session: what arrives while the ingest is down is kept by the broker.
 - A message is PUBACKed when it is released, not when it arrives. A release after a reconnect does nothing: its number may name
   another message by then, and the broker sends the unacknowledged ones again.
+- The broker's limit of unacknowledged messages bounds the queue. It does not count messages of QoS 0, which Fenceline's devices do not
+  send for blocks: beyond UNCOUNTED_MAX waiting messages they are dropped, as MQTT allows.
 - paho's callbacks only put messages on the queue.
 """
 
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 KEEPALIVE_S = 15
 RECONNECT_S = (0.1, 2.0)
 QOS = 1
+UNCOUNTED_MAX = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Received:
     connection: int
     mid: int
     retained: bool
+    qos: int = QOS
 
 
 class Intake:
@@ -79,9 +83,9 @@ class Intake:
         self._client.loop_start()
 
     def release(self, batch: Sequence[Received]) -> None:
-        """PUBACK messages, unless the connection that brought them is gone."""
+        """PUBACK messages, unless the connection that brought them is gone. Those of QoS 0 have no PUBACK: it would break the protocol."""
         for message in batch:
-            if self.connected and message.connection == self.connection:
+            if message.qos and self.connected and message.connection == self.connection:
                 self._client.ack(message.mid, QOS)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 0) -> bool:
@@ -111,11 +115,13 @@ class Intake:
         log.info("broker lost region=%s reason=%s", self.region.name, code)
 
     def _on_message(self, client: Client, data: Any, message: MQTTMessage) -> None:
+        if not message.qos and self.queue.qsize() >= UNCOUNTED_MAX:
+            return
         try:
             topic = message.topic
         except UnicodeDecodeError:
             topic = repr(message._topic)
-        self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain))
+        self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
 
 
 def _no_delay(client: Client, data: Any, sock: Any) -> None:

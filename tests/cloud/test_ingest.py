@@ -248,3 +248,12 @@ def test_killed_between_commit_and_receipt_it_stores_nothing_twice(settings: Set
         device.send(block_bytes(2))
         device.wait_for(2)
     assert len(rows(settings)) == 6
+
+
+def test_a_block_sent_without_qos_is_stored_and_does_not_cost_the_connection(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        device.client.publish(device.topics.up("europe", "pump"), block_bytes(1), qos=0)
+        device.wait_for(1)
+        device.send(block_bytes(2))
+        device.wait_for(2)
+        assert work.intake.connected and work.intake.connection == 1
