@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+INT64 = range(-(2**63), 2**63)
+"""What a column of the lake can hold; a header may say more."""
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -71,6 +74,8 @@ class Gate:
         told = (header.device, header.lane, header.stream)
         if where.kind is not Kind.UP or told != (where.device, where.lane, where.stream):
             return Reason.WRONG_DEVICE, f"header says {'/'.join(told)}, topic says {where.device}/{where.lane}/{where.stream}"
+        if header.sequence not in INT64 or header.sealed_us not in INT64:
+            return Reason.CORRUPT, f"sequence {header.sequence} or sealing time {header.sealed_us} us does not fit 64 bits"
         if contract is None:
             return Reason.UNKNOWN_STREAM, f"no contract for stream {header.stream!r} version {header.contract_version!r}"
         allowed = self.zones.endpoints(header.lane)

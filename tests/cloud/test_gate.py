@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -24,6 +25,11 @@ def gate() -> Gate:
 
 def up(lane: str = "canada", device: str = "d1", stream: str = "pump") -> str:
     return DeviceTopics(device).up(lane, stream)
+
+
+def _with(field: str, value: int) -> bytes:
+    header, table = block(1, lane="canada")
+    return encode_block(msgspec.structs.replace(header, **{field: value}), table)
 
 
 def refusal(found: object) -> tuple[Reason, str]:
@@ -74,6 +80,12 @@ def test_columns_that_are_not_the_contracts_are_refused(gate: Gate, change: dict
     changed = {name: column for name, column in {**table, **change}.items() if column is not None}
     reason, detail = refusal(gate.inspect(up(), encode_block(header, changed)))  # type: ignore[arg-type]
     assert reason is Reason.CORRUPT and next(iter(change)) in detail
+
+
+@pytest.mark.parametrize("field", ["sequence", "sealed_us"])
+def test_a_header_number_that_no_column_can_hold_is_refused_instead_of_stopping_ingest(gate: Gate, field: str) -> None:
+    reason, detail = refusal(gate.inspect(up(), _with(field, 2**63)))
+    assert reason is Reason.CORRUPT and str(2**63) in detail
 
 
 def test_every_flipped_byte_of_a_block_is_refused_as_corrupt(gate: Gate) -> None:
