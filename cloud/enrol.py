@@ -9,17 +9,18 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from cloud import brokers, config, keys
 from cloud.config import Settings
 from cloud.fleet import Fleet
-from cloud.gate import load_zones
+from cloud.gate import load_contracts, load_zones
 from cloud.parts import broker_part
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.stream import StreamContract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.zones import Zones
 
@@ -54,8 +55,9 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
     zones = load_zones(settings)
     if home is not None and _locate(zones, home) == NOWHERE:
         raise ConfigError(f"position {home.lat}, {home.lon} lies in no zone of {settings.zones_path}")
-    contracts = [(p, parse_contract(p.read_bytes(), str(p))) for p in settings.contracts]
+    contracts = list(zip(settings.contracts, load_contracts(settings).listed, strict=True))
     document = _agent_toml(settings, device, contracts, home)
+    _make_directory(path.parent)  # before the name is taken, for names are for ever
     password = fleet.add(device)
     files = {
         "zones.geojson": settings.zones_path.read_bytes(),
@@ -64,7 +66,6 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
         "sensors.password": f"{brokers.password(settings, brokers.SENSOR_USER)}\n".encode(),
         **{p.name: p.read_bytes() for p, _ in contracts},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         _write(path.parent / name, data)
     _write(path, document.encode())
@@ -81,7 +82,8 @@ def reload_brokers(settings: Settings, fleet: Fleet) -> None:
     for region in settings.regions:
         pid = pids.get(broker_part(region.name))
         if pid is not None:
-            os.kill(pid, signal.SIGHUP)
+            with suppress(ProcessLookupError):  # it has died: it reads the users when it is started again
+                os.kill(pid, signal.SIGHUP)
 
 
 def _agent_toml(settings: Settings, device: str, contracts: list[tuple[Path, StreamContract]], home: Position | None) -> str:
@@ -129,6 +131,16 @@ def _locate(zones: Zones, home: Position) -> str:
         raise ConfigError(str(e)) from e
 
 
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"cannot make {path} for the device's files: {e.strerror}; give another --out FILE") from e
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ConfigError(f"{path} is not writable; give another --out FILE")
+
+
 def _write(path: Path, data: bytes) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        os.fchmod(file.fileno(), 0o600)  # the file may have been there
         file.write(data)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from cloud import config, keys
+from cloud.enrol import enrol
 from cloud.fleet import EVENTS_MAX, Fleet
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
@@ -86,3 +89,36 @@ def test_events_are_kept_newest_first_cut_and_bounded(fleet: Fleet) -> None:
 
     newest, oldest = fleet.events()
     assert oldest.body == '{"event": "a"}' and len(newest.body) < 20_000 and EVENTS_MAX <= 10_000
+
+
+def test_a_device_whose_files_cannot_be_written_keeps_its_name_free(tmp_path: Path) -> None:
+    settings = config.load(Path(__file__).parents[2], tmp_path / "state")
+    keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
+    fleet, blocked = Fleet(settings.fleet_path), tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="give another --out"):
+        enrol(settings, fleet, "gw", blocked / "agent.toml")
+    assert fleet.devices() == []
+
+
+def test_enrolled_files_are_private_even_where_files_were(tmp_path: Path) -> None:
+    settings = config.load(Path(__file__).parents[2], tmp_path / "state")
+    keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
+    old = tmp_path / "gw" / "sensors.password"
+    old.parent.mkdir()
+    old.write_text("old")
+    old.chmod(0o644)
+    made = enrol(settings, Fleet(settings.fleet_path), "gw", tmp_path / "gw/agent.toml")
+    assert {p.stat().st_mode & 0o777 for p in made.parent.iterdir()} == {0o600}
+
+
+def test_a_missing_contract_is_named_before_a_device_is_added(tmp_path: Path) -> None:
+    (tmp_path / "fenceline.toml").write_text(
+        f"contracts = ['none.yaml']\nzones = '{Path(__file__).parents[2] / 'contracts/zones.geojson'}'\n"
+    )
+    settings = config.load(tmp_path)
+    keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
+    fleet = Fleet(settings.fleet_path)
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml"):
+        enrol(settings, fleet, "gw")
+    assert fleet.devices() == []
