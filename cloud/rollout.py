@@ -258,8 +258,10 @@ def start(
         ConfigError: an unknown device, none at all, a device in an open rollout, or limits that make no sense.
     """
     chosen = _chosen(fleet, devices)
-    if failures_allowed < 0 or not wave_timeout_s > 0:
-        raise ConfigError(f"failures allowed {failures_allowed} must not be negative, wave timeout {wave_timeout_s} s must be positive")
+    if failures_allowed < 0 or not 0 < wave_timeout_s < math.inf:
+        raise ConfigError(
+            f"failures allowed {failures_allowed} must not be negative, wave timeout {wave_timeout_s} s must be positive and finite"
+        )
     previous = {d: fleet.desired(d).bundle for d in chosen}
     moving = [d for d in chosen if previous[d] != ref]
     waves = plan(moving, canary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -177,6 +178,12 @@ def test_silent_wave_pauses_then_goes_on_when_it_answers(state: StateDir) -> Non
     fleet.accept("a")
     assert [r.status for r in control.tick(11.0)] == [Status.RUNNING]
     assert fleet.wants()["b"] == NEW
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.inf, math.nan])
+def test_wave_timeout_that_cannot_be_stored_or_reached_is_refused(state: StateDir, timeout_s: float) -> None:
+    with pytest.raises(ConfigError, match="positive and finite"):
+        start(state, SimulatedFleet.of("d1"), NEW, now=0.0, wave_timeout_s=timeout_s)
 
 
 def test_operator_undoes_a_complete_rollout(state: StateDir) -> None:
