@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from cloud import brokers, ingest
-from cloud.config import HOST, SENSORS, Address, Region, Settings
+from cloud.config import API, HOST, MLFLOW, RELEASE, SENSORS, Address, Region, Settings
 from edge_agent.contract.errors import ConfigError
 
 PROBE_S = 1.0
@@ -59,7 +60,10 @@ def free_ports(settings: Settings) -> Settings:
 
 
 def check_ports(settings: Settings) -> None:
-    """Raise ConfigError if a port is taken."""
+    """Raise ConfigError if a port is taken, or a part would listen beyond loopback (MLflow and the brokers have no TLS here)."""
+    for name, address in _addresses(settings).items():
+        if not _is_loopback(address.host):
+            raise ConfigError(f"host {address.host!r} of {name} is not loopback; the development stack listens on {HOST} only")
     for name, port in settings.ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -67,6 +71,18 @@ def check_ports(settings: Settings) -> None:
                 probe.bind((HOST, port))
             except OSError as e:
                 raise ConfigError(f"port {port} of {name} is taken; give another: --ports {name}=PORT, or --free-ports") from e
+
+
+def _addresses(settings: Settings) -> dict[str, Address]:
+    fixed = {SENSORS: settings.sensors, RELEASE: settings.release, MLFLOW: settings.mlflow, API: settings.api}
+    return {**fixed, **{r.name: Address(r.host, r.port) for r in settings.regions}}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _python(settings: Settings, module: str, *arguments: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cloud import config
+from cloud.parts import check_ports
 from edge_agent.contract.errors import ConfigError
 
 
@@ -99,3 +100,9 @@ def test_unknown_port_names_and_regions_are_named(project: Path) -> None:
         settings.with_ports({"asia": 1})
     with pytest.raises(ConfigError, match="no region 'asia'"):
         settings.region("asia")
+
+
+def test_a_stack_that_would_listen_beyond_loopback_is_refused(project: Path) -> None:
+    write(project, "mlflow = {host = '0.0.0.0', port = 5000}")
+    with pytest.raises(ConfigError, match=r"'0\.0\.0\.0' of mlflow is not loopback"):
+        check_ports(config.load(project))
