@@ -110,6 +110,8 @@ def replay(
     """
     if not 1 <= window <= WINDOW_MAX or not (rows_per_s >= 0 and math.isfinite(rows_per_s)):
         raise ConfigError(f"window {window} must be 1 to {WINDOW_MAX} rows, speed {rows_per_s} rows/s not negative")
+    if rows_max is not None and rows_max < 0:
+        raise ConfigError(f"limit {rows_max} rows must not be negative")
     assignment = Assignment(devices)
     total = min(count_rows(path, mapping), rows_max if rows_max is not None else 2**62)
     started = time.monotonic()

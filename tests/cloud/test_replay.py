@@ -159,3 +159,8 @@ def test_devices_are_checked_before_anything_is_sent() -> None:
         Assignment(["a", "a"])
     with pytest.raises(ContractError, match="device 'A B'"):
         Assignment(["A B"])
+
+
+def test_a_negative_limit_is_refused(tmp_path: Path, cmapss: ColumnMapping, turbofan: StreamContract) -> None:
+    with pytest.raises(ConfigError, match="-5 rows"):
+        replay(cmapss_file(tmp_path, 1, 1), cmapss, turbofan, SensorBroker("127.0.0.1", 1), ["gw"], rows_max=-5)
