@@ -56,6 +56,7 @@ class Settled:
 class _Handle:
     """An open table. Blocks of all commits up to `seen` are in the settled index."""
 
+    lane: str
     table: DeltaTable
     seen: int
     commits: int = 0  # since the last compaction here
@@ -99,6 +100,8 @@ class Lake:
         for attempt in range(ATTEMPTS_MAX):
             try:
                 handle = self._handle(stream, lane, group[0][0])
+                if attempt:
+                    self._sync(handle)
                 fresh = [(h, t) for h, t in group if h.sequence not in self._settled[h.identity[:3]]]
                 if fresh:
                     rows = pa.concat_tables([self._rows(region, h, t, received_us) for h, t in fresh], promote_options="default")
@@ -106,7 +109,6 @@ class Lake:
                 return [h.identity for h, _ in fresh]
             except CommitFailedError as e:
                 log.info("commit repeated stream=%s lane=%s attempt=%d reason=%s", stream, lane, attempt + 1, e)
-                self._sync(handle)
             except (DeltaError, OSError) as e:
                 self._handles.pop((stream, lane), None)  # whether it landed is read from the table, next time
                 self._lanes_seen.discard(lane)
@@ -151,7 +153,7 @@ class Lake:
         path, columns = self._path(stream, lane), schema(self._contract(header))
         path.mkdir(parents=True, exist_ok=True)
         table = DeltaTable.create(str(path), schema=columns, mode="ignore", name=f"{stream}-{lane}")
-        self._handles[stream, lane] = handle = _Handle(table, -1)
+        self._handles[stream, lane] = handle = _Handle(lane, table, -1)
         self._sync(handle)  # another process may have created it, and more, a moment ago
         return handle
 
@@ -168,7 +170,7 @@ class Lake:
                     self._index(lane, table)
                 except (DeltaError, OSError) as e:
                     raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
-                self._handles[stream, lane] = _Handle(table, table.version())
+                self._handles[stream, lane] = _Handle(lane, table, table.version())
         self._lanes_seen.add(lane)
 
     def _index(self, lane: str, table: DeltaTable) -> None:
@@ -193,6 +195,8 @@ class Lake:
         while len(commits) == limit and min(c["version"] for c in commits) > handle.seen + 1:
             limit *= 2  # history starts from the newest commit, and others commit while we read
             commits = handle.table.history(limit)
+        if min((c["version"] for c in commits), default=newest) > handle.seen + 1:  # Delta has cleaned up its log since
+            self._index(handle.lane, handle.table)
         for commit in commits:
             for device, epoch, lane, sequence in json.loads(commit.get(BLOCKS_KEY, "[]")):
                 self._settled[device, epoch, lane].add(sequence)

@@ -15,7 +15,7 @@ import pytest
 from cloud.lake import Lake
 from cloud.rows import Contracts
 from edge_agent.contract.block import SCORE, BlockHeader
-from edge_agent.contract.columns import Table
+from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt
 from tests.cloud.blocks import block, contract
@@ -257,3 +257,40 @@ def test_a_stream_without_a_known_contract_is_not_stored(tmp_path: Path) -> None
     with pytest.raises(ContractError, match="version '9'"):
         open_lake(tmp_path).append("eu", [unknown])
     assert open_lake(tmp_path).streams() == []
+
+
+def lose_log(table: Path) -> None:
+    """What Delta's log retention does in a month: all before the last checkpoint goes."""
+    for log in sorted((table / "_delta_log").glob("*.json"))[:-1]:
+        log.unlink()
+
+
+def test_a_table_that_another_writer_made_and_whose_log_is_gone_is_read_from_its_rows(tmp_path: Path) -> None:
+    eu, us, texts = open_lake(tmp_path), open_lake(tmp_path), Strings.of(["a"])
+    header, _ = block(100, rows=1, stream="quarantine", contract_version="1")
+    numbers = np.zeros(1, np.int64)
+    table: Table = {"captured_at": numbers, "topic": texts, "reason": texts, "detail": texts, "payload": texts, "ordinal": numbers}
+    eu.append("eu", [(header, table)])  # the lane is known here before the other stream is there
+    for sequence in range(1, 8):
+        us.append("us", [block(sequence)])
+    us.compact(files_max=1)  # with a checkpoint
+    lose_log(tmp_path / "pump/europe")
+
+    again = eu.append("eu", [block(3), block(8)])
+
+    assert [i[3] for i in again.committed] == [8] and set(counts(open_lake(tmp_path)).values()) == {1}
+
+
+def test_a_writer_that_slept_longer_than_the_log_is_kept_stores_nothing_twice(tmp_path: Path) -> None:
+    eu, us = open_lake(tmp_path), open_lake(tmp_path)
+    eu.append("eu", [block(1)])
+    for sequence in range(2, 8):
+        us.append("us", [block(sequence)])
+    us.compact(files_max=1)
+    lose_log(tmp_path / "pump/europe")
+
+    with pytest.raises(UnavailableError):
+        eu.append("eu", [block(3), block(8)])
+    again = eu.append("eu", [block(3), block(8)])
+
+    assert [i[3] for i in again.committed] == [8] and set(counts(open_lake(tmp_path)).values()) == {1}
