@@ -16,6 +16,8 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.contract.errors import UNREADABLE
+
 BUSY_TIMEOUT_S = 10.0
 DETAIL_CHARACTERS_MAX = 1_000
 FIRST = "0" * 64
@@ -76,7 +78,10 @@ class Audit:
 
     def counts(self) -> dict[str, int]:
         """How often each reason was given."""
-        query = "SELECT json_extract(entry, '$.reason') AS reason, sum(json_extract(entry, '$.count')) FROM entries GROUP BY reason"
+        query = """
+            WITH readable AS (SELECT CAST(entry AS TEXT) AS entry FROM entries WHERE json_valid(CAST(entry AS TEXT)))
+            SELECT json_extract(entry, '$.reason') AS reason, sum(json_extract(entry, '$.count')) FROM readable GROUP BY reason
+        """
         with closing(self._connect()) as db:
             return {str(reason): int(count) for reason, count in db.execute(query)}
 
@@ -85,7 +90,7 @@ class Audit:
         previous = FIRST
         with closing(self._connect()) as db:
             for place, (number, data, digest) in enumerate(db.execute("SELECT id, entry, hash FROM entries ORDER BY id"), 1):
-                if number != place or hashlib.sha256(data).hexdigest() != digest or _decode(data).previous != previous:
+                if number != place or hashlib.sha256(data).hexdigest() != digest or _previous(data) != previous:
                     return place
                 previous = digest
         return None
@@ -95,3 +100,11 @@ class Audit:
 
 
 _decode = msgspec.json.Decoder(Entry).decode
+
+
+def _previous(data: bytes) -> str | None:
+    """The hash that an entry names; None if it is no entry at all."""
+    try:
+        return _decode(data).previous
+    except UNREADABLE:
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from pathlib import Path
 
@@ -37,3 +38,9 @@ def test_a_changed_or_removed_entry_shows(path: Path, change: str, broken_at: in
     with sqlite3.connect(path) as db:
         db.execute(change)
     assert Audit(path).verify() == broken_at
+
+
+def test_an_entry_made_unreadable_shows_and_the_others_still_count(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE entries SET entry = ?, hash = ? WHERE id = 5", (b"\xff{", hashlib.sha256(b"\xff{").hexdigest()))
+    assert Audit(path).verify() == 5 and Audit(path).counts() == {"corrupt": 10}
