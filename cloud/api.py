@@ -109,7 +109,7 @@ def build(settings: Settings, control: Control | None = None) -> Any:
 
 def _limit(request: Request) -> int:
     text = request.query_params.get("limit", "100")
-    if not text.isdigit() or not 1 <= int(text) <= LIMIT_MAX:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= LIMIT_MAX:
         raise ConfigError(f"limit {text!r} is not between 1 and {LIMIT_MAX}")
     return int(text)
 

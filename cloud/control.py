@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sqlite3
 import threading
 import time
 from datetime import UTC, datetime
@@ -118,7 +119,7 @@ class Control:
                 if now >= refresh_due:
                     refresh_due = now + REFRESH_S
                     self._refresh()
-            except FencelineError:
+            except (FencelineError, sqlite3.Error, OSError):  # a busy database or a full disk: what was not done is done later
                 log.exception("control step failed")
 
     def _refresh(self) -> None:

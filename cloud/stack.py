@@ -117,8 +117,8 @@ class Stack:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.settings.stack_path.unlink(missing_ok=True)
-        if self._lock_file is not None:
+        if self._lock_file is not None:  # otherwise the file is another stack's
+            self.settings.stack_path.unlink(missing_ok=True)
             os.close(self._lock_file)
             self._lock_file = None
 

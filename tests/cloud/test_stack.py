@@ -157,6 +157,7 @@ def test_the_api_wants_the_token_for_everything_but_health(up: Up) -> None:
         assert client.get("/v1/audit").json() == {"broken_at": None, "entries": []}
         assert client.get("/v1/devices/nobody").status_code == 404
         assert client.get("/v1/audit", params={"limit": "-1"}).status_code == 400
+        assert client.get("/v1/audit", params={"limit": "²"}).status_code == 400
         assert 'fenceline_ingest_connected{region="eu"} 1.0' in client.get("/metrics").text
     assert up.settings.token_path.stat().st_mode & 0o077 == 0
 
@@ -279,6 +280,7 @@ def test_a_second_stack_on_the_same_state_is_refused(up: Up) -> None:
     process = start(up.state, "--free-ports")
     said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 2 and "a stack runs on" in said
+    assert config.running_stack(up.settings) is not None
 
 
 def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
