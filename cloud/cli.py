@@ -240,7 +240,10 @@ def _replay(args: argparse.Namespace) -> int:
 
     settings = config.load(args.project, args.state)
     contract = _contract(settings, args.stream)
-    devices = args.device or Fleet(settings.fleet_path).devices()
+    fleet = Fleet(settings.fleet_path).devices()
+    devices = args.device or fleet
+    for stranger in sorted(set(devices) - set(fleet)):
+        _say(f"there is no device {stranger!r} in this fleet: without a gateway that listens, the broker drops its messages")
     if not devices:
         raise ConfigError("the fleet has no device to play the sensors of; add one with: fenceline device add NAME")
     broker = SensorBroker(

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from edge_agent.contract.errors import UnavailableError
 from pipelines.stage import Context, write_json
@@ -123,6 +124,8 @@ def run_url(context: Context, run_id: str) -> str:
     if not uri.startswith("http"):
         return f"{uri} (look with: mlflow ui --backend-store-uri {uri})"
     experiment = client(context).get_run(run_id).info.experiment_id
+    url = urlsplit(uri)  # a password in it must not reach a log or a job summary
+    uri = urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
     return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
