@@ -13,7 +13,7 @@ from edge_agent.core.zones import parse_zones
 from edge_agent.position import read_fix
 
 ZONES = parse_zones((Path(__file__).parents[2] / "contracts/zones.geojson").read_bytes())
-NESTED = b'{"ts":1,"lat":2,"lon":3,"more":' + b"[" * 3_000 + b"]" * 3_000 + b"}"
+NESTED = b'{"ts":1,"lat":2,"lon":3,"more":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
 
 
 @given(st.binary(max_size=100))

@@ -131,7 +131,7 @@ MALFORMED_JSON = [
     json.dumps(reading(flow=float("inf"))).encode(),
     json.dumps(reading(class_="\ud800")).encode(),
     json.dumps(reading(extra=...)).encode().replace(b"p-1", b"\xed\xa0\x80"),
-    json.dumps(GOOD).encode()[:-1] + b',"deep":' + b"[" * 1_900 + b"]" * 1_900 + b"}",
+    json.dumps(GOOD).encode()[:-1] + b',"deep":' + b"[" * 1_900,
 ]
 
 
