@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import ssl
 import threading
 import weakref
 from collections.abc import Callable
@@ -25,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from edge_agent.contract.errors import ConfigError, UnavailableError
+from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.topics import DeviceTopics
+from edge_agent.mqtt.tls import tls_context
 
 if TYPE_CHECKING:
     from edge_agent.config import Tls
@@ -140,7 +140,7 @@ class Link:
         if self.endpoint.username is not None:
             client.username_pw_set(self.endpoint.username, self.endpoint.password)
         if self.endpoint.tls is not None:
-            client.tls_set_context(_tls_context(self.endpoint.tls))
+            client.tls_set_context(tls_context(self.endpoint.tls))
         client.on_connect = _weakly(self._on_connect)
         client.on_disconnect = _weakly(self._on_disconnect)
         client.on_subscribe = _weakly(self._on_subscribe)
@@ -202,13 +202,3 @@ def _weakly(method: Callable[..., None]) -> Callable[..., None]:
             target(*values)
 
     return call
-
-
-def _tls_context(tls: Tls) -> ssl.SSLContext:
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file)
-        if tls.cert_file is not None:
-            context.load_cert_chain(tls.cert_file, tls.key_file)
-    except (OSError, ssl.SSLError) as e:
-        raise ConfigError(f"TLS files ca={tls.ca_file} cert={tls.cert_file} key={tls.key_file} do not load: {e}") from e
-    return context

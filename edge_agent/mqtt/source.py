@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.mqtt import frames
+from edge_agent.mqtt.tls import tls_context
 
 if TYPE_CHECKING:
     from edge_agent.config import Tls
@@ -125,7 +126,7 @@ class Source:
 
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
-        self._tls = _tls_context(config.tls)
+        self._tls = None if config.tls is None else tls_context(config.tls)
         self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
         self._wake = _Wake()
         self._stopping = threading.Event()
@@ -464,15 +465,3 @@ def _open_socket(config: SourceConfig, tls: ssl.SSLContext | None) -> socket.soc
         raise UnavailableError(f"broker {config.host}:{config.port} is not reachable: {e}") from e
     wrapped.setblocking(False)
     return wrapped
-
-
-def _tls_context(tls: Tls | None) -> ssl.SSLContext | None:
-    if tls is None:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=tls.ca_file)
-        if tls.cert_file is not None:
-            context.load_cert_chain(tls.cert_file, tls.key_file)
-    except (OSError, ssl.SSLError) as e:
-        raise ConfigError(f"TLS files ca={tls.ca_file} cert={tls.cert_file} key={tls.key_file} do not load: {e}") from e
-    return context
