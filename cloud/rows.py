@@ -16,7 +16,7 @@ import pyarrow as pa
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.stream import QUARANTINE, FieldType, StreamContract
+from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
 
 TIME = pa.timestamp("us", "UTC")
 ORDER = ("device", "epoch", "ordinal", "row")
@@ -48,7 +48,7 @@ class Contracts:
 
     def __init__(self, contracts: Iterable[StreamContract] = ()) -> None:
         self.listed = tuple(contracts)
-        self._contracts = {(c.stream, c.version): c for c in (*self.listed, QUARANTINE)}
+        self._contracts = {(c.stream, c.version): c for c in (*self.listed, *AGENT_STREAMS)}
 
     def get(self, header: BlockHeader) -> StreamContract | None:
         """The contract of a block, or None if it is not known."""

@@ -16,7 +16,7 @@ import msgspec
 
 from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.stream import QUARANTINE, StreamContract, parse_contract
+from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
 from edge_agent.core.zones import Zones, parse_zones
@@ -192,8 +192,9 @@ def load(path: Path) -> AgentConfig:
     except ContractError as e:
         raise ConfigError(str(e)) from e
     streams = [c.stream for c in contracts]
-    if not streams or len(set(streams)) != len(streams) or QUARANTINE.stream in streams:
-        raise ConfigError(f"{path}: streams must be distinct, at least one, and not {QUARANTINE.stream!r}; they are {streams}")
+    taken = [c.stream for c in AGENT_STREAMS]
+    if not streams or len(set(streams)) != len(streams) or set(taken).intersection(streams):
+        raise ConfigError(f"{path}: streams must be distinct, at least one, and none of {taken}; they are {streams}")
     endpoints = {e.name: _broker(e, base, f"endpoint {e.name!r}") for e in settings.endpoints}
     known = {name for z in zones.zones for name in z.endpoints}
     for name in endpoints:

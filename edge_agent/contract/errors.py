@@ -40,6 +40,10 @@ class Reason(StrEnum):
     OUT_OF_RANGE = "out_of_range"
     OVERSIZE = "oversize"
     UNKNOWN_TOPIC = "unknown_topic"
+    # A stored block is given up; it is named in the loss ledger.
+    EVICTED_FULL = "evicted_full"  # to make room for newer readings
+    EVICTED_AGE = "evicted_age"  # older than the buffer's limit
+    DAMAGED = "damaged"  # the disk gave other bytes back than were written
     # A block is refused by ingest.
     CORRUPT = "corrupt"
     WRONG_DEVICE = "wrong_device"  # header and topic name different devices, lanes or streams

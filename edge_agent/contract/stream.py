@@ -103,6 +103,33 @@ QUARANTINE = StreamContract(
 )
 """The stream that every agent has: rejected payloads, each with its reason."""
 
+LOSSES = StreamContract(
+    stream="losses",
+    version="1",
+    fields=(
+        Field("lost_at", FieldType.TIMESTAMP, description="when the agent gave the blocks up, or found them damaged"),
+        Field("of_stream", FieldType.STRING, description="the stream that lost readings"),
+        Field("of_epoch", FieldType.STRING, description="with of_lane and the sequences: the names of the blocks"),
+        Field("of_lane", FieldType.STRING),
+        Field("first_sequence", FieldType.INTEGER),
+        Field("last_sequence", FieldType.INTEGER, description="inclusive"),
+        Field("blocks", FieldType.INTEGER, description="how many blocks of that range are gone"),
+        Field("readings", FieldType.NUMBER, required=False, description="how many readings they held; missing: not known"),
+        Field("first_at", FieldType.NUMBER, required=False, unit="us", description="the earliest event time among them"),
+        Field("last_at", FieldType.NUMBER, required=False, unit="us", description="the latest event time among them"),
+        Field("reason", FieldType.STRING, description="a contract.errors.Reason"),
+        Field("detail", FieldType.STRING),
+    ),
+    key=("of_epoch", "of_lane", "first_sequence", "lost_at"),
+    event_time="lost_at",
+    entity="of_stream",
+    topic="",
+)
+"""The loss ledger: what the device gave up or found damaged, block by block, so that nothing is lost unsaid."""
+
+AGENT_STREAMS = (QUARANTINE, LOSSES)
+"""The streams that every agent has, without a contract file."""
+
 
 def parse_contract(document: bytes | str, origin: str = "contract") -> StreamContract:
     """Read an ODCS document.
