@@ -1,8 +1,7 @@
-"""The agent of one gateway. The main loop reads like a table of contents: `Agent._process`.
+"""The agent of one gateway: it puts the parts together, takes batches down the data path, and answers for both.
 
-Threads: the source reads the sensor broker; this, the main thread, checks, scores and stores; the uplink sends; the updater
-fetches bundles. They meet in bounded queues and in the buffer. The order that makes the promises hold is:
-a batch is committed to the buffer, and only then acknowledged to the sensors' broker.
+Threads: the source reads the sensor broker; this, the main thread, checks, scores and stores (datapath.py); the uplink sends; the
+updater fetches bundles. They meet in bounded queues and in the buffer.
 
 If storing fails for another reason than a full disk, the agent ends (systemd starts it again): what was not
 acknowledged comes again from the broker, and what is on disk is read afresh instead of trusted.
@@ -10,12 +9,10 @@ acknowledged comes again from the broker, and what is on disk is read afresh ins
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import fcntl
 import logging
 import os
-import queue
 import signal
 import time
 from collections.abc import Iterator
@@ -24,38 +21,34 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
 from edge_agent import __version__, metrics, systemd
-from edge_agent.buffer import Buffer, BufferFullError, Draft
+from edge_agent.active_model import ActiveModel
+from edge_agent.buffer import Buffer
 from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig
-from edge_agent.contract.block import SCORE
-from edge_agent.contract.columns import Strings, Table, take
-from edge_agent.contract.errors import ConfigError, ContractError, Reason, UnavailableError
+from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
-from edge_agent.contract.stream import QUARANTINE, FieldType
 from edge_agent.core.outbox import OutboxLimits
-from edge_agent.core.zones import Fix, Track
-from edge_agent.inference import ModelWorker, WorkerError
-from edge_agent.intake import Intake, Intaken, Readings, Rejected
+from edge_agent.core.zones import Track
+from edge_agent.datapath import DataPath
+from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
-from edge_agent.mqtt.source import Batch, Source, SourceConfig
-from edge_agent.releases import RefusedError, RepositoryConfig
-from edge_agent.scoring import Scoring
+from edge_agent.mqtt.source import Source, SourceConfig
+from edge_agent.releases import RepositoryConfig
 from edge_agent.status import StatusServer
-from edge_agent.updater import Activation, Updater, UpdaterConfig, UpdaterState
+from edge_agent.updater import Updater, UpdaterConfig, UpdaterState
 from edge_agent.uplink import Uplink, UplinkConfig
 
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 REPORT_S = 20.0  # also the sign of life that `fenceline status` shows
-FULL_RETRY_S = 0.5
+RETRY_S = 0.5
 
 
 class _StoppedError(Exception):
-    """Asked to stop while waiting for room."""
+    """Asked to stop while the data path waits."""
 
 
 class Agent:
@@ -71,8 +64,6 @@ class Agent:
         self._stopping = False
         self._clock = Clock()
         self.metrics = metrics.Metrics()
-        self._scoring: Scoring | None = None
-        self._swaps: queue.SimpleQueue[Scoring | None] = queue.SimpleQueue()
         self._updater: Updater | None = None
         self._model = UpdaterState()
         self._report_due = 0.0
@@ -95,144 +86,12 @@ class Agent:
                 while not self._stopping:
                     batch = self._source.get(POLL_S)
                     if batch is not None:
-                        self._process(batch)
+                        self._path.process(batch)
+                        self._stay()
                     self._tick()
             systemd.notify("STOPPING=1")
         log.info("agent stopped device=%s", self._config.device)
         return 0
-
-    def _process(self, batch: Batch) -> None:
-        started = time.perf_counter()
-        self._swap_model()
-        taken = self._intake.take(batch.topics, batch.payloads)
-        drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
-        drafts += self._quarantine(taken.rejected, batch.received_us)
-        self._store(drafts, taken.fixes)
-        batch.release()
-        self._stay()
-        self._count(batch, taken, time.perf_counter() - started)
-
-    def _seal(self, readings: Readings) -> list[Draft]:
-        """Score readings and part them by lane."""
-        scores, model = self._score(readings)
-        table = readings.table if scores is None else {**readings.table, SCORE: scores}
-        contract, lanes = readings.contract, readings.lanes
-        drafts = []
-        for code in np.unique(lanes.codes).tolist():
-            order = np.flatnonzero(lanes.codes == code)
-            part = table if len(order) == len(lanes) else take(table, order)
-            event_us = part[contract.event_time]
-            assert isinstance(event_us, np.ndarray)
-            drafts.append(
-                Draft(
-                    lane=lanes.values[code],
-                    stream=contract.stream,
-                    contract_version=contract.version,
-                    fix=self._track.quality(lanes.values[code]),
-                    policy=self._config.zones.digest,
-                    table=part,
-                    rows=len(order),
-                    first_us=int(event_us.min()),
-                    last_us=int(event_us.max()),
-                    order=order,
-                    model=model,
-                )
-            )
-        return drafts
-
-    def _score(self, readings: Readings) -> tuple[Any, str | None]:
-        """Scores and the digest of the bundle that made them; (None, None) without a working model."""
-        scoring = self._scoring
-        if scoring is None or scoring.stream != readings.contract.stream:
-            return None, None
-        was_proved = scoring.proved
-        try:
-            scores = scoring.score(readings.table)
-        except WorkerError as e:
-            self._drop_model(scoring, e)
-            return None, None
-        if scoring.proved and not was_proved and self._updater is not None:
-            self._updater.confirm(scoring.sha256)
-        self.metrics.scored.labels(readings.contract.stream).inc(len(scores))
-        return scores, scoring.sha256
-
-    def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
-        for r in rejected:
-            self.metrics.rejected.labels(r.reason.value).inc()
-        lanes = sorted({r.lane for r in rejected})
-        return [self._quarantine_draft(lane, [r for r in rejected if r.lane == lane], received_us) for lane in lanes]
-
-    def _quarantine_draft(self, lane: str, rejected: list[Rejected], received_us: int) -> Draft:
-        table: Table = {
-            "captured_at": np.full(len(rejected), received_us, np.int64),
-            "topic": Strings.of([r.topic for r in rejected]),
-            "reason": Strings.of([r.reason.value for r in rejected]),
-            "detail": Strings.of([r.detail for r in rejected]),
-            "payload": Strings.of([_text(r.payload) for r in rejected]),
-        }
-        quality, policy = self._track.quality(lane), self._config.zones.digest
-        stream, version = QUARANTINE.stream, QUARANTINE.version
-        return Draft(lane, stream, version, quality, policy, table, len(rejected), received_us, received_us)
-
-    def _store(self, drafts: list[Draft], fixes: list[Fix]) -> None:
-        """Commit; while the buffer is full, hold the source by not coming back."""
-        held = False
-        while True:
-            try:
-                stored = self._buffer.append(drafts, fixes, self._clock.now())
-                break
-            except BufferFullError as e:
-                self.metrics.full.inc()
-                if not held:
-                    log.warning("buffer full, source held error=%s", e)
-                    self._tell("buffer_full", detail=str(e))
-                held = True
-                self._tick()
-                if self._stopping:
-                    raise _StoppedError from e
-                time.sleep(FULL_RETRY_S)
-        for block in stored:
-            self.metrics.readings.labels(block.stream).inc(block.rows)
-            self.metrics.block_bytes.labels(block.stream).inc(len(block.block))
-        self._uplink.offer(stored)
-
-    # The model: the updater's thread makes one ready, this thread takes it between two batches.
-
-    def _activate(self, activation: Activation | None) -> None:
-        """Called by the updater in its own thread, or while the agent starts."""
-        if activation is None:
-            self._swaps.put(None)
-            return
-        manifest = activation.bundle.manifest
-        contract = next(c for c in self._config.contracts if c.stream == manifest.stream)
-        numeric = {f.name for f in contract.fields if f.type is not FieldType.STRING}
-        foreign = sorted({f.field for f in manifest.features.features} - numeric)
-        if foreign:
-            raise RefusedError(Reason.FOREIGN, f"bundle needs the fields {foreign}, which are no numbers of stream {contract.stream}")
-        worker = ModelWorker(activation.bundle.model, len(manifest.features.features), manifest.limits)
-        self._swaps.put(Scoring(activation, worker, contract))
-
-    def _swap_model(self) -> None:
-        while not self._swaps.empty():
-            old, self._scoring = self._scoring, self._swaps.get()
-            if self._scoring is not None:
-                self._scoring.warm(self._buffer.history(self._scoring.stream, self._scoring.contract_version))
-            if old is not None:
-                old.close()
-
-    def _drop_model(self, scoring: Scoring, error: WorkerError) -> None:
-        log.error("model failed sha256=%s reason=%s detail=%s", scoring.sha256, error.reason, error)
-        self._tell("model_failed", sha256=scoring.sha256, reason=error.reason.value, detail=str(error))
-        self.metrics.model_failures.labels(error.reason.value).inc()
-        self._scoring = None
-        scoring.close()
-        if self._updater is not None:
-            self._updater.rollback(scoring.sha256, error.reason, str(error))
-
-    def _close_model(self) -> None:
-        """End the active model and those not taken yet."""
-        self._swaps.put(None)
-        self._swap_model()
 
     # Control: desired state comes in, reported state goes out.
 
@@ -295,20 +154,33 @@ class Agent:
         stack.callback(self._buffer.close)
         position = settings.position
         self._track = Track(position.max_age_s, position.home, config.fixed_lane, self._buffer.fixes())
-        self._intake = Intake(config.contracts, position.topic, config.zones, self._track, settings.buffer.history_rows)
+        intake = Intake(config.contracts, position.topic, config.zones, self._track, settings.buffer.history_rows)
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
-                self._intake.remember(contract.stream, stored)
+                intake.remember(contract.stream, stored)
+        self._active = ActiveModel(config.contracts, self._buffer.history, self.metrics, self._tell)
         self._uplink = Uplink(
             self._uplink_config, self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
         )
         if self._repository is not None:
-            self._updater = self._make_updater(self._repository)
+            self._updater = self._active.updater = self._make_updater(self._repository)
+        self._path = DataPath(
+            intake=intake,
+            track=self._track,
+            policy=config.zones.digest,
+            model=self._active,
+            buffer=self._buffer,
+            uplink=self._uplink,
+            clock=self._clock,
+            metrics=self.metrics,
+            tell=self._tell,
+            pause=self._pause,
+        )
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
         self._stay()
-        stack.callback(self._close_model)
+        stack.callback(self._active.close)
         if self._updater is not None:
             self._updater.start()
             stack.callback(self._updater.stop)
@@ -324,7 +196,7 @@ class Agent:
             UpdaterConfig(repository, {c.stream: c.version for c in self._config.contracts}),
             self._config.state_dir / "models",
             here=self._track.lane_now,
-            on_activate=self._activate,
+            on_activate=self._active.activate,
             on_report=self._on_model_state,
         )
 
@@ -346,18 +218,23 @@ class Agent:
             self._report_due = now + REPORT_S
             self._report()
 
+    def _pause(self) -> None:
+        """Let a moment pass while the data path waits.
+
+        Raises:
+            _StoppedError: the agent is to stop.
+        """
+        self._tick()
+        if self._stopping:
+            raise _StoppedError
+        time.sleep(RETRY_S)
+
     def _stay(self) -> None:
         """Keep the links of the place where the device is now."""
         lane = self._track.lane_now()
         if lane != self._lane:
             self._lane = lane
             self._uplink.stay(lane)
-
-    def _count(self, batch: Batch, taken: Intaken, seconds: float) -> None:
-        self.metrics.messages.inc(len(batch))
-        for stream, count in taken.redelivered.items():
-            self.metrics.redelivered.labels(stream).inc(count)
-        self.metrics.batch_seconds.observe(seconds)
 
     def describe(self) -> dict[str, Any]:
         """What `edge-agent status` shows; called from the status thread."""
@@ -426,13 +303,6 @@ def _source_config(config: AgentConfig) -> SourceConfig:
         queue_batches_max=sensors.queue_batches_max,
         keepalive_s=broker.keepalive_s,
     )
-
-
-def _text(payload: bytes) -> str:
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(payload).decode()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,140 @@
+"""The data path: one batch of sensor messages at a time, from the source to the disk, then to the uplink.
+
+    intake (decode, check, place) → model (score) → seal (part by lane) → buffer (commit) → acknowledge → uplink
+
+The order is the promise: a batch is committed to the buffer, and only then acknowledged to the sensors. While nothing can be
+stored, the path waits here, so that the sensors' messages stay where they are.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge_agent.active_model import ActiveModel
+from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
+from edge_agent.clock import Clock
+from edge_agent.contract.block import SCORE
+from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.stream import QUARANTINE
+from edge_agent.core.zones import Fix, Track
+from edge_agent.intake import Intake, Intaken, Readings, Rejected
+from edge_agent.metrics import Metrics
+from edge_agent.mqtt.source import Batch
+from edge_agent.uplink import Uplink
+
+log = logging.getLogger(__name__)
+
+Tell = Callable[..., None]
+"""Tells the operator: the name of an event, and its fields as text."""
+
+
+@dataclass
+class DataPath:
+    """The path of one agent, used by one thread.
+
+    `policy` is the digest of the zones in force. `pause` waits a moment while the buffer takes nothing; what it raises ends the wait.
+    """
+
+    intake: Intake
+    track: Track
+    policy: str
+    model: ActiveModel
+    buffer: Buffer
+    uplink: Uplink
+    clock: Clock
+    metrics: Metrics
+    tell: Tell
+    pause: Callable[[], None]
+
+    def process(self, batch: Batch) -> None:
+        """Take one batch all the way; on return its messages are acknowledged."""
+        started = time.perf_counter()
+        self.model.swap()
+        taken = self.intake.take(batch.topics, batch.payloads)
+        drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
+        drafts += self._quarantine(taken.rejected, batch.received_us)
+        stored = self._store(drafts, taken.fixes)
+        batch.release()
+        self.uplink.offer(stored)
+        self._count(batch, taken, stored, time.perf_counter() - started)
+
+    def _seal(self, readings: Readings) -> list[Draft]:
+        """Score readings and part them by lane."""
+        scores, model = self.model.score(readings)
+        table = readings.table if scores is None else {**readings.table, SCORE: scores}
+        contract, lanes = readings.contract, readings.lanes
+        drafts = []
+        for code in np.unique(lanes.codes).tolist():
+            order = np.flatnonzero(lanes.codes == code)
+            part = table if len(order) == len(lanes) else take(table, order)
+            event_us = part[contract.event_time]
+            assert isinstance(event_us, np.ndarray)
+            drafts.append(
+                Draft(
+                    lane=lanes.values[code],
+                    stream=contract.stream,
+                    contract_version=contract.version,
+                    fix=self.track.quality(lanes.values[code]),
+                    policy=self.policy,
+                    table=part,
+                    rows=len(order),
+                    first_us=int(event_us.min()),
+                    last_us=int(event_us.max()),
+                    order=order,
+                    model=model,
+                )
+            )
+        return drafts
+
+    def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
+        for r in rejected:
+            self.metrics.rejected.labels(r.reason.value).inc()
+        lanes = sorted({r.lane for r in rejected})
+        return [self._quarantine_draft(lane, [r for r in rejected if r.lane == lane], received_us) for lane in lanes]
+
+    def _quarantine_draft(self, lane: str, rejected: list[Rejected], received_us: int) -> Draft:
+        table: Table = {
+            "captured_at": np.full(len(rejected), received_us, np.int64),
+            "topic": Strings.of([r.topic for r in rejected]),
+            "reason": Strings.of([r.reason.value for r in rejected]),
+            "detail": Strings.of([r.detail for r in rejected]),
+            "payload": Strings.of([_text(r.payload) for r in rejected]),
+        }
+        quality, stream, version = self.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
+        return Draft(lane, stream, version, quality, self.policy, table, len(rejected), received_us, received_us)
+
+    def _store(self, drafts: list[Draft], fixes: list[Fix]) -> list[StoredBlock]:
+        """Commit; while the buffer is full, hold the source by not coming back."""
+        held = False
+        while True:
+            try:
+                return self.buffer.append(drafts, fixes, self.clock.now())
+            except BufferFullError as e:
+                self.metrics.full.inc()
+                if not held:
+                    log.warning("buffer full, source held error=%s", e)
+                    self.tell("buffer_full", detail=str(e))
+                held = True
+                self.pause()
+
+    def _count(self, batch: Batch, taken: Intaken, stored: list[StoredBlock], seconds: float) -> None:
+        for block in stored:
+            self.metrics.readings.labels(block.stream).inc(block.rows)
+            self.metrics.block_bytes.labels(block.stream).inc(len(block.block))
+        self.metrics.messages.inc(len(batch))
+        for stream, count in taken.redelivered.items():
+            self.metrics.redelivered.labels(stream).inc(count)
+        self.metrics.batch_seconds.observe(seconds)
+
+
+def _text(payload: bytes) -> str:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        return "base64:" + base64.b64encode(payload).decode()
