@@ -110,6 +110,7 @@ class Uplink:
         allowed: the endpoints that a lane allows, in order of preference.
         on_desired: takes the bytes of a desired document; called in the uplink's thread.
         on_settled: called after receipts have settled that many blocks.
+        clock: seconds, monotonic. `open_link` makes a link that is opened next; both are there for simulations.
     """
 
     def __init__(
@@ -121,7 +122,10 @@ class Uplink:
         *,
         on_settled: Callable[[int], None] | None = None,
         rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        open_link: Callable[[EndpointConfig, DeviceTopics, SimpleQueue[Any]], Link] = Link,
     ) -> None:
+        self._clock, self._open_link = clock, open_link
         self._config, self._buffer, self._allowed, self._on_desired, self._on_settled = config, buffer, allowed, on_desired, on_settled
         self._topics = DeviceTopics(config.device)
         self._endpoints = {e.name: e for e in config.endpoints}
@@ -214,7 +218,7 @@ class Uplink:
                     with self._lock:
                         for event in events:
                             self._apply(event)
-                        more = self._step(time.monotonic())
+                        more = self._step(self._clock())
                 except UnavailableError as e:
                     log.warning("buffer unavailable error=%s retry_s=%s", e, PAUSE_S)
                     self._discover = True
@@ -238,7 +242,7 @@ class Uplink:
     def _wait_s(self) -> float:
         if self._plan.wake_at is None:
             return TICK_S
-        return min(TICK_S, max(0.0, self._plan.wake_at - time.monotonic()))
+        return min(TICK_S, max(0.0, self._plan.wake_at - self._clock()))
 
     def _take_events(self, wait_s: float) -> list[Any]:
         events: list[Any] = []
@@ -254,7 +258,7 @@ class Uplink:
         if self._stop_by is None:
             return False
         routed = [lane for lane in self._outbox.busy() if lane in self._endpoint_of()]
-        return time.monotonic() >= self._stop_by or not (routed or self._events or self._events_in_flight)
+        return self._clock() >= self._stop_by or not (routed or self._events or self._events_in_flight)
 
     def _apply(self, event: Any) -> None:
         match event:
@@ -272,12 +276,12 @@ class Uplink:
             case _Here(lane):
                 self._here = lane
             case _Stop(flush_s):
-                self._stop_by = time.monotonic() + flush_s
+                self._stop_by = self._clock() + flush_s
             case _:
                 raise TypeError(f"unknown event {event!r}")
 
     def _apply_link_event(self, event: Connected | Lost | Acked | Message) -> None:
-        now, name = time.monotonic(), event.link.name
+        now, name = self._clock(), event.link.name
         match event:
             case Connected(link):
                 log.info("endpoint connected endpoint=%s", name)
@@ -295,7 +299,7 @@ class Uplink:
     def _lose(self, link: Link, reason: str) -> None:
         log.warning("endpoint lost endpoint=%s reason=%s", link.name, reason)
         self._forget_link(link)
-        self._router.lost(link.name, time.monotonic(), reason)
+        self._router.lost(link.name, self._clock(), reason)
 
     def _forget_link(self, link: Link) -> None:
         link.close()
@@ -365,7 +369,7 @@ class Uplink:
             log.info("endpoint closed endpoint=%s", name)
             self._forget_link(self._links[name])
         for name in plan.open:
-            self._links[name] = link = Link(self._endpoints[name], self._topics, self._inbox)
+            self._links[name] = link = self._open_link(self._endpoints[name], self._topics, self._inbox)
             link.open()
 
     def _endpoint_of(self) -> dict[str, str]:
