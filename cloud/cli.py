@@ -105,6 +105,8 @@ def _add_data_commands(commands: Any) -> None:
     what = add.add_mutually_exclusive_group(required=True)
     what.add_argument("--run-to-failure", action="store_true", help="the file ends with each entity's failure: label = cycles left")
     what.add_argument("--column", metavar="NAME", help="the label is this column")
+    clock = _group(commands, "clock", "the devices' clocks")
+    _add(clock, "fix", _clock_fix, "give rows that were stored before a device's clock was set their true times")
 
 
 def _mapping_arguments(command: argparse.ArgumentParser) -> None:
@@ -282,6 +284,17 @@ def _labels_add(args: argparse.Namespace) -> int:
         _print_json({"stream": contract.stream, "added": table.num_rows, "labels": total})
     else:
         print(f"{table.num_rows} labels read; stream {contract.stream} has {total} now")
+    return 0
+
+
+def _clock_fix(args: argparse.Namespace) -> int:
+    from cloud.lake import Lake
+
+    corrected = Lake(config.load(args.project, args.state).lake_dir).correct_clocks(everywhere=True)
+    if args.json:
+        _print_json(corrected)
+    else:
+        print("".join(f"{table}: {rows} rows corrected\n" for table, rows in corrected.items()) or "no rows to correct")
     return 0
 
 

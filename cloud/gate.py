@@ -74,8 +74,9 @@ class Gate:
         told = (header.device, header.lane, header.stream)
         if where.kind is not Kind.UP or told != (where.device, where.lane, where.stream):
             return Reason.WRONG_DEVICE, f"header says {'/'.join(told)}, topic says {where.device}/{where.lane}/{where.stream}"
-        if header.sequence not in INT64 or header.sealed_us not in INT64:
-            return Reason.CORRUPT, f"sequence {header.sequence} or sealing time {header.sealed_us} us does not fit 64 bits"
+        numbers = {"sequence": header.sequence, "sealed_us": header.sealed_us, "monotonic_us": header.monotonic_us}
+        if huge := {name: number for name, number in numbers.items() if number not in INT64}:
+            return Reason.CORRUPT, f"header numbers that do not fit 64 bits: {huge}"
         if contract is None:
             return Reason.UNKNOWN_STREAM, f"no contract for stream {header.stream!r} version {header.contract_version!r}"
         allowed = self.zones.endpoints(header.lane)

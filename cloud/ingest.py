@@ -119,6 +119,7 @@ class Ingest:
                 self._handle(batch)
             else:
                 self.lake.compact(self.small_files_max)
+                self.lake.correct_clocks()
             self._raise_alarms(time.monotonic())
             self._write_status(time.monotonic())
         self._raise_alarms(float("inf"))

@@ -26,12 +26,13 @@ import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
-from cloud.rows import ORDER, Contracts, schema, to_rows
+from cloud.clocks import Boot, Clocks, Place, correct
+from cloud.rows import ORDER, Contracts, schema, stamped, to_rows
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, UnavailableError
 from edge_agent.contract.receipt import LANES_MAX, RANGES_MAX, LaneReceipt, Receipt, SequenceSet
-from edge_agent.contract.stream import StreamContract
+from edge_agent.contract.stream import AGENT_STREAMS, StreamContract
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Lake:
         self._handles: dict[tuple[str, str], _Handle] = {}
         self._settled: defaultdict[LaneKey, SequenceSet] = defaultdict(SequenceSet)
         self._lanes_seen: set[str] = set()
+        self._clocks = Clocks()
 
     # Writing
 
@@ -88,6 +90,7 @@ class Lake:
         for header, table in unique.values():
             groups[header.stream, header.lane].append((header, table))
         committed: list[Identity] = []
+        self._clocks.learn(header for header, _ in unique.values())
         for (stream, lane), group in groups.items():
             self._open_lane(lane)
             committed += self._append_group(region, stream, lane, group, received_us)
@@ -116,7 +119,7 @@ class Lake:
         raise UnavailableError(f"lake {stream}/{lane}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
 
     def _rows(self, region: str, header: BlockHeader, table: Table, received_us: int) -> pa.Table:
-        return to_rows(self._contract(header), region, header, table, received_us)
+        return to_rows(self._contract(header), region, header, table, received_us, self._clocks.shift(header))
 
     def _contract(self, header: BlockHeader) -> StreamContract:
         contract = self.contracts.get(header)
@@ -141,6 +144,7 @@ class Lake:
         )
         for header in headers:
             self._settled[header.identity[:3]].add(header.sequence)
+            self._clocks.stored((header.stream, header.lane), header)
         handle.commits += 1
         if handle.table.version() == handle.seen + 1:
             handle.seen += 1
@@ -168,6 +172,7 @@ class Lake:
                 try:
                     table = DeltaTable(str(self._path(stream, lane)))
                     self._index(lane, table)
+                    self._clocks.index((stream, lane), table)
                 except (DeltaError, OSError) as e:
                     raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
                 self._handles[stream, lane] = _Handle(lane, table, table.version())
@@ -234,6 +239,38 @@ class Lake:
             metrics = {}
         self._sync(handle)
         return int(metrics.get("numFilesRemoved", 0))
+
+    def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
+        """Give the rows of boots whose clock was set later their true times; corrected rows by table.
+
+        Those that this object has seen; `everywhere`: of all tables, whoever wrote them.
+
+        Raises:
+            UnavailableError: a table does not open.
+        """
+        for lane in {lane for stream in self.streams() for lane in self.lanes(stream)} if everywhere else ():
+            self._open_lane(lane)
+        corrected: dict[str, int] = {}
+        for boot, offset_us, places in self._clocks.due():
+            for place in places:
+                corrected["/".join(place)] = corrected.get("/".join(place), 0) + self._correct(place, boot, offset_us)
+        return corrected
+
+    def _correct(self, place: Place, boot: Boot, offset_us: int) -> int:
+        handle = self._handles.get(place)
+        if handle is None:
+            return 0  # it failed to open a moment ago
+        contract = next((c for c in AGENT_STREAMS if c.stream == place[0]), None)
+        try:
+            rows = correct(handle.table, boot, offset_us, stamped(contract) if contract else ())
+        except DeltaError as e:  # another process changes the same files; the rows wait, next time
+            log.info("clock correction skipped table=%s boot=%s reason=%s", handle.table.table_uri, boot, e)
+            rows = 0
+        else:
+            self._clocks.corrected(boot, place)
+            log.info("clock corrected device=%s boot=%s table=%s rows=%d", *boot, handle.table.table_uri, rows)
+        self._sync(handle)
+        return rows
 
     # Reading
 

@@ -2,6 +2,7 @@
 
 - A row holds the contract's fields, `score`, and where it came from: `device, epoch, lane, sequence, row` name the reading
   for ever, `ordinal` gives the order in which the device saw it, the rest says how it was captured and stored.
+- `boot`, `monotonic_us`, `clock_synced` and `clock_shift_us` say how far its times can be trusted: see `cloud.clocks`.
 - NaN ("missing", "not scored") becomes null; timestamps become `timestamp[us, UTC]`.
 - The columns of a block must be those of its contract and `ordinal`, and it may have `score`; anything else is refused.
 """
@@ -36,7 +37,10 @@ _META = pa.schema(
         ("policy", pa.string()),
         ("fix", pa.string()),
         ("region", pa.string()),
+        ("boot", pa.string()),
+        ("monotonic_us", pa.int64()),
         ("clock_synced", pa.bool_()),
+        ("clock_shift_us", pa.int64()),
         ("sealed_at", TIME),
         ("received_at", TIME),
     ]
@@ -73,9 +77,18 @@ def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -
             raise ContractError(f"block {header.identity}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
 
 
-def to_rows(contract: StreamContract, region: str, header: BlockHeader, table: Table, received_us: int) -> pa.Table:
-    """The rows of a checked block that `region` received at `received_us`."""
+def stamped(contract: StreamContract) -> tuple[str, ...]:
+    """The fields whose times are from the device's clock, not from a sensor."""
+    return (contract.event_time,) if contract in AGENT_STREAMS else ()
+
+
+def to_rows(
+    contract: StreamContract, region: str, header: BlockHeader, table: Table, received_us: int, shift_us: int | None = None
+) -> pa.Table:
+    """The rows of a checked block that `region` received at `received_us`; `shift_us` corrects the device's clock."""
     n = header.rows
+    if shift_us is not None:
+        table = {**table, **{name: _shifted(table[name], shift_us) for name in stamped(contract)}}
     columns = {f.name: _array(table[f.name], f.type) for f in contract.fields}
     meta = {
         SCORE: _array(table[SCORE], FieldType.NUMBER) if SCORE in table else pa.nulls(n, pa.float64()),
@@ -90,11 +103,19 @@ def to_rows(contract: StreamContract, region: str, header: BlockHeader, table: T
         "policy": _constant(header.policy, n),
         "fix": _constant(str(header.fix), n),
         "region": _constant(region, n),
-        "clock_synced": pa.repeat(pa.scalar(header.clock_synced), n),
-        "sealed_at": pa.repeat(pa.scalar(header.sealed_us, TIME), n),
+        "boot": _constant(header.boot, n),
+        "monotonic_us": pa.repeat(pa.scalar(header.monotonic_us, pa.int64()), n),
+        "clock_synced": pa.repeat(pa.scalar(header.clock_synced or shift_us is not None), n),
+        "clock_shift_us": pa.repeat(pa.scalar(shift_us, pa.int64()), n),
+        "sealed_at": pa.repeat(pa.scalar(header.sealed_us + (shift_us or 0), TIME), n),
         "received_at": pa.repeat(pa.scalar(received_us, TIME), n),
     }
     return pa.table({**columns, **meta}, schema=schema(contract))
+
+
+def _shifted(column: Column, shift_us: int) -> Column:
+    assert not isinstance(column, Strings)
+    return column + shift_us
 
 
 _KINDS = {FieldType.STRING: "text", FieldType.INTEGER: "int64", FieldType.NUMBER: "float64", FieldType.TIMESTAMP: "int64"}

@@ -30,8 +30,9 @@ PAYLOAD_BYTES_MAX = 64 * 1024
 
 # Columns that blocks and the lake add to a stream's fields.
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
-_CAPTURE = ("contract_version", "model", "policy", "fix", "region", "clock_synced", "sealed_at", "received_at")
-RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE))
+_CAPTURE = ("contract_version", "model", "policy", "fix", "region")
+_CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "received_at")
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK))
 
 
 class FieldType(StrEnum):
