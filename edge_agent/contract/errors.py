@@ -40,6 +40,8 @@ class Reason(StrEnum):
     OUT_OF_RANGE = "out_of_range"
     OVERSIZE = "oversize"
     UNKNOWN_TOPIC = "unknown_topic"
+    NO_BIRTH = "no_birth"  # Sparkplug: no birth certificate says what these metrics are
+    SEQUENCE_GAP = "sequence_gap"  # Sparkplug: messages are missing, a new birth certificate may be among them
     # A stored block is given up; it is named in the loss ledger.
     EVICTED_FULL = "evicted_full"  # to make room for newer readings
     EVICTED_AGE = "evicted_age"  # older than the buffer's limit
@@ -61,3 +63,11 @@ class Reason(StrEnum):
     WORKER_DIED = "worker_died"
     BAD_SCORES = "bad_scores"
     UNDONE = "undone"  # an operator asked for the previous bundle
+
+
+class PayloadError(ContractError):
+    """One payload breaks its contract; `reason` is what it is counted under."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
