@@ -1,13 +1,15 @@
 """The embedded brokers: NATS servers with MQTT listeners, their configuration and their users.
 
 - One server for the sensors, one per region, each with its messages on disk (JetStream), on loopback.
-- Who may do what: `cloud` everything; a device only its own topics, by its password; `sensor` everything on the sensor broker.
+- Who may do what: `cloud` everything; a device only its own topics, by its password, and of them only the lanes that the region may hold
+  (rights.py); `sensor` everything on the sensor broker.
   NATS answers a forbidden publish with a PUBACK (MQTT 3.1.1 has no other answer) and drops it; its log names it.
 - A QoS 1 subscription in NATS is a consumer that delivers to `$MQTT.sub.…`, so a device must be allowed to subscribe to that;
   MQTT clients cannot name it, and users may connect by MQTT only.
 - NATS takes passwords in plain or as bcrypt, which Python's library does not have: the users file is plain and 0600, like the
   database it comes from. Devices hold the same passwords.
-- After `device add` the users file is written again and the servers are told (SIGHUP): clients stay connected.
+- After `device add`, and when the zone policy has changed, the users file is written again and the servers are told (SIGHUP):
+  clients stay connected.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from cloud.config import SENSORS, Settings
+from cloud.gate import load_zones
+from cloud.rights import device_reads, device_writes, lanes_of
 from edge_agent.contract.block import BLOCK_BYTES_MAX
 from edge_agent.contract.errors import ConfigError
-from edge_agent.contract.topics import PREFIX
 
 CLOUD_USER = "cloud"
 SENSOR_USER = "sensor"
@@ -75,8 +78,10 @@ def write_users(settings: Settings, device_passwords: Mapping[str, str]) -> None
     """Write who may connect; running servers read it at SIGHUP."""
     cloud = _user(CLOUD_USER, password(settings, CLOUD_USER))
     _write_private(_users_path(settings, SENSORS), _authorization([cloud, _user(SENSOR_USER, password(settings, SENSOR_USER))]))
-    devices = [_user(name, secret, _device_rights(name)) for name, secret in device_passwords.items()]
+    zones = load_zones(settings)
     for region in settings.regions:
+        lanes = lanes_of(zones, region.name)
+        devices = [_user(name, secret, _device_rights(name, lanes)) for name, secret in device_passwords.items()]
         _write_private(_users_path(settings, region.name), _authorization([cloud, *devices]))
 
 
@@ -113,12 +118,16 @@ def _config(settings: Settings, name: str, host: str, port: int) -> str:
     return "\n".join([*lines, f'include "{_users_path(settings, name).name}"', ""])
 
 
-def _device_rights(device: str) -> dict[str, object]:
-    own = f"{PREFIX}/{device}".replace("/", ".")
+def _device_rights(device: str, lanes: Sequence[str]) -> dict[str, object]:
     return {
-        "publish": {"allow": [f"{own}.up.*.*", f"{own}.reported", f"{own}.events"]},
-        "subscribe": {"allow": [f"{own}.receipts", f"{own}.desired", "$MQTT.sub.>"]},
+        "publish": {"allow": [_subject(f) for f in device_writes(device, lanes)]},
+        "subscribe": {"allow": [*(_subject(f) for f in device_reads(device)), "$MQTT.sub.>"]},
     }
+
+
+def _subject(filter_: str) -> str:
+    """The NATS subject of an MQTT filter without `#`."""
+    return filter_.replace("/", ".").replace("+", "*")
 
 
 def _user(name: str, secret: str, rights: dict[str, object] | None = None) -> dict[str, object]:

@@ -148,6 +148,16 @@ def _add_fleet_commands(commands: Any) -> None:
     add.add_argument("--out", type=Path, metavar="FILE", help="agent.toml (default: STATE/devices/NAME/agent.toml)")
     add.add_argument("--home", type=_position, metavar="LAT,LON", help="where the gateway stands (default: it moves)")
     _add(device, "list", _device_list, "all devices and what they run")
+    broker = _group(commands, "broker", "brokers of your own")
+    acl = _add(broker, "acl", _broker_acl, "print the ACL file of a region's Mosquitto: who may publish and subscribe what")
+    acl.add_argument("--region", required=True, help="an endpoint name of zones.geojson")
+    acl.add_argument(
+        "--cloud",
+        action="append",
+        default=[],
+        metavar="CN",
+        help="a certificate of the cloud; may be repeated (default: ingest-1, control-1)",
+    )
 
 
 def _add_demo(commands: Any, wanted: bool) -> None:
@@ -402,6 +412,18 @@ def _device_add(args: argparse.Namespace) -> int:
         _print_json({"device": args.name, "config": path})
     else:
         print(f"device {args.name} added\nedge-agent run --config {path}")
+    return 0
+
+
+def _broker_acl(args: argparse.Namespace) -> int:
+    from cloud.gate import load_zones
+    from cloud.rights import CLOUD, mosquitto_acl
+
+    acl = mosquitto_acl(load_zones(config.load(args.project, args.state)), args.region, args.cloud or CLOUD)
+    if args.json:
+        _print_json({"region": args.region, "acl": acl})
+    else:
+        print(acl, end="")
     return 0
 
 

@@ -49,6 +49,28 @@ def test_region_broker_lets_a_device_write_under_its_own_name_only(tmp_path: Pat
 
 
 @pytest.mark.needs_mosquitto
+def test_region_broker_takes_only_lanes_that_its_region_may_hold(tmp_path: Path) -> None:
+    with broker(tmp_path, "region", ["plane-01", "ingest-1"]) as port:
+        ingest, device = certified(tmp_path, "ingest-1", port), certified(tmp_path, "plane-01", port)
+        seen = collect(ingest, "fenceline/v1/+/up/+/+", count=2)
+        for lane in ("united-states", "atlantic_united-states", "nowhere", "atlantic_europe", "europe"):
+            device.publish(f"fenceline/v1/plane-01/up/{lane}/turbofan", lane.encode(), qos=1).wait_for_publish(WAIT_S)
+        assert [payload for _, payload in seen()] == [b"atlantic_europe", b"europe"]
+
+
+@pytest.mark.needs_mosquitto
+def test_region_broker_does_not_let_a_device_write_receipts_or_desired_state(tmp_path: Path) -> None:
+    with broker(tmp_path, "region", ["plane-01", "plane-02", "ingest-1"]) as port:
+        ingest, device = certified(tmp_path, "ingest-1", port), certified(tmp_path, "plane-01", port)
+        victim = certified(tmp_path, "plane-02", port)
+        seen = collect(victim, "fenceline/v1/plane-02/#", count=1)
+        for kind in ("receipts", "desired"):
+            device.publish(f"fenceline/v1/plane-02/{kind}", b"forged", qos=1).wait_for_publish(WAIT_S)
+        ingest.publish("fenceline/v1/plane-02/receipts", b"real", qos=1).wait_for_publish(WAIT_S)
+        assert seen() == [("fenceline/v1/plane-02/receipts", b"real")]
+
+
+@pytest.mark.needs_mosquitto
 def test_region_broker_refuses_a_client_without_certificate(tmp_path: Path) -> None:
     with broker(tmp_path, "region", ["plane-01"]) as port:
         client = new_client("plane-01")

@@ -1,0 +1,91 @@
+"""Rights on a region's broker: a device writes under its own name only, and only in lanes that this region may hold.
+
+- The lanes of a region are its zones, and the joins of up to ZONES_PER_LANE_MAX of them that an uncertain fix may lie in: zones that are
+  no more than NEAR_DEGREES apart. A lane with one foreign zone in it is not among them. MQTT and NATS have no wildcard for "zones of
+  this region", so the lanes are written out one by one.
+- A publish to another topic is dropped by the broker. On MQTT 3.1.1 it is acknowledged all the same: the device finds out because no
+  receipt comes, and the block waits on its disk.
+- Ingest checks every block again (gate.py): rights are the first fence, not the only one.
+- They follow from the zone policy: after a change of zones.geojson print the ACL again (`fenceline broker acl`) and reload the broker.
+
+>>> device_writes("plane-01", ["europe"])[0]
+'fenceline/v1/plane-01/up/europe/+'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shapely import affinity
+from shapely.geometry.base import BaseGeometry
+
+from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.topics import ALL_BLOCKS, ALL_EVENTS, ALL_REPORTED, PREFIX, Kind
+from edge_agent.core.zones import Zone, Zones
+
+ZONES_PER_LANE_MAX = 4
+NEAR_DEGREES = 5.0
+LANES_MAX = 4_096
+CLOUD = ("ingest-1", "control-1")
+"""Certificates of the cloud. One for each process: a client id is one session."""
+TURN_DEGREES = 360.0
+_MAY_WRITE = (Kind.REPORTED, Kind.EVENTS)
+_MAY_READ = (Kind.RECEIPTS, Kind.DESIRED)
+
+
+def lanes_of(zones: Zones, region: str) -> tuple[str, ...]:
+    """The lanes that may be sent to `region`, in order.
+
+    Raises:
+        ConfigError: no zone allows the region, or there are more than LANES_MAX lanes.
+    """
+    own = sorted((z for z in zones.zones if region in z.endpoints), key=lambda z: z.name)
+    if not own:
+        known = ", ".join(sorted({e for z in zones.zones for e in z.endpoints}))
+        raise ConfigError(f"no zone allows the region {region!r}; zones.geojson names {known or 'no region'}")
+    near = {z.name: {o.name for o in own if o.name > z.name and _near(z, o)} for z in own}
+    wider: list[tuple[str, ...]] = [(z.name,) for z in own]
+    lanes = wider
+    for _ in range(1, ZONES_PER_LANE_MAX):
+        wider = [(*lane, name) for lane in wider for name in sorted(set.intersection(*(near[part] for part in lane)))]
+        lanes = [*lanes, *wider]
+        if len(lanes) > LANES_MAX:
+            raise ConfigError(
+                f"region {region!r} would have more than {LANES_MAX} lanes; draw fewer zones, or share them out to more regions"
+            )
+    return tuple("_".join(lane) for lane in lanes)
+
+
+def device_writes(device: str, lanes: Iterable[str]) -> list[str]:
+    """The filters of what a device may publish; `%u` for `device` makes a Mosquitto pattern."""
+    own = f"{PREFIX}/{device}"
+    return [*(f"{own}/{Kind.UP}/{lane}/+" for lane in lanes), *(f"{own}/{kind}" for kind in _MAY_WRITE)]
+
+
+def device_reads(device: str) -> list[str]:
+    """The filters of what a device may subscribe to."""
+    return [f"{PREFIX}/{device}/{kind}" for kind in _MAY_READ]
+
+
+def mosquitto_acl(zones: Zones, region: str, cloud: Sequence[str]) -> str:
+    """The ACL file of a region's Mosquitto; `cloud` are the certificate names of ingest and control."""
+    lines = [
+        f"# The rights on the broker of region {region}: `fenceline broker acl --region {region}` printed them",
+        f"# from the zone policy {zones.digest[:12]}. %u is the CN of the client's certificate: the device id.",
+        *(f"pattern write {f}" for f in device_writes("%u", lanes_of(zones, region))),
+        *(f"pattern read {f}" for f in device_reads("%u")),
+    ]
+    for name in cloud:
+        lines += ["", f"user {name}"]
+        lines += [f"topic read {f}" for f in (ALL_BLOCKS, ALL_REPORTED, ALL_EVENTS)]
+        lines += [f"topic write {PREFIX}/+/{kind}" for kind in (*_MAY_READ, Kind.EVENTS)]
+    return "\n".join([*lines, ""])
+
+
+def _near(one: Zone, other: Zone) -> bool:
+    """Whether a fix may lie in both; the map is a cylinder, so its edges meet."""
+    return any(_apart(one.area, other.area, turn) <= NEAR_DEGREES for turn in (-TURN_DEGREES, 0.0, TURN_DEGREES))
+
+
+def _apart(one: BaseGeometry, other: BaseGeometry, turn: float) -> float:
+    return float(one.distance(affinity.translate(other, turn)))
