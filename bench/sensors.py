@@ -1,0 +1,105 @@
+"""Sensors of twenty engines on one MQTT connection, at a steady rate, QoS 1.
+
+`python -m bench.sensors --port N --rate R --seconds S --out FILE`. Written for a light hand: raw packets, sent in time slices, so that it
+takes little of the machine that it measures. FILE gets what was published and acknowledged, and the times from send to PUBACK.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import select
+import socket
+import time
+from pathlib import Path
+
+from edge_agent.mqtt import frames
+
+ENGINES = 20
+SLICE_S = 0.002
+DRAIN_S = 60.0
+_TOPIC = b"sensors/plane-01/turbofan"
+_VALUES = [518.67, 641.82, 1589.7, 1400.6, 14.62, 21.61, 554.36, 2388.06, 9046.19, 1.3, 47.47, 521.66, 2388.02, 8138.62, 8.4195, 0.03]
+_VALUES += [392, 2388, 100.0, 39.06, 23.419]
+
+
+class Sensors:
+    """One connection; `unacked` holds the send times of packet ids that wait for their PUBACK."""
+
+    def __init__(self, port: int) -> None:
+        self.sent = 0
+        self.first_us = self.last_us = 0
+        self.unacked: dict[int, int] = {}
+        self.puback_us: list[int] = []
+        self._rest = b""
+        self._sock = socket.create_connection(("127.0.0.1", port), 10.0)
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock.sendall(frames.connect(4, "bench-sensors", 600, clean=True))
+        answer = self._sock.recv(4)
+        if answer != b"\x20\x02\x00\x00":
+            raise ConnectionError(f"broker answered {answer.hex()} to CONNECT")
+
+    def publish(self, count: int) -> None:
+        """Send `count` readings, each with its own time."""
+        packets = []
+        for _ in range(count):
+            self.sent += 1
+            now_us = time.time_ns() // 1_000
+            now_us = self.last_us = max(now_us, self.last_us + 1)  # (engine, time) names a reading
+            self.first_us = self.first_us or now_us
+            id_ = self.sent % 65_535 + 1
+            self.unacked[id_] = now_us
+            body = len(_TOPIC).to_bytes(2) + _TOPIC + id_.to_bytes(2) + reading(self.sent, now_us)
+            packets.append(b"\x32" + length(len(body)) + body)
+        self._sock.sendall(b"".join(packets))
+
+    def read(self, wait_s: float) -> None:
+        """Take the PUBACKs that come within `wait_s`."""
+        if not select.select([self._sock], [], [], max(0.0, wait_s))[0]:
+            return
+        data = self._rest + self._sock.recv(1 << 18)
+        now_us = time.time_ns() // 1_000
+        whole = len(data) // 4 * 4
+        for i in range(0, whole, 4):
+            assert data[i] == 0x40, data[i : i + 4].hex()
+            self.puback_us.append(now_us - self.unacked.pop(int.from_bytes(data[i + 2 : i + 4])))
+        self._rest = data[whole:]
+
+
+def reading(number: int, event_us: int) -> bytes:
+    """One JSON message of 26 fields."""
+    values: dict[str, object] = {"ts": event_us / 1e6, "engine": f"e{number % ENGINES}", "cycle": number}
+    values |= {"setting_1": 0.0, "setting_2": 0.0, "setting_3": 100.0}
+    values |= {f"sensor_{i}": round(v + (number % 7) * 0.01, 4) for i, v in enumerate(_VALUES, 1)}
+    return json.dumps(values).encode()
+
+
+def length(size: int) -> bytes:
+    """MQTT's remaining length, up to two bytes."""
+    return bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--rate", type=float, required=True, help="readings a second")
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    sensors = Sensors(arguments.port)
+    start = time.monotonic()
+    while (elapsed := time.monotonic() - start) < arguments.seconds:
+        due = int(elapsed * arguments.rate) + 1 - sensors.sent
+        if due > 0:
+            sensors.publish(due)
+        next_s = start + sensors.sent / arguments.rate
+        sensors.read(max(min(SLICE_S, next_s - time.monotonic()), 0.0002))
+    deadline = time.monotonic() + DRAIN_S
+    while sensors.unacked and time.monotonic() < deadline:
+        sensors.read(0.1)
+    report = {"sent": sensors.sent, "acked": len(sensors.puback_us), "first_us": sensors.first_us, "last_us": sensors.last_us}
+    arguments.out.write_text(json.dumps({**report, "puback_us": sensors.puback_us}))
+
+
+if __name__ == "__main__":
+    main()
