@@ -1,7 +1,7 @@
 """The agent of one gateway: it puts the parts together, takes batches down the data path, and answers for both.
 
-Threads: the source reads the sensor broker; this, the main thread, checks, scores and stores (datapath.py); the uplink sends; the
-updater fetches bundles. They meet in bounded queues and in the buffer.
+Threads: each side of the sensors reads its broker, or its connections; this, the main thread, checks, scores and stores
+(datapath.py); the uplink sends; the updater fetches bundles. They meet in bounded queues and in the buffer.
 
 If storing fails for another reason than a full disk, the agent ends (systemd starts it again): what was not
 acknowledged comes again from the broker, and what is on disk is read afresh instead of trusted.
@@ -34,8 +34,8 @@ from edge_agent.core.zones import Track
 from edge_agent.datapath import DataPath
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
-from edge_agent.mqtt.source import Source, SourceConfig
 from edge_agent.releases import RepositoryConfig
+from edge_agent.sensors import Sensors
 from edge_agent.status import StatusServer
 from edge_agent.updater import Updater, UpdaterConfig, UpdaterState
 from edge_agent.uplink import Uplink, UplinkConfig
@@ -57,7 +57,7 @@ class Agent:
     def __init__(self, config: AgentConfig) -> None:
         """Make what needs no state directory and no network; ConfigError for settings that cannot work."""
         self._config = config
-        self._source = Source(_source_config(config))
+        self._sensors = Sensors(config)
         self._uplink_config = _uplink_config(config)
         self._repository = _repository(config)
         self._metrics_address = metrics.parse_listen(config.settings.metrics.listen)
@@ -84,7 +84,7 @@ class Agent:
             log.info("agent started device=%s epoch=%s version=%s", self._config.device, self._buffer.epoch, __version__)
             with contextlib.suppress(_StoppedError):
                 while not self._stopping:
-                    batch = self._source.get(POLL_S)
+                    batch = self._sensors.get(POLL_S)
                     if batch is not None:
                         self._path.process(batch)
                         self._stay()
@@ -184,8 +184,8 @@ class Agent:
         if self._updater is not None:
             self._updater.start()
             stack.callback(self._updater.stop)
-        self._source.start()
-        stack.callback(self._source.stop)
+        self._sensors.start()
+        stack.callback(self._sensors.stop)
         status = StatusServer(config.state_dir, self.describe)
         stack.callback(status.close)
         if self._metrics_address is not None:
@@ -238,14 +238,14 @@ class Agent:
 
     def describe(self) -> dict[str, Any]:
         """What `edge-agent status` shows; called from the status thread."""
-        source, uplink, now_us = self._source.status, self._uplink.status(), time.time_ns() // 1_000
+        uplink, now_us = self._uplink.status(), time.time_ns() // 1_000
         waiting = {s.lane: s for s in self._buffer.lanes()}
         return {
             "device": self._config.device,
             "version": __version__,
             "epoch": self._buffer.epoch,
             "zone": self._track.lane_now(),
-            "sensors": {"connected": source.connected, "messages": source.messages, "error": source.error},
+            "sensors": self._sensors.describe(),
             "buffer": {
                 "readings_stored": self._buffer.readings_stored(),
                 "used_bytes": self._buffer.used_bytes(),
@@ -284,25 +284,6 @@ def _repository(config: AgentConfig) -> RepositoryConfig | None:
     if releases is None or config.root is None:
         return None
     return RepositoryConfig(releases.url, config.root, config.releases_ca)
-
-
-def _source_config(config: AgentConfig) -> SourceConfig:
-    sensors, flush, broker = config.settings.sensors, config.settings.flush, config.sensors
-    return SourceConfig(
-        host=broker.host,
-        port=broker.port,
-        client_id=sensors.client_id or f"fenceline-{config.device}",
-        subscribe=sensors.subscribe,
-        version=sensors.version,
-        username=broker.username,
-        password=broker.password,
-        tls=broker.tls,
-        batch_rows_max=flush.rows_max,
-        batch_bytes_max=flush.bytes_max,
-        batch_ms=flush.ms_max,
-        queue_batches_max=sensors.queue_batches_max,
-        keepalive_s=broker.keepalive_s,
-    )
 
 
 @contextlib.contextmanager

@@ -10,10 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 
+from edge_agent.addresses import (
+    Broker,
+    BrokerSettings,
+    Listen,
+    SensorSettings,
+    Settings,
+    Subscription,
+    check_covered,
+    read_broker,
+    read_file,
+    read_sensors,
+)
+from edge_agent.addresses import Tls as Tls
 from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
@@ -24,38 +36,13 @@ from edge_agent.core.zones import Zones, parse_zones
 MIB = 1024 * 1024
 
 
-class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    pass
-
-
-class BrokerSettings(_Settings, frozen=True, kw_only=True):
-    """How to reach a broker: `mqtt://host:port` or `mqtts://host:port`, with optional password and client certificate."""
-
-    url: str
-    username: str | None = None
-    password_file: str | None = None
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-    keepalive_s: int = 30
-
-
-class SensorSettings(BrokerSettings, frozen=True, kw_only=True):
-    """The sensor broker. `subscribe` is one filter for readings and positions: one filter keeps their order."""
-
-    subscribe: str
-    version: Literal[4, 5] = 4
-    client_id: str | None = None
-    queue_batches_max: int = 8
-
-
-class StreamSettings(_Settings, frozen=True, kw_only=True):
+class StreamSettings(Settings, frozen=True, kw_only=True):
     """One stream: the path of its contract."""
 
     contract: str
 
 
-class PositionSettings(_Settings, frozen=True, kw_only=True):
+class PositionSettings(Settings, frozen=True, kw_only=True):
     """Where the gateway is: `static` (lat, lon) or `mqtt` (topic).
 
     A fix counts for readings up to `max_age_s` younger than it. `home` names the zone of readings without a fix;
@@ -77,7 +64,7 @@ class EndpointSettings(BrokerSettings, frozen=True, kw_only=True):
     name: str
 
 
-class ReleaseSettings(_Settings, frozen=True, kw_only=True):
+class ReleaseSettings(Settings, frozen=True, kw_only=True):
     """The release server (HTTPS, or HTTP on loopback) and the trusted first root.json."""
 
     url: str
@@ -85,14 +72,14 @@ class ReleaseSettings(_Settings, frozen=True, kw_only=True):
     ca_file: str | None = None
 
 
-class BufferSettings(_Settings, frozen=True, kw_only=True):
+class BufferSettings(Settings, frozen=True, kw_only=True):
     """Limits of the durable buffer."""
 
     bytes_max: int = 1024 * MIB
     history_rows: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20_000
 
 
-class FlushSettings(_Settings, frozen=True, kw_only=True):
+class FlushSettings(Settings, frozen=True, kw_only=True):
     """When a batch is stored and becomes a block: at so many rows or bytes, or this long after its first message.
 
     A block of one reading costs some 600 bytes, one of hundreds a twentieth of their JSON: slow sensors on a metered link want a
@@ -104,7 +91,7 @@ class FlushSettings(_Settings, frozen=True, kw_only=True):
     ms_max: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = 20.0
 
 
-class UplinkSettings(_Settings, frozen=True, kw_only=True):
+class UplinkSettings(Settings, frozen=True, kw_only=True):
     """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again."""
 
     inflight_blocks_max: int = 64
@@ -113,19 +100,19 @@ class UplinkSettings(_Settings, frozen=True, kw_only=True):
     failback_s: float = 10.0
 
 
-class MetricsSettings(_Settings, frozen=True, kw_only=True):
+class MetricsSettings(Settings, frozen=True, kw_only=True):
     """Prometheus metrics over HTTP; loopback only."""
 
     listen: str | None = None
 
 
-class AgentSettings(_Settings, frozen=True, kw_only=True):
+class AgentSettings(Settings, frozen=True, kw_only=True):
     """The whole of agent.toml."""
 
     device: str
     state_dir: str
     zones: str
-    sensors: SensorSettings
+    sensors: SensorSettings | list[SensorSettings]
     streams: list[StreamSettings]
     position: PositionSettings
     endpoints: list[EndpointSettings]
@@ -137,27 +124,6 @@ class AgentSettings(_Settings, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Tls:
-    """TLS to a broker: verify it against `ca_file` (None: the system's), present a client certificate if given."""
-
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-
-
-@dataclass(frozen=True)
-class Broker:
-    """A broker's address and credentials, read and checked."""
-
-    host: str
-    port: int
-    username: str | None
-    password: str | None
-    tls: Tls | None
-    keepalive_s: int
-
-
-@dataclass(frozen=True)
 class AgentConfig:
     """Everything an agent needs, checked."""
 
@@ -166,7 +132,7 @@ class AgentConfig:
     contracts: tuple[StreamContract, ...]
     zones: Zones
     fixed_lane: str | None
-    sensors: Broker
+    sensors: tuple[Subscription | Listen, ...]
     endpoints: dict[str, Broker]
     root: bytes | None
     releases_ca: Path | None
@@ -182,12 +148,12 @@ def load(path: Path) -> AgentConfig:
     Raises:
         ConfigError: something is missing or wrong; the message says what, where and what to do.
     """
-    settings = parse_settings(_read(path, "config").decode(errors="replace"), AgentSettings, str(path))
+    settings = parse_settings(read_file(path, "config").decode(errors="replace"), AgentSettings, str(path))
     base = path.resolve().parent
     try:
         check_name(settings.device, "device")
         contracts = tuple(_contract(base / s.contract, settings.device) for s in settings.streams)
-        zones = parse_zones(_read(base / settings.zones, "zones"), settings.zones)
+        zones = parse_zones(read_file(base / settings.zones, "zones"), settings.zones)
         fixed_lane = _fixed_lane(settings.position, zones, path)
     except ContractError as e:
         raise ConfigError(str(e)) from e
@@ -195,7 +161,10 @@ def load(path: Path) -> AgentConfig:
     taken = [c.stream for c in AGENT_STREAMS]
     if not streams or len(set(streams)) != len(streams) or set(taken).intersection(streams):
         raise ConfigError(f"{path}: streams must be distinct, at least one, and none of {taken}; they are {streams}")
-    endpoints = {e.name: _broker(e, base, f"endpoint {e.name!r}") for e in settings.endpoints}
+    sensors = read_sensors(settings.sensors if isinstance(settings.sensors, list) else [settings.sensors], base, settings.device)
+    position = [("the position", settings.position.topic)] if settings.position.source == "mqtt" and settings.position.topic else []
+    check_covered(sensors, [(f"stream {c.stream}", c.topic) for c in contracts] + position)
+    endpoints = {e.name: read_broker(e, base, f"endpoint {e.name!r}") for e in settings.endpoints}
     known = {name for z in zones.zones for name in z.endpoints}
     for name in endpoints:
         if name not in known:
@@ -208,15 +177,15 @@ def load(path: Path) -> AgentConfig:
         contracts=contracts,
         zones=zones,
         fixed_lane=fixed_lane,
-        sensors=_broker(settings.sensors, base, "sensors"),
+        sensors=sensors,
         endpoints=endpoints,
-        root=_read(base / settings.releases.root, "releases.root") if settings.releases else None,
+        root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
     )
 
 
 def _contract(path: Path, device: str) -> StreamContract:
-    contract = parse_contract(_read(path, "contract"), path.name)
+    contract = parse_contract(read_file(path, "contract"), path.name)
     return replace(contract, topic=contract.topic.replace("{device}", device))
 
 
@@ -234,39 +203,3 @@ def _fixed_lane(position: PositionSettings, zones: Zones, path: Path) -> str | N
     if lane == NOWHERE:
         raise ConfigError(f"{path}: position {position.lat}, {position.lon} lies in no zone; its readings could go nowhere")
     return lane
-
-
-def _broker(settings: BrokerSettings, base: Path, where: str) -> Broker:
-    try:
-        url = urlsplit(settings.url)
-        port = url.port
-    except ValueError as e:  # a port that is no number, an open bracket
-        raise ConfigError(f"{where}: url {settings.url!r}: {e}") from e
-    if url.scheme not in ("mqtt", "mqtts") or not url.hostname or url.username is not None:
-        raise ConfigError(f"{where}: url {settings.url!r} must be mqtt://HOST:PORT or mqtts://HOST:PORT, without a user")
-    if settings.password_file is not None and settings.username is None:
-        raise ConfigError(f"{where}: password_file needs username too")
-    files = [base / f if f else None for f in (settings.ca_file, settings.cert_file, settings.key_file)]
-    for file in files:
-        if file is not None and not file.is_file():
-            raise ConfigError(f"{where}: file {file} does not exist")
-    if url.scheme == "mqtt" and any(files):
-        raise ConfigError(f"{where}: ca_file, cert_file and key_file need an mqtts:// url, it is {settings.url!r}")
-    password = None
-    if settings.password_file is not None:
-        password = _read(base / settings.password_file, f"{where}.password_file").decode().strip()
-    return Broker(
-        host=url.hostname,
-        port=port or (8883 if url.scheme == "mqtts" else 1883),
-        username=settings.username,
-        password=password,
-        tls=Tls(*files) if url.scheme == "mqtts" else None,
-        keepalive_s=settings.keepalive_s,
-    )
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise ConfigError(f"{what}: cannot read {path}: {e.strerror}; check the path in agent.toml (relative to that file)") from e

@@ -1,22 +1,19 @@
-"""The sensor side: one thread, one connection to the sensors' broker, whole batches out.
+"""A sensor side: one thread, one connection to a broker of the sensors, whole batches into the inlet.
 
 - The thread owns the socket. It waits in one place (`select`), on the socket and on a wake-up pipe, always with a limit.
-- A batch is handed over when it is full, or when its first message is `batch_ms` old and the consumer has nothing else to do:
-  low latency when quiet, large batches under load.
-- Back-pressure: while `queue_batches_max` batches wait and another is full, the socket is not read, so TCP holds the broker.
+- Back-pressure: while the inlet has no room and the open batch is full, the socket is not read, so TCP holds the broker.
   Keepalive pings go on meanwhile, and the broker's silence is not held against it.
 - `Batch.release()` queues the PUBACKs, in any thread, without blocking; the thread sends them in one piece. If the connection
   has changed since, nothing is sent: the broker delivers those messages again.
 - The session is persistent and QoS 1 is asked for; a broker that grants less is refused.
 - Connection losses are retried for ever with decorrelated jitter (Brooker, 2015); the last error stays in `status`.
-- Memory: at most (queue_batches_max + 2) * (batch_bytes_max + one packet), and one `recv`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import queue
 import random
 import select
 import socket
@@ -28,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.mqtt import frames
+from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch, Wake
 from edge_agent.mqtt.tls import tls_context
 
 if TYPE_CHECKING:
@@ -57,10 +55,6 @@ class SourceConfig:
     username: str | None = None
     password: str | None = field(default=None, repr=False)
     tls: Tls | None = None
-    batch_rows_max: int = 4_096
-    batch_bytes_max: int = 4 * 1024 * 1024
-    batch_ms: float = 10.0
-    queue_batches_max: int = 4
     keepalive_s: int = 30
     session_expiry_s: int = 30 * 24 * 3600
     connect_timeout_s: float = 10.0
@@ -69,19 +63,12 @@ class SourceConfig:
     packet_bytes_max: int = frames.PACKET_BYTES_MAX
 
     def __post_init__(self) -> None:
-        low = {
-            "batch_rows_max": self.batch_rows_max,
-            "batch_bytes_max": self.batch_bytes_max,
-            "queue_batches_max": self.queue_batches_max,
-            "keepalive_s": self.keepalive_s - 1,  # at least 2 s, as pings go out at half of it
-        }
-        for name, value in low.items():
-            if value < 1:
-                raise ConfigError(f"sensors: {name} is too small")
-        if not 0 < self.backoff_s_min <= self.backoff_s_max or self.packet_bytes_max < 1024 or self.batch_ms < 0:
+        if self.keepalive_s < 2:  # pings go out at half of it
+            raise ConfigError(f"sensors: keepalive_s {self.keepalive_s} is too small; at least 2")
+        if not 0 < self.backoff_s_min <= self.backoff_s_max or self.packet_bytes_max < 1024:
             raise ConfigError(
                 f"sensors: want 0 < backoff_s_min {self.backoff_s_min} <= backoff_s_max {self.backoff_s_max}, "
-                f"packet_bytes_max {self.packet_bytes_max} >= 1024, batch_ms {self.batch_ms} >= 0"
+                f"packet_bytes_max {self.packet_bytes_max} >= 1024"
             )
 
 
@@ -94,44 +81,21 @@ class SourceStatus:
     connections: int = 0
     messages: int = 0
     batches: int = 0
-    queued_batches: int = 0
     paused: bool = False
     last_received_us: int | None = None
-
-
-class Batch:
-    """Messages handled together: message i is `payloads[i]` on `topics[i]`. `received_us`: wall clock of the last of them."""
-
-    __slots__ = ("_acks", "_connection", "payloads", "received_us", "topics")
-
-    def __init__(self, topics: list[str], payloads: list[bytes], received_us: int, connection: _Connection, acks: bytes) -> None:
-        self.topics = topics
-        self.payloads = payloads
-        self.received_us = received_us
-        self._connection = connection
-        self._acks = acks
-
-    def __len__(self) -> int:
-        return len(self.payloads)
-
-    def release(self) -> None:
-        """Acknowledge all messages to the broker: they are safe now. Never blocks; a second call does nothing."""
-        acks, self._acks = self._acks, b""
-        if acks:
-            self._connection.send(acks)
 
 
 class Source:
     """Reads one sensor broker in its own thread, from `start` to `stop`."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, inlet: Inlet) -> None:
         self._config = config
+        self._inlet = inlet
         self._tls = None if config.tls is None else tls_context(config.tls)
-        self._queue: queue.SimpleQueue[Batch] = queue.SimpleQueue()
-        self._wake = _Wake()
+        self._wake = Wake()
         self._stopping = threading.Event()
         self._status = SourceStatus()
-        self._failure: BaseException | None = None
+        inlet.attach(self._wake.set)
         self._thread = threading.Thread(target=self._run, name="source", daemon=True)
 
     def start(self) -> None:
@@ -147,31 +111,16 @@ class Source:
         if not self._thread.is_alive():
             self._wake.close()
 
-    def get(self, timeout_s: float) -> Batch | None:
-        """The next batch, or None if there is none in time.
-
-        Raises:
-            RuntimeError: the source's thread has died of a defect.
-        """
-        try:
-            batch = self._queue.get(timeout=timeout_s)
-        except queue.Empty:
-            if self._failure is not None:
-                raise RuntimeError(f"source thread died: {self._failure!r}") from self._failure
-            return None
-        self._wake.set()  # there is room for another
-        return batch
-
     @property
     def status(self) -> SourceStatus:
         """A snapshot, from any thread."""
-        return replace(self._status, queued_batches=self._queue.qsize())
+        return self._status
 
     def _run(self) -> None:
         try:
             self._keep_connected()
         except BaseException as e:
-            self._failure = e  # for the consumer, who would otherwise wait for ever
+            self._inlet.fail(e)
             raise
         finally:
             self._status = replace(self._status, connected=False, paused=False)
@@ -191,12 +140,13 @@ class Source:
             self._stopping.wait(pause_s)
 
     def _connect_and_read(self) -> None:
-        with contextlib.closing(_Connection(self._config, self._tls, self._wake)) as connection:
+        inlet = self._inlet
+        with contextlib.closing(_Connection(self._config, self._tls, self._wake, inlet)) as connection:
             while not self._stopping.is_set():
-                for packet in connection.step(hungry=self._queue.empty()):
+                for packet in connection.step(hungry=inlet.hungry):
                     self._on_packet(packet, connection)
-                if self._queue.qsize() < self._config.queue_batches_max:
-                    batch = connection.take_batch(hungry=self._queue.empty())
+                if inlet.room:
+                    batch = connection.take_batch(hungry=inlet.hungry)
                     if batch is not None:
                         self._hand_over(batch)
                 if connection.full != self._status.paused:
@@ -208,7 +158,7 @@ class Source:
         self._status = replace(
             status, messages=status.messages + len(batch), batches=status.batches + 1, last_received_us=batch.received_us
         )
-        self._queue.put(batch)
+        self._inlet.put(batch)
 
     def _on_packet(self, packet: frames.Packet, connection: _Connection) -> None:
         config = self._config
@@ -238,19 +188,16 @@ class _Connection:
     Only `send` may be called from other threads.
     """
 
-    def __init__(self, config: SourceConfig, tls: ssl.SSLContext | None, wake: _Wake) -> None:
+    def __init__(self, config: SourceConfig, tls: ssl.SSLContext | None, wake: Wake, inlet: Inlet) -> None:
         self._config = config
+        self._limits = inlet.limits
         self._wake = wake
         self._decoder = frames.Decoder(config.version, config.packet_bytes_max)
         self._lock = threading.Lock()  # guards _outbox and _closed
         self._outbox = bytearray()
         self._closed = False
-        self._topics: list[str] = []
-        self._payloads: list[bytes] = []
+        self._open = OpenBatch(self._limits)
         self._acks: list[bytes] = []
-        self._bytes = 0
-        self._opened = 0.0  # when the first message of the open batch came
-        self._received_us = 0
         self._more = False  # the decoder holds whole packets
         self._keepalive_s = float(config.keepalive_s)
         self._pinged: float | None = None  # since when an answer is due
@@ -288,7 +235,7 @@ class _Connection:
     @property
     def full(self) -> bool:
         """The open batch takes no more: nothing is read until it has been taken."""
-        return len(self._payloads) >= self._config.batch_rows_max or self._bytes >= self._config.batch_bytes_max
+        return not self._open.room
 
     def step(self, hungry: bool) -> list[frames.Packet]:
         """Wait for something to do, read once unless full, send; gives packets that are not publishes.
@@ -315,12 +262,12 @@ class _Connection:
 
     def take_batch(self, hungry: bool) -> Batch | None:
         """The open batch, if it is full or its time has come."""
-        due = hungry and time.monotonic() >= self._opened + self._config.batch_ms / 1000
-        if not self._payloads or not (due or self.full):
+        full = self._open
+        if not full.ready(hungry):
             return None
-        batch = Batch(self._topics, self._payloads, self._received_us, self, b"".join(self._acks))
-        self._topics, self._payloads, self._acks, self._bytes = [], [], [], 0
-        return batch
+        acks = b"".join(self._acks)
+        self._open, self._acks = OpenBatch(self._limits), []
+        return Batch(full.topics, full.payloads, full.received_us, functools.partial(self.send, acks) if acks else None)
 
     def finish(self) -> None:
         """Say goodbye after a wanted end; what was released is sent before."""
@@ -339,8 +286,8 @@ class _Connection:
         due = min(IDLE_S_MAX, (self._deadline if self._handshake else self._next_ping()) - now)
         if self._pinged is not None:
             due = min(due, self._pinged + self._ping_timeout_s - now)
-        if self._payloads and hungry:
-            due = min(due, self._opened + self._config.batch_ms / 1000 - now)
+        if hungry:
+            due = min(due, self._open.due_s(now))
         return max(0.0, due)
 
     def _select(self, reading: bool, writing: bool, wait_s: float) -> bool:
@@ -368,15 +315,11 @@ class _Connection:
                 during = "during the handshake (wrong credentials or version?)" if self._handshake else ""
                 raise UnavailableError(f"broker {self._config.host}:{self._config.port} closed the connection {during}".rstrip())
             self._heard, self._pinged = time.monotonic(), None
-        cut = self._decoder.feed(data, self._config.batch_rows_max - len(self._payloads))
+        cut = self._decoder.feed(data, self._open.room)
         self._more = cut.more
         if cut.payloads:
-            self._opened = self._opened if self._payloads else time.monotonic()
-            self._received_us = time.time_ns() // 1000
-            self._topics += cut.topics
-            self._payloads += cut.payloads
+            self._open.add(cut.topics, cut.payloads)
             self._acks.append(cut.acks)
-            self._bytes += sum(map(len, cut.payloads)) + sum(map(len, cut.topics))
         return cut.packets
 
     def _flush(self) -> None:
@@ -419,37 +362,6 @@ class _Connection:
             self._flush()
             self._sent = now
             self._pinged = now if self._pinged is None else self._pinged
-
-
-class _Wake:
-    """Wakes a thread that waits in `select`."""
-
-    def __init__(self) -> None:
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._lock = threading.Lock()
-        self._set = False
-
-    def fileno(self) -> int:
-        return self._reader.fileno()
-
-    def set(self) -> None:
-        with self._lock:
-            if not self._set and self._writer.fileno() >= 0:
-                self._set = True
-                self._writer.send(b"\0")
-
-    def clear(self) -> None:
-        with self._lock:
-            if self._set:
-                self._set = False
-                self._reader.recv(16)
-
-    def close(self) -> None:
-        with self._lock:
-            self._reader.close()
-            self._writer.close()
 
 
 def _open_socket(config: SourceConfig, tls: ssl.SSLContext | None) -> socket.socket:

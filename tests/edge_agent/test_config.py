@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.addresses import Subscription
 from edge_agent.cli import main
 from edge_agent.config import load
 from edge_agent.contract.errors import ConfigError
@@ -53,7 +54,9 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
     config = load(write(tmp_path))
     assert config.fixed_lane == "europe"
     assert config.contracts[0].topic == "sensors/plane-01/turbofan"
-    assert (config.sensors.host, config.sensors.port, config.sensors.tls) == ("127.0.0.1", 1883, None)
+    (sensors,) = config.sensors
+    assert isinstance(sensors, Subscription) and sensors.client_id == "fenceline-plane-01"
+    assert (sensors.broker.host, sensors.broker.port, sensors.broker.tls) == ("127.0.0.1", 1883, None)
     assert config.state_dir == tmp_path / "state"
 
 

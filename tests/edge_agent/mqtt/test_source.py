@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from edge_agent.config import Tls
 from edge_agent.contract.errors import ConfigError
 from edge_agent.mqtt import frames
-from edge_agent.mqtt.source import Batch, Source, SourceConfig
+from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
+from edge_agent.mqtt.source import Source, SourceConfig, SourceStatus
 from tests.brokers import Broker, ServerTls, User, free_port, mosquitto_broker, nats_broker
 
 WAIT_S = 20.0
@@ -31,14 +33,30 @@ def config(broker: Broker, **settings: object) -> SourceConfig:
     return SourceConfig(host=broker.host, port=broker.port, **{**base, **settings})  # type: ignore[arg-type]
 
 
+@dataclass
+class Side:
+    """A source and the inlet that it fills."""
+
+    source: Source
+    inlet: Inlet
+
+    @property
+    def status(self) -> SourceStatus:
+        return self.source.status
+
+    def get(self, timeout_s: float) -> Batch | None:
+        return self.inlet.get(timeout_s)
+
+
 @contextlib.contextmanager
-def running(settings: SourceConfig, connected: bool = True) -> Iterator[Source]:
-    source = Source(settings)
+def running(settings: SourceConfig, connected: bool = True, limits: BatchLimits | None = None, batches_max: int = 4) -> Iterator[Side]:
+    inlet = Inlet(limits, batches_max)
+    source = Source(settings, inlet)
     source.start()
     try:
         if connected:
             until(lambda: source.status.connected, lambda: source.status)
-        yield source
+        yield Side(source, inlet)
     finally:
         source.stop()
 
@@ -75,7 +93,7 @@ def numbers(batches: list[Batch]) -> list[int]:
     return [int(payload) for batch in batches for payload in batch.payloads]
 
 
-def collect(source: Source, count: int, release: bool = True) -> list[Batch]:
+def collect(source: Side, count: int, release: bool = True) -> list[Batch]:
     """Batches until `count` different messages have come."""
     batches: list[Batch] = []
     seen: set[int] = set()
@@ -118,7 +136,7 @@ def test_mosquitto_in_both_versions(tmp_path: Path, version: int) -> None:
 
 
 def test_a_quiet_message_is_not_held_back(tmp_path: Path) -> None:
-    with nats_broker(tmp_path) as broker, running(config(broker, batch_ms=5.0)) as source, publisher(broker) as sensor:
+    with nats_broker(tmp_path) as broker, running(config(broker), limits=BatchLimits(ms=5.0)) as source, publisher(broker) as sensor:
         delays = []
         for n in range(20):
             started = time.perf_counter()
@@ -132,8 +150,7 @@ def test_a_quiet_message_is_not_held_back(tmp_path: Path) -> None:
 
 def test_a_busy_consumer_gets_large_batches(tmp_path: Path) -> None:
     with nats_broker(tmp_path) as broker, publisher(broker) as sensor:
-        settings = config(broker, batch_rows_max=700, queue_batches_max=1)
-        with running(settings) as source:
+        with running(config(broker), limits=BatchLimits(rows_max=700), batches_max=1) as source:
             publish(sensor, 0, 3_000)
             until(lambda: source.status.paused, lambda: source.status)
             batches = collect(source, 3_000)
@@ -175,18 +192,21 @@ def test_a_killed_broker_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_consumer_that_stands_still_holds_the_broker_not_the_memory(tmp_path: Path) -> None:
     padding, rows = 10_000, 2_000
-    with nats_broker(tmp_path, ack_wait_s=60) as broker, publisher(broker) as sensor:
-        settings = config(broker, batch_bytes_max=500_000, queue_batches_max=2, keepalive_s=2)
-        with running(settings) as source:
-            threading.Thread(target=publish, args=(sensor, 0, rows, 1, padding), daemon=True).start()
-            until(lambda: source.status.paused, lambda: source.status)
-            time.sleep(4.5)  # more than two keepalives: a broker that hears nothing for 1.5 of them ends the connection
-            status = source.status
-            assert status.connected and status.connections == 1, status
-            assert status.queued_batches == 2
-            assert status.messages * padding < 3 * (500_000 + frames.PACKET_BYTES_MAX)
-            assert sorted(set(numbers(collect(source, rows)))) == list(range(rows))
-            assert source.status.connections == 1
+    limits = BatchLimits(bytes_max=500_000)
+    with (
+        nats_broker(tmp_path, ack_wait_s=60) as broker,
+        publisher(broker) as sensor,
+        running(config(broker, keepalive_s=2), limits=limits, batches_max=2) as source,
+    ):
+        threading.Thread(target=publish, args=(sensor, 0, rows, 1, padding), daemon=True).start()
+        until(lambda: source.status.paused, lambda: source.status)
+        time.sleep(4.5)  # more than two keepalives: a broker that hears nothing for 1.5 of them ends the connection
+        status = source.status
+        assert status.connected and status.connections == 1, status
+        assert source.inlet.waiting == 2
+        assert status.messages * padding < 3 * (500_000 + frames.PACKET_BYTES_MAX)
+        assert sorted(set(numbers(collect(source, rows)))) == list(range(rows))
+        assert source.status.connections == 1
 
 
 def test_a_frozen_broker_is_noticed(tmp_path: Path) -> None:
@@ -211,7 +231,7 @@ def test_a_wrong_password_is_named(tmp_path: Path) -> None:
     ):
         until(lambda: source.status.error != "")
         assert "refuses client 'agent'" in source.status.error and "not authorized" in source.status.error
-        assert "wrong" not in source.status.error and "wrong" not in repr(source._config)
+        assert "wrong" not in source.status.error and "wrong" not in repr(source.source._config)
 
 
 def test_a_forbidden_filter_is_named(tmp_path: Path) -> None:
@@ -334,7 +354,7 @@ def test_a_server_of_another_ca_is_not_trusted(tmp_path: Path, certificates: Pat
 
 def test_tls_files_that_do_not_load_are_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.pem"):
-        Source(SourceConfig("127.0.0.1", 1, "a", "#", tls=Tls(tmp_path / "missing.pem")))
+        Source(SourceConfig("127.0.0.1", 1, "a", "#", tls=Tls(tmp_path / "missing.pem")), Inlet())
 
 
 @contextlib.contextmanager
@@ -385,7 +405,7 @@ def test_a_broker_that_answers_badly_is_named_and_tried_again(answers: list[byte
 def test_releasing_twice_or_late_sends_one_acknowledgement() -> None:
     publishes = b"".join(b"\x32\x06\x00\x01t" + struct.pack(">H", n) + b"1" for n in (1, 2, 3))
     with scripted_broker(b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x01" + publishes) as (port, received):
-        with running(SourceConfig("127.0.0.1", port, "agent", "#", batch_ms=1)) as source:
+        with running(SourceConfig("127.0.0.1", port, "agent", "#"), limits=BatchLimits(ms=1)) as source:
             batch = source.get(WAIT_S)
             assert batch is not None and batch.payloads == [b"1"] * 3
             batch.release()
@@ -416,14 +436,16 @@ def test_a_broker_that_reads_no_acknowledgements_is_left(monkeypatch: pytest.Mon
         with running(settings) as source:
             batch = source.get(WAIT_S)
             assert batch is not None
+            assert batch._release is not None
+            send = batch._release.func  # type: ignore[attr-defined]
             for _ in range(200):
-                batch._connection.send(frames.pubacks([1]) * 20_000)
+                send(frames.pubacks([1]) * 20_000)
                 time.sleep(0.002)
             until(lambda: "takes no acknowledgements" in source.status.error, lambda: source.status)
         stuck.set()
 
 
-@pytest.mark.parametrize("bad", [{"batch_rows_max": 0}, {"queue_batches_max": 0}, {"backoff_s_min": 0.0}, {"packet_bytes_max": 10}])
+@pytest.mark.parametrize("bad", [{"keepalive_s": 1}, {"backoff_s_min": 0.0}, {"packet_bytes_max": 10}])
 def test_settings_out_of_bounds_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         SourceConfig(host="127.0.0.1", port=1, client_id="a", subscribe="#", **bad)  # type: ignore[arg-type]
