@@ -6,11 +6,16 @@ One ODCS document describes one stream. Fenceline reads
   (`string`, `integer`, `number`, `timestamp`), `required`, `unit` and `logicalTypeOptions.minimum|maximum`;
 - `primaryKey`/`primaryKeyPosition` on properties: together they name a reading, so a message that
   a broker delivers twice is one reading;
-- `customProperties` of the schema: `topic` (MQTT filter with `{device}`), `encoding` (`json`, `msgpack`, `cbor`),
-  `eventTime` (the timestamp field), `entity` (the string field that windows are grouped by),
-  `payloadBytesMax`.
+- `customProperties` of the schema: `topic` (MQTT filter with `{device}`; other names in braces are string fields that
+  the topic fills, see sensor_topics.py), `encoding` (`json`, `msgpack`, `cbor`, `value`, `sparkplug`), `compression`
+  (`none`, `gzip`, `zlib`, `zstd`), `eventTime` (the timestamp field), `entity` (the string field that windows are
+  grouped by), `payloadBytesMax` (of a payload, and of what it decompresses to);
+- `customProperties` of a property: `unit`, `metric` (its name in Sparkplug, if it is not the field's).
 
 Missing values are allowed in `number` fields only (`required: false`); they become NaN.
+
+A payload that says nothing about a field cannot fill it: with `value` and `sparkplug` all text comes from the topic, the event
+time is the only timestamp, and what may be missing from a message must be an optional number.
 """
 
 from __future__ import annotations
@@ -23,10 +28,13 @@ from typing import Any
 import yaml
 
 from edge_agent.contract.errors import ContractError
+from edge_agent.contract.sensor_topics import FIELD, Shape, parse_shape
 from edge_agent.contract.topics import check_name
 
 FIELDS_MAX = 512
 PAYLOAD_BYTES_MAX = 64 * 1024
+SPARKPLUG = "spBv1.0"
+"""The first level of Sparkplug B topics."""
 
 # Columns that blocks and the lake add to a stream's fields.
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
@@ -50,11 +58,22 @@ class Encoding(StrEnum):
     JSON = "json"
     MSGPACK = "msgpack"
     CBOR = "cbor"
+    VALUE = "value"  # a bare number; the topic says of what
+    SPARKPLUG = "sparkplug"  # Sparkplug B
+
+
+class Compression(StrEnum):
+    """How a sensor compresses a payload."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    ZLIB = "zlib"
+    ZSTD = "zstd"
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a reading. `minimum` and `maximum` are inclusive, in `unit`."""
+    """One field of a reading. `minimum` and `maximum` are inclusive, in `unit`; `metric` is its name in Sparkplug."""
 
     name: str
     type: FieldType
@@ -63,6 +82,7 @@ class Field:
     maximum: float = math.inf
     unit: str = ""
     description: str = ""
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,12 @@ class StreamContract:
     topic: str
     encoding: Encoding = Encoding.JSON
     payload_bytes_max: int = PAYLOAD_BYTES_MAX
+    compression: Compression = Compression.NONE
+
+    @property
+    def shape(self) -> Shape:
+        """The topic's filter and named levels."""
+        return parse_shape(self.topic)
 
     def field(self, name: str) -> Field:
         """The field called `name`, or ContractError."""
@@ -186,12 +212,54 @@ def _from_tree(tree: Any) -> StreamContract:
         topic=str(custom.get("topic") or ""),
         encoding=_encoding(custom.get("encoding", "json")),
         payload_bytes_max=_payload_bytes_max(custom),
+        compression=_compression(custom.get("compression", "none")),
     )
     if not contract.version:
         raise ContractError("version is missing")
     if not contract.topic:
         raise ContractError("customProperties needs topic, the MQTT topic of the sensor messages")
+    _check_topic(contract)
     return contract
+
+
+def _check_topic(contract: StreamContract) -> None:
+    """Whether topic and payload together can fill the fields."""
+    names = contract.shape.names
+    text = {f.name for f in contract.fields if f.type is FieldType.STRING}
+    bare = contract.encoding in (Encoding.VALUE, Encoding.SPARKPLUG)
+    if contract.encoding is Encoding.VALUE and FIELD in text:
+        raise ContractError(f"no string field can be called {FIELD!r} here: the level {{{FIELD}}} says which field a value is")
+    strange = set(names) - text - ({FIELD} if contract.encoding is Encoding.VALUE else set())
+    if strange:
+        raise ContractError(f"topic {contract.topic!r} names {sorted(strange)}, which are no string fields; they are {sorted(text)}")
+    if not bare:
+        return
+    if text - set(names):
+        raise ContractError(f"encoding {contract.encoding} carries no text: the topic must name {sorted(text - set(names))} in braces")
+    if sum(f.type is FieldType.TIMESTAMP for f in contract.fields) > 1:
+        raise ContractError(f"encoding {contract.encoding} has one time per message: {contract.event_time!r} must be the only timestamp")
+    values = [f for f in contract.fields if f.type in (FieldType.NUMBER, FieldType.INTEGER)]
+    sparkplug = contract.encoding is Encoding.SPARKPLUG
+    if not values or (FIELD not in names and not sparkplug and len(values) > 1):
+        raise ContractError(
+            f"topic {contract.topic!r} does not say which field a value is: name a level {{{FIELD}}}, or have one number field"
+        )
+    if (sparkplug or len(values) > 1) and any(f.required for f in values):
+        missing = sorted(f.name for f in values if f.required)
+        raise ContractError(f"encoding {contract.encoding}: a message need not hold {missing}; make them numbers with required: false")
+    if sparkplug:
+        _check_sparkplug(contract)
+
+
+def _check_sparkplug(contract: StreamContract) -> None:
+    levels = contract.shape.filter.split("/")
+    if len(levels) not in (4, 5) or levels[0] != SPARKPLUG or contract.topic.split("/")[2] != "+" or "#" in levels:
+        raise ContractError(f"topic {contract.topic!r} must be {SPARKPLUG}/GROUP/+/NODE or {SPARKPLUG}/GROUP/+/NODE/DEVICE for Sparkplug")
+    if contract.compression is not Compression.NONE:
+        raise ContractError("Sparkplug payloads have no compression")
+    metrics = [f.metric or f.name for f in contract.fields]
+    if len(set(metrics)) != len(metrics):
+        raise ContractError(f"metrics repeat: {sorted({m for m in metrics if metrics.count(m) > 1})}")
 
 
 def _field(tree: Any) -> Field:
@@ -208,11 +276,12 @@ def _field(tree: Any) -> Field:
     options = tree.get("logicalTypeOptions") or {}
     if not isinstance(options, dict):
         raise ContractError(f"field {name!r}: logicalTypeOptions {options!r} is not a mapping")
-    unit = _custom(tree).get("unit", "")
+    custom = _custom(tree)
     low, high = _number(options, "minimum", -math.inf), _number(options, "maximum", math.inf)
     if not low <= high:
         raise ContractError(f"field {name!r}: minimum {low} is above maximum {high}")
-    return Field(name, kind, required, low, high, str(unit), str(tree.get("description", "")))
+    unit, metric = str(custom.get("unit", "")), str(custom.get("metric", ""))
+    return Field(name, kind, required, low, high, unit, str(tree.get("description", "")), metric)
 
 
 def _named(custom: dict[str, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:
@@ -254,3 +323,10 @@ def _encoding(name: Any) -> Encoding:
         return Encoding(str(name))
     except ValueError:
         raise ContractError(f"encoding {name!r} is none of {', '.join(Encoding)}") from None
+
+
+def _compression(name: Any) -> Compression:
+    try:
+        return Compression(str(name))
+    except ValueError:
+        raise ContractError(f"compression {name!r} is none of {', '.join(Compression)}") from None

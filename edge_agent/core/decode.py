@@ -8,6 +8,9 @@
   times outside 1970 to 2200 are rejected. A missing or null optional number is NaN in the table.
 - Event times come as epoch seconds and leave as microseconds, rounded exactly.
 - Fields that the contract does not name are passed over.
+- What the topic says (`plant/{pump}/flow`) is taken from there; a field of the same name in the payload is passed over.
+
+This module reads JSON, MessagePack and CBOR; single_values.py reads bare numbers, sparkplug_rows.py Sparkplug B. All give `Decoded`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
@@ -27,33 +30,27 @@ import numpy as np
 import numpy.typing as npt
 
 from edge_agent.contract.columns import Floats, Ints, Strings, Table, take
-from edge_agent.contract.errors import Reason
-from edge_agent.contract.stream import Encoding, Field, FieldType, StreamContract
+from edge_agent.contract.errors import PayloadError, Reason
+from edge_agent.contract.stream import Compression, Encoding, Field, FieldType, StreamContract
+from edge_agent.core.inflate import Inflater
+from edge_agent.core.rejects import Reject, reject, shown
+from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX, TopicLevels
 
-STRING_CHARACTERS_MAX = 1_024
-DETAIL_CHARACTERS_MAX = 300
 CBOR_DEPTH_MAX = 64
 EVENT_S_END = 7_258_118_400.0
 """2200-01-01: event times lie in [0, EVENT_S_END) seconds since 1970."""
 
-_VALUE_CHARACTERS_MAX = 80
 _PATH = re.compile(r" - at `\$\.(.+)`$")
 _MISSING = re.compile(r"missing required field `(.+)`")
-_DECODE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, cbor2.CBORError)
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """Why one reading was refused. `index` counts payloads (from `Decoder`) or table rows (from `validate`)."""
-
-    index: int
-    reason: Reason
-    detail: str
+DECODE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, cbor2.CBORError, PayloadError)
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """Row i of `table` came from payload `rows[i]`; every other payload is in `rejects`, by rising index."""
+    """Row i of `table` came from payload `rows[i]`; a payload without a row is in `rejects`, by rising index.
+
+    With Sparkplug alone a payload may give several rows, or neither a row nor a reject: a certificate without readings.
+    """
 
     table: Table
     rows: npt.NDArray[np.intp]
@@ -65,50 +62,29 @@ class Decoder:
 
     def __init__(self, contract: StreamContract) -> None:
         self.contract = contract
-        struct = _struct(contract)
-        self._decode = _decoder(contract.encoding, struct)
-        numbers = [i for i, f in enumerate(contract.fields) if f.type in (FieldType.NUMBER, FieldType.TIMESTAMP)]
-        self._floats = {contract.fields[i].name: place for place, i in enumerate(numbers)}  # there is always an event time
+        self._levels = TopicLevels(contract)
+        self._fields = [f for f in contract.fields if f.name not in self._levels.names]  # those of the payload
+        self._payloads = Payloads(contract, _decoder(contract.encoding, _struct(contract, self._fields)), self._explain)
+        numbers = [i for i, f in enumerate(self._fields) if f.type in (FieldType.NUMBER, FieldType.TIMESTAMP)]
+        self._floats = {self._fields[i].name: place for place, i in enumerate(numbers)}  # there is always an event time
         self._get_floats = attrgetter(*(f"f{i}" for i in numbers))
-        self._get = {f.name: attrgetter(f"f{i}") for i, f in enumerate(contract.fields)}
+        self._get = {f.name: attrgetter(f"f{i}") for i, f in enumerate(self._fields)}
 
-    def decode(self, payloads: list[bytes]) -> Decoded:
-        """Decode a batch; never raises on account of a payload."""
-        structs, rows, rejects = self._structs(payloads)
+    def decode(self, payloads: list[bytes], topics: Sequence[str] = (), received_us: int = 0) -> Decoded:
+        """Decode a batch; never raises on account of a payload. `topics` matter if the contract's topic has named levels."""
+        rejects = self._levels.rejects(topics)
+        structs, rows, bad_payloads = self._payloads.decode(payloads, {r.index for r in rejects})
+        rejects += bad_payloads
         matrix = self._matrix(structs)
-        table = {f.name: self._column(f, structs, matrix) for f in self.contract.fields}
+        said = self._levels.columns(topics, rows)
+        table = {f.name: said[f.name] if f.name in said else self._column(f, structs, matrix) for f in self.contract.fields}
         bad = self._bad_numbers(structs, matrix, rows)
         if bad:
-            rejects = sorted([*rejects, *bad.values()], key=lambda r: r.index)
+            rejects += bad.values()
             keep = np.ones(len(structs), np.bool_)
             keep[list(bad)] = False
             table, rows = take(table, keep), rows[keep]
-        return Decoded(table, rows, rejects)
-
-    def _structs(self, payloads: list[bytes]) -> tuple[list[Any], npt.NDArray[np.intp], list[Reject]]:
-        """The payloads that decode, where they stood, and why the others do not."""
-        rejects = self._oversize(payloads)
-        refused = {r.index for r in rejects}
-        rows = [i for i in range(len(payloads)) if i not in refused]
-        waiting = iter([payloads[i] for i in rows] if refused else payloads)
-        structs: list[Any] = []
-        bad: list[int] = []
-        while len(structs) + len(bad) < len(rows):
-            try:
-                structs.extend(map(self._decode, waiting))
-            except _DECODE_ERRORS as e:  # all before the bad one are in `structs`, all behind it still in `waiting`
-                place = len(structs) + len(bad)
-                bad.append(place)
-                rejects.append(self._explain(rows[place], payloads[rows[place]], e))
-        kept = np.delete(np.array(rows, np.intp), bad)
-        return structs, kept, sorted(rejects, key=lambda r: r.index)
-
-    def _oversize(self, payloads: list[bytes]) -> list[Reject]:
-        limit = self.contract.payload_bytes_max
-        if not payloads or max(map(len, payloads)) <= limit:
-            return []
-        over = ((i, len(p)) for i, p in enumerate(payloads) if len(p) > limit)
-        return [Reject(i, Reason.OVERSIZE, f"payload of {size} bytes; at most {limit}") for i, size in over]
+        return Decoded(table, rows, sorted(rejects, key=lambda r: r.index))
 
     def _matrix(self, structs: list[Any]) -> Floats:
         """The number and time fields as float64 (fields, rows)."""
@@ -135,7 +111,7 @@ class Decoder:
     def _bad_numbers(self, structs: list[Any], matrix: Floats, rows: npt.NDArray[np.intp]) -> dict[int, Reject]:
         """Rejects of numbers that have the right type but no meaning, by row of the matrix."""
         bad: dict[int, Reject] = {}
-        for field in self.contract.fields:
+        for field in self._fields:
             if field.name not in self._floats:
                 continue
             column = matrix[self._floats[field.name]]
@@ -155,46 +131,92 @@ class Decoder:
         text = str(error)
         missing = _MISSING.search(text)
         if missing:
-            return _reject(index, Reason.MISSING_FIELD, f"field {missing[1]!r} is missing")
+            return reject(index, Reason.MISSING_FIELD, f"field {missing[1]!r} is missing")
         if not isinstance(error, msgspec.ValidationError):
-            return _reject(index, Reason.MALFORMED, f"not {self.contract.encoding}: {text or type(error).__name__}")
+            return reject(index, Reason.MALFORMED, f"not {self.contract.encoding}: {text or type(error).__name__}")
         path = _PATH.search(text)
         if not path:
-            return _reject(index, Reason.WRONG_TYPE, f"payload: {text}")
-        reason = Reason.WRONG_TYPE
-        if "length <=" in text:
-            reason = Reason.OVERSIZE
-        elif "out of range" in text or "`int` <=" in text or "`int` >=" in text:
-            reason = Reason.OUT_OF_RANGE
-        return _reject(index, reason, f"field {path[1]!r} is {self._value(payload, path[1])}: {text[: path.start()]}")
+            return reject(index, Reason.WRONG_TYPE, f"payload: {text}")
+        reason = reason_of(text)
+        return reject(index, reason, f"field {path[1]!r} is {self._value(payload, path[1])}: {text[: path.start()]}")
 
     def _value(self, payload: bytes, name: str) -> str:
         """The value of a field as it was sent, for people."""
         try:
             if self.contract.encoding is Encoding.JSON:
                 raw = bytes(msgspec.json.decode(payload, type=dict[str, msgspec.Raw])[name])
-                shown = raw.decode(errors="backslashreplace")
-            else:
-                tree = msgspec.msgpack.decode(payload) if self.contract.encoding is Encoding.MSGPACK else _cbor(payload)
-                shown = repr(tree[name])
-        except (*_DECODE_ERRORS, KeyError):  # the payload is broken further on: the value is a courtesy only
+                return shown(raw.decode(errors="backslashreplace"))
+            tree = msgspec.msgpack.decode(payload) if self.contract.encoding is Encoding.MSGPACK else _cbor(payload)
+            return shown(repr(tree[name]))
+        except (*DECODE_ERRORS, KeyError):  # the payload is broken further on: the value is a courtesy only
             return "unreadable"
-        return shown if len(shown) <= _VALUE_CHARACTERS_MAX else f"{shown[:_VALUE_CHARACTERS_MAX]}… ({len(shown)} characters)"
 
 
-def _reject(index: int, reason: Reason, detail: str) -> Reject:
-    return Reject(index, reason, detail.encode(errors="backslashreplace").decode()[:DETAIL_CHARACTERS_MAX])
+class Payloads:
+    """Decodes payloads one after another at the speed of `map`; `explain` turns the error of one into its reject."""
+
+    def __init__(
+        self, contract: StreamContract, decode: Callable[[bytes], Any], explain: Callable[[int, bytes, BaseException], Reject]
+    ) -> None:
+        self._limit, self._explain = contract.payload_bytes_max, explain
+        self._inflater: Inflater | None = None
+        self._decode = decode
+        if contract.compression is not Compression.NONE:
+            self._inflater = inflater = Inflater(contract.compression, contract.payload_bytes_max)
+            self._decode = lambda payload: decode(inflater.inflate(payload))
+
+    def decode(self, payloads: list[bytes], refused: set[int]) -> tuple[list[Any], npt.NDArray[np.intp], list[Reject]]:
+        """The values that decode, where their payloads stood, and why the others do not; `refused` are passed over."""
+        rejects = self._oversize(payloads, refused)
+        refused = refused.union(r.index for r in rejects)
+        rows = [i for i in range(len(payloads)) if i not in refused]
+        if self._inflater is not None:
+            self._inflater.begin()
+        waiting = iter([payloads[i] for i in rows] if refused else payloads)
+        values: list[Any] = []
+        bad: list[int] = []
+        while len(values) + len(bad) < len(rows):
+            try:
+                values.extend(map(self._decode, waiting))
+            except DECODE_ERRORS as e:  # all before the bad one are in `values`, all behind it still in `waiting`
+                place = len(values) + len(bad)
+                bad.append(place)
+                rejects.append(self._reject(rows[place], payloads[rows[place]], e))
+        return values, np.delete(np.array(rows, np.intp), bad), rejects
+
+    def _oversize(self, payloads: list[bytes], refused: set[int]) -> list[Reject]:
+        if not payloads or max(map(len, payloads)) <= self._limit:
+            return []
+        over = ((i, len(p)) for i, p in enumerate(payloads) if len(p) > self._limit and i not in refused)
+        return [Reject(i, Reason.OVERSIZE, f"payload of {size} bytes; at most {self._limit}") for i, size in over]
+
+    def _reject(self, index: int, payload: bytes, error: BaseException) -> Reject:
+        if isinstance(error, PayloadError):
+            return reject(index, error.reason, str(error))
+        if self._inflater is not None:
+            self._inflater.begin()  # it fitted the first time
+            payload = self._inflater.inflate(payload)
+        return self._explain(index, payload, error)
 
 
-def _struct(contract: StreamContract) -> type[msgspec.Struct]:
-    """A struct with the contract's fields, called f0, f1, …: contract names need not be Python's."""
+def reason_of(text: str) -> Reason:
+    """The reason behind msgspec's words for a value that does not fit its type."""
+    if "length <=" in text:
+        return Reason.OVERSIZE
+    if "out of range" in text or "`int` <=" in text or "`int` >=" in text:
+        return Reason.OUT_OF_RANGE
+    return Reason.WRONG_TYPE
+
+
+def _struct(contract: StreamContract, fields: list[Field]) -> type[msgspec.Struct]:
+    """A struct with the payload's fields, called f0, f1, …: contract names need not be Python's."""
     text = Annotated[str, msgspec.Meta(max_length=STRING_CHARACTERS_MAX)]
     integer = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
     types: dict[FieldType, Any] = {FieldType.STRING: text, FieldType.INTEGER: integer}
     missing = math.nan if contract.encoding is Encoding.JSON else None  # elsewhere NaN can be sent, and is then refused
-    required = [(f"f{i}", types.get(f.type, float)) for i, f in enumerate(contract.fields) if f.required]
-    optional: list[tuple[str, Any, Any]] = [(f"f{i}", float | None, missing) for i, f in enumerate(contract.fields) if not f.required]
-    names = {f"f{i}": f.name for i, f in enumerate(contract.fields)}
+    required = [(f"f{i}", types.get(f.type, float)) for i, f in enumerate(fields) if f.required]
+    optional: list[tuple[str, Any, Any]] = [(f"f{i}", float | None, missing) for i, f in enumerate(fields) if not f.required]
+    names = {f"f{i}": f.name for i, f in enumerate(fields)}
     return msgspec.defstruct("Reading", [*required, *optional], rename=names, gc=False)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.contract.stream import Field, FieldType, StreamContract
-from edge_agent.core.decode import Reject
+from edge_agent.core.rejects import Reject
 
 US_PER_S = 1_000_000
 

@@ -43,7 +43,8 @@ ENCODERS: dict[Encoding, Callable[[Any], bytes]] = {
     Encoding.MSGPACK: msgspec.msgpack.encode,
     Encoding.CBOR: cbor2.dumps,
 }
-everywhere = pytest.mark.parametrize("encoding", list(Encoding))
+STRUCTURED = [Encoding.JSON, Encoding.MSGPACK, Encoding.CBOR]
+everywhere = pytest.mark.parametrize("encoding", STRUCTURED)
 
 
 def reading(**changes: Any) -> dict[str, Any]:
@@ -234,7 +235,7 @@ trees = st.one_of(
 )
 
 
-@given(st.sampled_from(list(Encoding)), st.lists(trees, max_size=8))
+@given(st.sampled_from(STRUCTURED), st.lists(trees, max_size=8))
 @settings(max_examples=200, deadline=None)
 def test_a_batch_gives_what_its_payloads_give_alone(encoding: Encoding, sent: list[dict[str, Any]]) -> None:
     payloads = []
@@ -250,7 +251,7 @@ def test_a_batch_gives_what_its_payloads_give_alone(encoding: Encoding, sent: li
     assert [(r.reason, r.detail) for r in got.rejects] == [(r.reason, r.detail) for one in alone for r in one.rejects]
 
 
-@given(st.sampled_from(list(Encoding)), st.lists(st.binary(max_size=40), max_size=6))
+@given(st.sampled_from(STRUCTURED), st.lists(st.binary(max_size=40), max_size=6))
 @settings(max_examples=300, deadline=None)
 def test_fuzzed_payloads_never_raise(encoding: Encoding, payloads: list[bytes]) -> None:
     got = decode(payloads, encoding)
