@@ -1,0 +1,1 @@
+"""The programs that a benchmark runs side by side, each in a process of its own: sensors, forwarders, a cloud."""
