@@ -1,0 +1,132 @@
+"""EIO, ENOSPC and power cuts at every write, truncation and sync that SQLite asks for. Nothing acknowledged is lost, nothing doubled."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edge_agent.buffer import Buffer
+from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.receipt import LaneReceipt, Receipt
+from tests.faults.disk import DiskError, faulty_disk
+from tests.faults.oracle import Name, check, draft, moment, open_buffer
+
+APPENDS = 6
+ATTEMPTS_MAX = 5
+SAMPLE = 30  # operations broken in `make test`, of each kind
+
+
+class Run:
+    """A short life of a buffer on a faulty disk: open, append, settle, append, close. What fails is tried again, as the agent does."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir()
+        self.path = path
+        self.acknowledged: dict[Name, bytes] = {}
+        self.settled: set[Name] = set()
+        self.errors = 0
+
+    def go(self) -> None:
+        buffer = self._try(lambda: open_buffer(self.path / "buffer.db"))
+        for number in range(1, APPENDS + 1):
+            drafts = [draft(2 * number), draft(2 * number + 1)]
+            stored = self._try(lambda drafts=drafts, number=number: buffer.append(drafts, [], moment(number)))
+            self.acknowledged |= {(buffer.epoch, s.lane, s.sequence): s.block for s in stored}
+            if number == APPENDS // 2:
+                self._settle(buffer)
+        buffer.close()
+
+    def _settle(self, buffer: Buffer) -> None:
+        receipt = Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=2, ranges=[])])
+        self.settled |= {(buffer.epoch, "europe", 1), (buffer.epoch, "europe", 2)}
+        self._try(lambda: buffer.settle(receipt))
+
+    def _try(self, step):  # type: ignore[no-untyped-def]
+        for _ in range(ATTEMPTS_MAX):
+            try:
+                return step()
+            except UnavailableError as e:
+                self.errors += 1
+                last = e
+        raise last
+
+
+def operations(tmp_path: Path) -> int:
+    with faulty_disk() as disk:
+        Run(tmp_path / "count").go()
+        shutil.rmtree(tmp_path / "count")
+        return disk.operations
+
+
+def verify(image: Path, run: Run) -> None:
+    buffer = open_buffer(image / "buffer.db")
+    found = check(buffer, run.acknowledged, run.settled)
+    assert not found.losses, "a disk that only failed has lost nothing"
+    (stored,) = buffer.append([draft(900)], [], moment(900))
+    assert (buffer.epoch, stored.lane, stored.sequence) not in run.acknowledged, "a name was used twice"
+    buffer.close()
+    shutil.rmtree(image)
+
+
+def break_at(tmp_path: Path, operation: int, error: DiskError, chance: random.Random) -> None:
+    run = Run(tmp_path / "run")
+    with faulty_disk() as disk:
+        disk.fail_at(operation, error)
+        run.go()
+        assert disk.failed, f"operation {operation} was never asked for"
+        disk.power_cut(run.path, tmp_path / "cut")
+        disk.power_cut(run.path, tmp_path / "torn", chance)
+    for image in ("cut", "torn"):
+        try:
+            verify(tmp_path / image, run)
+        except AssertionError as e:
+            raise AssertionError(f"{error} at operation {operation} ({disk.failed[0]}), {image}: {e}") from e
+    verify(run.path, run)  # without a power cut
+
+
+def cut_at(tmp_path: Path, operation: int, chance: random.Random) -> None:
+    run = Run(tmp_path / "run")
+    known: dict[str, dict[Name, bytes]] = {}
+
+    with faulty_disk() as disk:
+
+        def cut() -> None:
+            known["acknowledged"] = dict(run.acknowledged)
+            disk.power_cut(run.path, tmp_path / "cut")
+            disk.power_cut(run.path, tmp_path / "torn", chance)
+
+        disk.call_at(operation, cut)
+        run.go()
+    shutil.rmtree(run.path)
+    run.acknowledged = known["acknowledged"]
+    for image in ("cut", "torn"):
+        try:
+            verify(tmp_path / image, run)
+        except AssertionError as e:
+            raise AssertionError(f"power cut before operation {operation}, {image}: {e}") from e
+
+
+def test_an_error_at_a_random_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
+    chance, total = random.Random(seed), operations(tmp_path)
+    for error in DiskError:
+        for operation in chance.sample(range(total), SAMPLE):
+            break_at(tmp_path, operation, error, chance)
+
+
+def test_a_power_cut_before_a_random_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
+    chance, total = random.Random(seed), operations(tmp_path)
+    for operation in chance.sample(range(total), SAMPLE):
+        cut_at(tmp_path, operation, chance)
+
+
+@pytest.mark.long
+def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
+    chance, total = random.Random(seed), operations(tmp_path)
+    print(f"{total} operations, each broken with {', '.join(DiskError)}, and each preceded by a power cut")
+    for operation in range(total):
+        for error in DiskError:
+            break_at(tmp_path, operation, error, chance)
+        cut_at(tmp_path, operation, chance)
