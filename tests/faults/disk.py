@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +96,7 @@ class FaultyDisk(apsw.VFS):
 
     def platter(self, path: str) -> _Platter:
         """The platter of the file that has this name now."""
-        number = os.stat(path).st_ino
+        number = Path(path).stat().st_ino
         if number not in self._platters:  # what was there before the disk turned bad is safe
             self._platters[number] = _Platter(bytearray(Path(path).read_bytes()))
         return self._platters[number]

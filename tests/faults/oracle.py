@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from edge_agent.buffer import Buffer, Draft
 from edge_agent.clock import Moment
 from edge_agent.contract.block import BlockHeader, FixQuality, decode_block
-from edge_agent.contract.columns import Strings, Table
+from edge_agent.contract.columns import Table
 from edge_agent.contract.stream import LOSSES
 
 DEVICE = "plane-01"
@@ -87,15 +88,11 @@ def look(buffer: Buffer) -> Found:
 def read_losses(header: BlockHeader, table: Table) -> list[Loss]:
     """The rows of a ledger block."""
 
-    def column(name: str) -> list[object]:
-        values = table[name]
-        return list(values.tolist()) if isinstance(values, Strings) else list(values.tolist())
-
     names = ("of_stream", "of_epoch", "of_lane", "first_sequence", "last_sequence", "blocks", "detail")
-    return [Loss(*row) for row in zip(*(column(n) for n in names), strict=True)]  # type: ignore[arg-type]
+    return [Loss(*row) for row in zip(*(table[n].tolist() for n in names), strict=True)]  # type: ignore[arg-type]
 
 
-def check(buffer: Buffer, acknowledged: dict[Name, bytes], settled: set[Name] = frozenset()) -> Found:  # type: ignore[assignment]
+def check(buffer: Buffer, acknowledged: dict[Name, bytes], settled: Collection[Name] = ()) -> Found:
     """Assert the promise; blocks in `settled` may be gone."""
     found = look(buffer)
     doubled = [value for value, count in found.readings.items() if count > 1]

@@ -1,0 +1,190 @@
+"""A buffer whose file was cut off or whose bits fell over: opening never fails, nothing is altered silently, nothing is lost silently."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import apsw
+import numpy as np
+import pytest
+
+from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
+
+PAGE = 512  # a small file has the same structures in fewer bytes
+SMALL_APPENDS = 4
+FLIPS_SAMPLED = 300
+CUTS_SAMPLED = 120
+LARGE_APPENDS = 600
+LARGE_FLIPS = 100_000
+FLIPS_AT_ONCE = 100
+
+
+@dataclass(frozen=True)
+class Image:
+    """The files of a buffer, by the end of their names, and what was acknowledged."""
+
+    files: dict[str, bytes]
+    acknowledged: dict[Name, bytes]
+
+    def write(self, folder: Path, changed: dict[str, bytes]) -> Path:
+        folder.mkdir()
+        for suffix, data in (self.files | changed).items():
+            (folder / f"buffer.db{suffix}").write_bytes(data)
+        return folder / "buffer.db"
+
+
+@pytest.fixture(scope="module")
+def memory_disk() -> Iterator[Path]:
+    """A folder in memory: these tests open thousands of buffers and are not about fsync."""
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")
+    folder = base / f"fenceline-every-byte-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    shutil.rmtree(folder)
+
+
+def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3, page: int = PAGE) -> Image:
+    """A buffer of that many appends, all in the database file, or the later half only in the write-ahead log."""
+    folder.mkdir()
+    path = folder / "buffer.db"
+    with_page_size(path, page)
+    acknowledged: dict[Name, bytes] = {}
+    buffer = open_buffer(path)
+    for number in range(1, appends + 1):
+        if number == appends // 2 + 1:
+            buffer.close()  # brings the log into the file
+            buffer = open_buffer(path)
+        stored = buffer.append([draft(number, rows)], [], moment(number))
+        acknowledged |= {(buffer.epoch, s.lane, s.sequence): s.block for s in stored}
+    if in_log:
+        files = read(folder)
+        buffer.close()
+    else:
+        buffer.close()
+        files = read(folder)
+    shutil.rmtree(folder)
+    return Image(files, acknowledged)
+
+
+def with_page_size(path: Path, page: int) -> None:
+    connection = apsw.Connection(str(path))
+    connection.pragma("page_size", page)
+    connection.pragma("journal_mode", "wal")
+    connection.execute("VACUUM")
+    connection.close()
+
+
+def read(folder: Path) -> dict[str, bytes]:
+    return {p.name.removeprefix("buffer.db"): p.read_bytes() for p in folder.iterdir() if p.name.removeprefix("buffer.db") in ("", "-wal")}
+
+
+def survive(folder: Path, image: Image, changed: dict[str, bytes], what: str) -> Found:
+    """Open a damaged buffer, check the promise, use it, open it once more and check again."""
+    path = image.write(folder, changed)
+    try:
+        buffer = open_buffer(path)
+        found = check(buffer, image.acknowledged)
+        fresh = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(900), draft(901)], [], moment(900))}
+        assert not fresh.keys() & image.acknowledged.keys(), "a name was used twice"
+        buffer.close()
+        buffer = open_buffer(path)
+        again = check(buffer, image.acknowledged | fresh)
+        assert again.blocks.keys() >= found.blocks.keys()
+        buffer.close()
+    except Exception as e:
+        raise AssertionError(f"{what}: {type(e).__name__}: {e}") from e
+    finally:
+        shutil.rmtree(folder)
+    return found
+
+
+def flipped(data: bytes, bit: int) -> bytes:
+    changed = bytearray(data)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def flip_and_survive(folder: Path, image: Image, suffix: str, bit: int) -> Found:
+    return survive(folder, image, {suffix: flipped(image.files[suffix], bit)}, f"bit {bit % 8} of byte {bit // 8} of buffer.db{suffix}")
+
+
+def cut_and_survive(folder: Path, image: Image, suffix: str, size: int) -> Found:
+    return survive(folder, image, {suffix: image.files[suffix][:size]}, f"buffer.db{suffix} cut off at byte {size}")
+
+
+def parts(image: Image) -> list[str]:
+    return [suffix for suffix, data in image.files.items() if data]
+
+
+def cases(folder: Path) -> list[Image]:
+    return [make(folder / "make", SMALL_APPENDS, in_log=in_log) for in_log in (False, True)]
+
+
+def test_a_small_buffer_survives_random_bit_flips(memory_disk: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    for image in cases(memory_disk):
+        for suffix in parts(image):
+            for bit in chance.sample(range(8 * len(image.files[suffix])), FLIPS_SAMPLED):
+                flip_and_survive(memory_disk / "run", image, suffix, bit)
+
+
+def test_a_small_buffer_survives_being_cut_off(memory_disk: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    for image in cases(memory_disk):
+        for suffix in parts(image):
+            for size in {0, *chance.sample(range(len(image.files[suffix])), CUTS_SAMPLED)}:
+                cut_and_survive(memory_disk / "run", image, suffix, size)
+
+
+def test_a_large_buffer_survives_many_bit_flips_at_once(memory_disk: Path, seed: int) -> None:
+    image = make(memory_disk / "make", LARGE_APPENDS // 4, in_log=True, rows=200, page=4096)
+    flips(memory_disk, image, random.Random(seed), 10)
+
+
+def test_an_undamaged_buffer_has_lost_nothing(memory_disk: Path) -> None:
+    for image in cases(memory_disk):
+        assert survive(memory_disk / "run", image, {}, "nothing").losses == []
+
+
+@pytest.mark.long
+def test_a_small_buffer_survives_every_bit_flip(memory_disk: Path) -> None:
+    for image in cases(memory_disk):
+        for suffix in parts(image):
+            bits = 8 * len(image.files[suffix])
+            print(f"{bits} bits of buffer.db{suffix}")
+            for bit in range(bits):
+                flip_and_survive(memory_disk / "run", image, suffix, bit)
+
+
+@pytest.mark.long
+def test_a_small_buffer_survives_being_cut_off_at_every_byte(memory_disk: Path) -> None:
+    for image in cases(memory_disk):
+        for suffix in parts(image):
+            print(f"{len(image.files[suffix])} bytes of buffer.db{suffix}")
+            for size in range(len(image.files[suffix])):
+                cut_and_survive(memory_disk / "run", image, suffix, size)
+
+
+@pytest.mark.long
+def test_a_large_buffer_survives_a_hundred_thousand_bit_flips(memory_disk: Path, seed: int) -> None:
+    image = make(memory_disk / "make", LARGE_APPENDS, in_log=True, rows=200, page=4096)
+    flips(memory_disk, image, random.Random(seed), LARGE_FLIPS // FLIPS_AT_ONCE)
+
+
+def flips(folder: Path, image: Image, chance: random.Random, rounds: int) -> None:
+    """Rounds of FLIPS_AT_ONCE flips in the database and its log."""
+    whole = {suffix: np.frombuffer(data, np.uint8) for suffix, data in image.files.items()}
+    kept = 0
+    for number in range(rounds):
+        changed = {suffix: data.copy() for suffix, data in whole.items()}
+        for _ in range(FLIPS_AT_ONCE):
+            suffix = chance.choice(list(changed))
+            changed[suffix][chance.randrange(len(changed[suffix]))] ^= 1 << chance.randrange(8)
+        found = survive(folder / "run", image, {s: d.tobytes() for s, d in changed.items()}, f"round {number} of {FLIPS_AT_ONCE} flips")
+        kept += len(found.blocks.keys() & image.acknowledged.keys())
+    print(f"{rounds * FLIPS_AT_ONCE} flips: {kept} of {rounds * len(image.acknowledged)} blocks readable, the others named")
