@@ -1,7 +1,9 @@
-"""Sensors of twenty engines on one MQTT connection, at a steady rate, QoS 1.
+"""Sensors of twenty engines, or of fifty pumps, on one MQTT connection, at a steady rate, QoS 1.
 
-`python -m bench.sensors --port N --rate R --seconds S --out FILE`. Written for a light hand: raw packets, sent in time slices, so that it
-takes little of the machine that it measures. FILE gets what was published and acknowledged, and the times from send to PUBACK.
+`python -m bench.sensors --port N --rate R --seconds S --out FILE [--stream vibration]`
+
+Written for a light hand: raw packets, sent in time slices, so that it takes little of the machine that it measures. FILE gets what was
+published and acknowledged, and the times from send to PUBACK.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ import socket
 import time
 from pathlib import Path
 
+from bench.peers import sensors as pumps
 from edge_agent.mqtt import frames
 
 ENGINES = 20
 SLICE_S = 0.002
 DRAIN_S = 60.0
-_TOPIC = b"sensors/plane-01/turbofan"
 _VALUES = [518.67, 641.82, 1589.7, 1400.6, 14.62, 21.61, 554.36, 2388.06, 9046.19, 1.3, 47.47, 521.66, 2388.02, 8138.62, 8.4195, 0.03]
 _VALUES += [392, 2388, 100.0, 39.06, 23.419]
 
@@ -26,7 +28,8 @@ _VALUES += [392, 2388, 100.0, 39.06, 23.419]
 class Sensors:
     """One connection; `unacked` holds the send times of packet ids that wait for their PUBACK."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, stream: str) -> None:
+        self._topic, self._reading = STREAMS[stream]
         self.sent = 0
         self.first_us = self.last_us = 0
         self.unacked: dict[int, int] = {}
@@ -49,7 +52,7 @@ class Sensors:
             self.first_us = self.first_us or now_us
             id_ = self.sent % 65_535 + 1
             self.unacked[id_] = now_us
-            body = len(_TOPIC).to_bytes(2) + _TOPIC + id_.to_bytes(2) + reading(self.sent, now_us)
+            body = len(self._topic).to_bytes(2) + self._topic + id_.to_bytes(2) + self._reading(self.sent, now_us)
             packets.append(b"\x32" + length(len(body)) + body)
         self._sock.sendall(b"".join(packets))
 
@@ -74,6 +77,14 @@ def reading(number: int, event_us: int) -> bytes:
     return json.dumps(values).encode()
 
 
+def vibration(number: int, event_us: int) -> bytes:
+    """One JSON message of 5 fields, with this time."""
+    return b'{"ts":%.6f,' % (event_us / 1e6) + pumps.payload(number).partition(b",")[2]
+
+
+STREAMS = {"turbofan": (b"sensors/plane-01/turbofan", reading), "vibration": (b"sensors/p/vibration", vibration)}
+
+
 def length(size: int) -> bytes:
     """MQTT's remaining length, up to two bytes."""
     return bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])
@@ -84,9 +95,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--rate", type=float, required=True, help="readings a second")
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--stream", choices=STREAMS, default="turbofan")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    sensors = Sensors(arguments.port)
+    sensors = Sensors(arguments.port, arguments.stream)
     start = time.monotonic()
     while (elapsed := time.monotonic() - start) < arguments.seconds:
         due = int(elapsed * arguments.rate) + 1 - sensors.sent
