@@ -30,8 +30,9 @@ from edge_agent.config import AgentConfig
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
 from edge_agent.core.outbox import OutboxLimits
-from edge_agent.core.zones import Track
+from edge_agent.core.track import Precision, Rules, Track
 from edge_agent.datapath import DataPath
+from edge_agent.fence import Fence
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.releases import RepositoryConfig
@@ -153,22 +154,22 @@ class Agent:
         )
         stack.callback(self._buffer.close)
         position = settings.position
-        self._track = Track(position.max_age_s, position.home, config.fixed_lane, self._buffer.fixes())
-        intake = Intake(config.contracts, position.topic, config.zones, self._track, settings.buffer.history_rows)
+        self._track = Track(config.zones, _rules(config), config.fixed, self._buffer.fixes())
+        self._fence = Fence(self._track, _locations(config), self.metrics, self._tell)
+        intake = Intake(config.contracts, position.topic, self._fence, settings.buffer.history_rows)
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
                 intake.remember(contract.stream, stored)
         self._active = ActiveModel(config.contracts, self._buffer.history, self.metrics, self._tell)
         self._uplink = Uplink(
-            self._uplink_config, self._buffer, config.zones.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
+            self._uplink_config, self._buffer, self._fence.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
         )
         if self._repository is not None:
             self._updater = self._active.updater = self._make_updater(self._repository)
         self._path = DataPath(
             intake=intake,
-            track=self._track,
-            policy=config.zones.digest,
+            fence=self._fence,
             model=self._active,
             buffer=self._buffer,
             uplink=self._uplink,
@@ -277,6 +278,22 @@ def _uplink_config(config: AgentConfig) -> UplinkConfig:
         receipt_timeout_s=uplink.receipt_timeout_s,
     )
     return UplinkConfig(config.device, endpoints, failback_s=uplink.failback_s, limits=limits)
+
+
+def _rules(config: AgentConfig) -> Rules:
+    position = config.settings.position
+    return Rules(
+        max_age_s=position.max_age_s,
+        home=position.home,
+        speed_m_s_max=position.speed_m_s_max,
+        hysteresis_m=position.hysteresis_m,
+        null_island_refused=position.null_island_refused,
+        boot_us=round((time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) * 1e6),
+    )
+
+
+def _locations(config: AgentConfig) -> dict[str, Precision]:
+    return {c.stream: s.location for c, s in zip(config.contracts, config.settings.streams, strict=True)}
 
 
 def _repository(config: AgentConfig) -> RepositoryConfig | None:

@@ -33,7 +33,7 @@ from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_b
 from edge_agent.contract.columns import Ints, Table, concat, take
 from edge_agent.contract.errors import ContractError, UnavailableError
 from edge_agent.contract.receipt import Receipt
-from edge_agent.core.zones import FIXES_MAX, Fix
+from edge_agent.core.track import FIXES_MAX, Fix, from_text, to_text
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Buffer:
 
     def fixes(self) -> list[Fix]:
         """The newest stored position fixes, oldest first."""
-        return [Fix(*row) for row in self._read("SELECT time_us, lane FROM fixes ORDER BY time_us", ())]
+        return [from_text(*row) for row in self._read("SELECT time_us, lane FROM fixes ORDER BY time_us", ())]
 
     def readings_stored(self) -> int:
         """How many readings this buffer has ever stored."""
@@ -240,7 +240,7 @@ class Buffer:
 
     def _write_fixes(self, fixes: list[Fix]) -> None:
         if fixes:
-            self._writer.executemany("INSERT OR REPLACE INTO fixes VALUES (?, ?)", [(f.time_us, f.lane) for f in fixes])
+            self._writer.executemany("INSERT OR REPLACE INTO fixes VALUES (?, ?)", [(f.time_us, to_text(f)) for f in fixes])
             self._writer.execute(
                 "DELETE FROM fixes WHERE time_us <= (SELECT time_us FROM fixes ORDER BY time_us DESC LIMIT 1 OFFSET ?)", (FIXES_MAX,)
             )

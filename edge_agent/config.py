@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -31,31 +32,45 @@ from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
+from edge_agent.core.track import Position, Precision
 from edge_agent.core.zones import Zones, parse_zones
 
 MIB = 1024 * 1024
+GPSD_PORT = 2947
 
 
 class StreamSettings(Settings, frozen=True, kw_only=True):
-    """One stream: the path of its contract."""
+    """One stream: the path of its contract, and how exactly its readings may say where they were captured.
+
+    `zone-only`: the lane, and nothing finer is stored anywhere. `rounded` (two decimals of a degree, some 1 km) and `exact` add the
+    columns `latitude` and `longitude`.
+    """
 
     contract: str
+    location: Precision = Precision.ZONE_ONLY
 
 
 class PositionSettings(Settings, frozen=True, kw_only=True):
-    """Where the gateway is: `static` (lat, lon) or `mqtt` (topic).
+    """Where the gateway is: `static` (lat, lon), `mqtt` (topic) or `gpsd` (url).
 
-    A fix counts for readings up to `max_age_s` younger than it. `home` names the zone of readings without a fix;
-    without it they wait in the lane `nowhere`.
+    A fix counts for readings up to `max_age_s` younger than it, in a circle that grows by `speed_m_s_max` from `accuracy_m`; a
+    position that cannot have been reached at that speed is not believed. Set it to the fastest that this device can move.
+    `home` names the zone of readings captured before the first fix since boot; without it they wait in the lane `nowhere`.
+    `hysteresis_m`: so far inside a zone must a fix be to leave the lane of both, after it was near the border. `accuracy_m`: of the static
+    position, or the least that gpsd's are taken for. See core.track.
     """
 
-    source: Literal["static", "mqtt"]
+    source: Literal["static", "mqtt", "gpsd"]
+    url: str = "gpsd://127.0.0.1:2947"
     lat: float | None = None
     lon: float | None = None
     accuracy_m: float = 0.0
     topic: str | None = None
-    max_age_s: float = 600.0
+    max_age_s: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 600.0
     home: str | None = None
+    speed_m_s_max: Annotated[float, msgspec.Meta(gt=0, le=12_000)] = 350.0
+    hysteresis_m: Annotated[float, msgspec.Meta(ge=0, le=100_000)] = 50.0
+    null_island_refused: bool = False
 
 
 class EndpointSettings(BrokerSettings, frozen=True, kw_only=True):
@@ -131,7 +146,7 @@ class AgentConfig:
     state_dir: Path
     contracts: tuple[StreamContract, ...]
     zones: Zones
-    fixed_lane: str | None
+    fixed: Position | None
     sensors: tuple[Subscription | Listen, ...]
     endpoints: dict[str, Broker]
     root: bytes | None
@@ -140,6 +155,11 @@ class AgentConfig:
     @property
     def device(self) -> str:
         return self.settings.device
+
+    @property
+    def fixed_lane(self) -> str | None:
+        """The lane of a gateway that does not move, under the policy of agent.toml."""
+        return None if self.fixed is None else self.zones.locate(self.fixed.lat, self.fixed.lon, self.fixed.accuracy_m)
 
 
 def load(path: Path) -> AgentConfig:
@@ -154,7 +174,7 @@ def load(path: Path) -> AgentConfig:
         check_name(settings.device, "device")
         contracts = tuple(_contract(base / s.contract, settings.device) for s in settings.streams)
         zones = parse_zones(read_file(base / settings.zones, "zones"), settings.zones)
-        fixed_lane = _fixed_lane(settings.position, zones, path)
+        fixed = _fixed(settings.position, zones, path)
     except ContractError as e:
         raise ConfigError(str(e)) from e
     streams = [c.stream for c in contracts]
@@ -176,7 +196,7 @@ def load(path: Path) -> AgentConfig:
         state_dir=base / settings.state_dir,
         contracts=contracts,
         zones=zones,
-        fixed_lane=fixed_lane,
+        fixed=fixed,
         sensors=sensors,
         endpoints=endpoints,
         root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
@@ -189,7 +209,7 @@ def _contract(path: Path, device: str) -> StreamContract:
     return replace(contract, topic=contract.topic.replace("{device}", device))
 
 
-def _fixed_lane(position: PositionSettings, zones: Zones, path: Path) -> str | None:
+def _fixed(position: PositionSettings, zones: Zones, path: Path) -> Position | None:
     names = [z.name for z in zones.zones]
     if position.home is not None and position.home not in names:
         raise ConfigError(f"{path}: position.home {position.home!r} is not a zone; zones are {', '.join(names)}")
@@ -197,9 +217,28 @@ def _fixed_lane(position: PositionSettings, zones: Zones, path: Path) -> str | N
         if not position.topic:
             raise ConfigError(f"{path}: position.source = 'mqtt' needs position.topic")
         return None
+    if position.source == "gpsd":
+        gpsd_address(position.url)
+        return None
     if position.lat is None or position.lon is None:
         raise ConfigError(f"{path}: position.source = 'static' needs position.lat and position.lon")
     lane = zones.locate(position.lat, position.lon, position.accuracy_m)
     if lane == NOWHERE:
         raise ConfigError(f"{path}: position {position.lat}, {position.lon} lies in no zone; its readings could go nowhere")
-    return lane
+    return Position(0, position.lat, position.lon, position.accuracy_m, "static")
+
+
+def gpsd_address(url: str) -> tuple[str, int]:
+    """Host and port of `gpsd://host:port`.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise ConfigError(f"position.url {url!r}: {e}") from e
+    if parts.scheme != "gpsd" or not host or parts.username is not None:
+        raise ConfigError(f"position.url {url!r} must be gpsd://HOST:PORT")
+    return host, port or GPSD_PORT

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +22,11 @@ from edge_agent.clock import Clock
 from edge_agent.contract.block import SCORE
 from edge_agent.contract.columns import Strings, Table, take
 from edge_agent.contract.stream import QUARANTINE
-from edge_agent.core.zones import Fix, Track
+from edge_agent.core.track import Fix, Position
+from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.metrics import Metrics
-from edge_agent.mqtt.source import Batch
+from edge_agent.mqtt.inlet import Batch
 from edge_agent.uplink import Uplink
 
 log = logging.getLogger(__name__)
@@ -38,12 +39,12 @@ Tell = Callable[..., None]
 class DataPath:
     """The path of one agent, used by one thread.
 
-    `policy` is the digest of the zones in force. `pause` waits a moment while the buffer takes nothing; what it raises ends the wait.
+    `pause` waits a moment while the buffer takes nothing; what it raises ends the wait.
+    `positions` gives those that did not come as messages since it was last asked.
     """
 
     intake: Intake
-    track: Track
-    policy: str
+    fence: Fence
     model: ActiveModel
     buffer: Buffer
     uplink: Uplink
@@ -51,12 +52,15 @@ class DataPath:
     metrics: Metrics
     tell: Tell
     pause: Callable[[], None]
+    positions: Callable[[], Sequence[Position]] = tuple
 
     def process(self, batch: Batch) -> None:
         """Take one batch all the way; on return its messages are acknowledged."""
         started = time.perf_counter()
         self.model.swap()
-        taken = self.intake.take(batch.topics, batch.payloads)
+        self.fence.swap(lambda: [lane.lane for lane in self.buffer.lanes()])
+        synced = self.clock.now().synced
+        taken = self.intake.take(batch.topics, batch.payloads, batch.received_us, synced=synced, positions=self.positions())
         drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
         drafts += self._quarantine(taken.rejected, batch.received_us)
         stored = self._store(drafts, taken.fixes)
@@ -80,8 +84,8 @@ class DataPath:
                     lane=lanes.values[code],
                     stream=contract.stream,
                     contract_version=contract.version,
-                    fix=self.track.quality(lanes.values[code]),
-                    policy=self.policy,
+                    fix=self.fence.track.quality(lanes.values[code], placed=code != 0),
+                    policy=self.fence.policy,
                     table=part,
                     rows=len(order),
                     first_us=int(event_us.min()),
@@ -106,8 +110,8 @@ class DataPath:
             "detail": Strings.of([r.detail for r in rejected]),
             "payload": Strings.of([_text(r.payload) for r in rejected]),
         }
-        quality, stream, version = self.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
-        return Draft(lane, stream, version, quality, self.policy, table, len(rejected), received_us, received_us)
+        quality, stream, version = self.fence.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
+        return Draft(lane, stream, version, quality, self.fence.policy, table, len(rejected), received_us, received_us)
 
     def _store(self, drafts: list[Draft], fixes: list[Fix]) -> list[StoredBlock]:
         """Commit; while the buffer is full, hold the source by not coming back."""

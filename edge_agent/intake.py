@@ -10,22 +10,26 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from paho.mqtt.client import topic_matches_sub
 
-from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.block import LATITUDE, LONGITUDE
+from edge_agent.contract.columns import Ints, Strings, Table, take
 from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.decode import Decoder
 from edge_agent.core.dedupe import RecentKeys
+from edge_agent.core.track import Fix, Position, Precision
 from edge_agent.core.validate import validate
-from edge_agent.core.zones import Fix, Track, Zones
-from edge_agent.position import read_fix
+from edge_agent.fence import Fence
+from edge_agent.position import read_position
 
 ROUTES_MAX = 10_000
 TOPIC_CHARACTERS_MAX = 256  # of topics whose route is remembered, and that are shown whole
+WITHHELD = b"(a position, not stored: no stream has location = exact)"
 _POSITION = "/position"  # no stream can have this name
 
 
@@ -63,48 +67,69 @@ class Intaken:
 
 
 class Intake:
-    """The checks of one agent. `track` holds its fixes, `recent_rows` how many readings the redelivery filter remembers."""
+    """The checks of one agent. `fence` places its readings, `recent_rows` is how many readings the redelivery filter remembers."""
 
-    def __init__(
-        self, contracts: tuple[StreamContract, ...], position_topic: str | None, zones: Zones, track: Track, recent_rows: int
-    ) -> None:
-        self.track = track
+    def __init__(self, contracts: tuple[StreamContract, ...], position_topic: str | None, fence: Fence, recent_rows: int) -> None:
+        self.fence = fence
         self._contracts = {c.stream: c for c in contracts}
         self._decoders = {c.stream: Decoder(c) for c in contracts}
         self._recent = {c.stream: RecentKeys(recent_rows) for c in contracts}
         self._position_topic = position_topic
-        self._zones = zones
         self._routes: dict[str, str | None] = {}
 
     def remember(self, stream: str, table: Table) -> None:
         """Take stored readings as seen: after a restart, those that the buffer still holds."""
         self._recent[stream].remember(self._contracts[stream], table)
 
-    def take(self, topics: list[str], payloads: list[bytes]) -> Intaken:
-        """Check one batch; afterwards its readings count as seen."""
+    def take(
+        self, topics: list[str], payloads: list[bytes], received_us: int, *, synced: bool = False, positions: Sequence[Position] = ()
+    ) -> Intaken:
+        """Check one batch; afterwards its readings count as seen.
+
+        Args:
+            received_us: wall time at which it came; `synced`: whether that clock can be trusted.
+            positions: those that did not come as messages.
+        """
         out = Intaken()
         places: dict[str | None, list[int]] = {}
         for i, topic in enumerate(topics):
             places.setdefault(self._route(topic), []).append(i)
         rejects: list[tuple[int, Reason, str]] = []
-        lanes = [(-1, self.track.lane_now())]  # from which message on the device was where
+        now_us = received_us if synced else None
+        for position in positions:
+            fix, _ = self.fence.take(position, now_us)
+            out.fixes += [fix] if fix is not None else []
+        track = self.fence.track
+        lanes = [(-1, track.lane_now(received_us))]  # from which message on the device was where
         for i in places.pop(_POSITION, []):
-            try:
-                fix = read_fix(payloads[i], self._zones)
-            except ContractError as e:
-                rejects.append((i, Reason.MALFORMED, str(e)))
-                continue
-            self.track.add(fix)
-            out.fixes.append(fix)
-            lanes.append((i, self.track.lane_now()))
+            fix, refused = self._take_position(payloads[i], received_us, now_us)
+            out.fixes += [fix] if fix is not None else []
+            rejects += [(i, *refused)] if refused is not None else []
+            lanes.append((i, track.lane_now(received_us)))
         for i in places.pop(None, []):
             rejects.append((i, Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"))
         for stream, rows in places.items():
-            rejects += self._take_readings(str(stream), rows, payloads, out)
+            rejects += self._take_readings(str(stream), rows, payloads, received_us, out)
         for i, reason, detail in sorted(rejects):
             lane = lanes[bisect.bisect_left(lanes, i, key=lambda step: step[0]) - 1][1]
-            out.rejected.append(Rejected(lane, topics[i], reason, detail, payloads[i]))
+            out.rejected.append(Rejected(lane, topics[i], reason, detail, self._shown(topics[i], payloads[i])))
         return out
+
+    def _take_position(self, payload: bytes, received_us: int, now_us: int | None) -> tuple[Fix | None, tuple[Reason, str] | None]:
+        """The fix of a position message, if it makes one, and why it was refused, if it was."""
+        try:
+            position = read_position(payload)
+        except ContractError as e:
+            return None, (Reason.MALFORMED, str(e))
+        fix, refused = self.fence.take(position, now_us)
+        if refused is None:
+            self.fence.track.hear(position.time_us, received_us)
+        return fix, refused
+
+    def _shown(self, topic: str, payload: bytes) -> bytes:
+        """A payload as quarantine may keep it: positions only where a stream may know them exactly."""
+        withheld = topic == self._position_topic and self.fence.precision is not Precision.EXACT
+        return WITHHELD if withheld else payload
 
     def _route(self, topic: str) -> str | None:
         """The stream of a topic, _POSITION, or None."""
@@ -119,7 +144,9 @@ class Intake:
             self._routes[topic] = route
         return route
 
-    def _take_readings(self, stream: str, rows: list[int], payloads: list[bytes], out: Intaken) -> list[tuple[int, Reason, str]]:
+    def _take_readings(
+        self, stream: str, rows: list[int], payloads: list[bytes], received_us: int, out: Intaken
+    ) -> list[tuple[int, Reason, str]]:
         """Put the fresh, valid readings of one stream into `out`; returns the place, reason and detail of each reject."""
         contract = self._contracts[stream]
         decoded = self._decoders[stream].decode([payloads[i] for i in rows])
@@ -136,5 +163,14 @@ class Intake:
         event_us = table[contract.event_time]
         assert isinstance(event_us, np.ndarray)
         if len(event_us):
-            out.readings.append(Readings(contract, table, self.track.stamp(event_us.astype(np.int64, copy=False))))
+            out.readings.append(self._placed(contract, table, event_us.astype(np.int64, copy=False)))
+            self.fence.track.hear(int(event_us.max()), received_us)
         return rejects
+
+    def _placed(self, contract: StreamContract, table: Table, event_us: Ints) -> Readings:
+        """Readings with their lanes, and with their places as exactly as the stream may know them."""
+        track, precision = self.fence.track, self.fence.streams.get(contract.stream, Precision.ZONE_ONLY)
+        if precision is not Precision.ZONE_ONLY:
+            latitude, longitude = track.places(event_us, precision)
+            table = {**table, LATITUDE: latitude, LONGITUDE: longitude}
+        return Readings(contract, table, track.stamp(event_us))

@@ -6,7 +6,8 @@ block for ever; with the row index it names a reading. A receiver ignores header
 
 Two reserved columns go with the readings: `ordinal` counts the readings that this device stored in this stream since
 `epoch`, across all lanes, so that sorting by it gives back the order in which the device saw and scored them; `score`
-holds the model's output per reading (NaN: not scored) and is there only if a model was active.
+holds the model's output per reading (NaN: not scored) and is there only if a model was active. `latitude` and `longitude` (degrees, NaN:
+not known) are there only if the agent's settings give the stream's places away.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from edge_agent.contract.topics import check_lane, check_name
 MAGIC = b"FLB1"
 SCORE = "score"
 ORDINAL = "ordinal"
+LATITUDE, LONGITUDE = "latitude", "longitude"
 ROWS_MAX = 65_536
 HEADER_BYTES_MAX = 16 * 1024
 BLOCK_BYTES_MAX = 8 * 1024 * 1024
@@ -99,6 +101,23 @@ def read_header(block: bytes) -> BlockHeader:
         ContractError: the bytes are not a whole block of format 1.
     """
     return _split(block)[0]
+
+
+def peek_header(data: bytes) -> BlockHeader:
+    """The header that `data`, the start of a block or a damaged one, seems to have: nothing proves that it is right.
+
+    Raises:
+        ContractError: there is no header to read.
+    """
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if data[:4] != MAGIC or not 8 < end <= min(len(data), 8 + HEADER_BYTES_MAX):
+        raise ContractError(f"{len(data)} bytes starting {data[:4]!r} hold no block header")
+    try:
+        header = _decode_header(data[8:end])
+    except UNREADABLE as e:
+        raise ContractError(f"block header: {e}") from e
+    _check(header)
+    return header
 
 
 def decode_block(block: bytes) -> tuple[BlockHeader, Table]:

@@ -42,6 +42,11 @@ class Reason(StrEnum):
     UNKNOWN_TOPIC = "unknown_topic"
     NO_BIRTH = "no_birth"  # Sparkplug: no birth certificate says what these metrics are
     SEQUENCE_GAP = "sequence_gap"  # Sparkplug: messages are missing, a new birth certificate may be among them
+    # A position is refused; what follows for readings is in core.track.
+    NULL_ISLAND = "null_island"
+    IMPOSSIBLE_JUMP = "impossible_jump"  # faster than this device can move
+    FUTURE_FIX = "future_fix"
+    STALE_FIX = "stale_fix"
     # A stored block is given up; it is named in the loss ledger.
     EVICTED_FULL = "evicted_full"  # to make room for newer readings
     EVICTED_AGE = "evicted_age"  # older than the buffer's limit

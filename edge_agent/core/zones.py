@@ -1,37 +1,35 @@
-"""Zones: where a record was captured, and which endpoints it may therefore reach.
+"""The zone policy: which zones there are, which lane a circle on Earth has, and which endpoints a lane may reach.
 
 - `zones.geojson` (RFC 7946) is the policy: each feature names a `zone` and its `endpoints` in order of preference.
 - A position lies in every zone that its accuracy circle touches. Several zones make one lane, `a_b`, and only the
   endpoints that *all* of them allow may take it. A circle that also leaves every zone belongs to no zone: `nowhere`.
-- Readings are stamped by event time against the track of fixes, so that what was queued while the agent was
-  down is stamped with the place where it was captured, not where it was read.
-- Without a fix, or with one older than `max_age_s`, the lane is `home` if the operator named one, else `nowhere`.
+- A larger circle never has a lane that allows more.
+
+What follows from many positions over time is in `core.track`.
 """
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import msgspec
-import numpy as np
 import shapely
 from shapely import affinity
 from shapely.geometry import Point, box, shape
 from shapely.geometry.base import BaseGeometry
 
-from edge_agent.contract.block import NOWHERE, FixQuality
-from edge_agent.contract.columns import Ints, Strings
+from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.contract.topics import check_lane, check_name
 
 ZONES_MAX = 1_000
-FIXES_MAX = 4_096
 ACCURACY_M_MAX = 5_000_000.0
-_METRES_PER_DEGREE = 111_195.0  # of latitude, on a sphere of 6,371 km
+_METRES_PER_DEGREE = 110_574.0  # of latitude at the equator, where it is shortest: no circle is drawn too small
 _POINT_M = 0.01  # a circle this small is its own centre
 _CIRCLE = Point(0, 0).buffer(1.0 / math.cos(math.pi / 64), quad_segs=16)  # 64 corners, drawn around the unit circle
 
@@ -56,9 +54,17 @@ class Zones:
         """The endpoints that every zone of `lane` allows, in the first zone's order of preference."""
         if lane == NOWHERE:
             return ()
-        known = {z.name: z.endpoints for z in self.zones}
-        allowed = [known.get(name, ()) for name in check_lane(lane).split("_")]
+        allowed = [self._endpoints.get(name, ()) for name in check_lane(lane).split("_")]
         return tuple(e for e in allowed[0] if all(e in others for others in allowed[1:]))
+
+    def without_endpoints(self) -> Zones:
+        """The same zones, of which none allows any endpoint: everything waits."""
+        return Zones(tuple(Zone(z.name, (), z.area) for z in self.zones), self.digest)
+
+    def same_areas(self, other: Zones) -> bool:
+        """Whether every position has the same lane under both policies."""
+        mine, others = ({z.name: z.area for z in policy.zones} for policy in (self, other))
+        return mine.keys() == others.keys() and all(area.equals(others[name]) for name, area in mine.items())
 
     def locate(self, lat: float, lon: float, accuracy_m: float = 0.0) -> str:
         """The lane of a position, given in degrees (WGS 84) with the radius of its accuracy circle.
@@ -70,9 +76,29 @@ class Zones:
             raise ContractError(f"position lat {lat}, lon {lon}, accuracy {accuracy_m} m is out of bounds")
         circles = _circles(lat, lon, accuracy_m)
         touched = [z for z in self.zones if any(z.area.intersects(c) for c in circles)]
-        if not touched or not _covered(circles, touched):
+        if not touched or not all(self._covers(c) for c in circles):
             return NOWHERE
-        return "_".join(sorted(z.name for z in touched))
+        return join([z.name for z in touched])
+
+    def _covers(self, circle: BaseGeometry) -> bool:
+        """Whether nothing of the circle lies outside all zones; slivers of rounding do not count."""
+        return bool(self._union.covers(circle)) or bool(circle.difference(self._union).area <= 1e-9 + 1e-6 * circle.area)
+
+    @cached_property
+    def _union(self) -> BaseGeometry:
+        union = shapely.union_all([z.area for z in self.zones])
+        shapely.prepare(union)
+        return union
+
+    @cached_property
+    def _endpoints(self) -> dict[str, tuple[str, ...]]:
+        return {z.name: z.endpoints for z in self.zones}
+
+
+def join(lanes: Iterable[str]) -> str:
+    """The lane of what may lie in any of `lanes`: all their zones; `nowhere` if one of them is."""
+    names = {name for lane in lanes for name in lane.split("_")}
+    return NOWHERE if NOWHERE in names else "_".join(sorted(names))
 
 
 def _circles(lat: float, lon: float, accuracy_m: float) -> list[BaseGeometry]:
@@ -89,12 +115,6 @@ def _circles(lat: float, lon: float, accuracy_m: float) -> list[BaseGeometry]:
     world = box(-180, -90, 180, 90)
     turns = [affinity.translate(circle, turn) for turn in (-360.0, 0.0, 360.0)]
     return [part for part in (world.intersection(t) for t in turns) if not part.is_empty]
-
-
-def _covered(circles: list[BaseGeometry], zones: list[Zone]) -> bool:
-    """Whether nothing of the circles lies outside the zones; slivers of rounding do not count."""
-    union = shapely.union_all([z.area for z in zones])
-    return all(c.difference(union).area <= 1e-9 + 1e-6 * c.area for c in circles)
 
 
 def parse_zones(document: bytes, origin: str = "zones.geojson") -> Zones:
@@ -158,62 +178,3 @@ def _check_ring(ring: Any, where: str) -> None:
             raise ContractError(f"{where}: {position!r} is not [longitude, latitude] in degrees; cut zones at the antimeridian")
     if ring[0] != ring[-1]:
         raise ContractError(f"{where} is open: it starts at {ring[0]} and ends at {ring[-1]}; repeat the first position at the end")
-
-
-@dataclass(frozen=True)
-class Fix:
-    """A position at a time (microseconds since 1970 UTC), already turned into its lane."""
-
-    time_us: int
-    lane: str
-
-
-@dataclass
-class Track:
-    """The last fixes of a device, by time, and the stamp for its readings.
-
-    With `fixed_lane` the device does not move and every reading gets that lane.
-    """
-
-    max_age_s: float
-    home: str | None = None
-    fixed_lane: str | None = None
-    fixes: list[Fix] = field(default_factory=list)
-
-    def add(self, fix: Fix) -> None:
-        """Take a fix, in any order; the oldest beyond FIXES_MAX are forgotten. One of the same time is replaced."""
-        place = bisect.bisect_left(self.fixes, fix.time_us, key=lambda f: f.time_us)
-        if place < len(self.fixes) and self.fixes[place].time_us == fix.time_us:
-            self.fixes[place] = fix
-        else:
-            self.fixes.insert(place, fix)
-        del self.fixes[:-FIXES_MAX]
-
-    def stamp(self, event_us: Ints) -> Strings:
-        """The lane of each reading."""
-        rows = len(event_us)
-        if self.fixed_lane is not None:
-            return Strings(np.zeros(rows, np.int32), (self.fixed_lane,))
-        unknown = self.home or NOWHERE
-        if not self.fixes:
-            return Strings(np.zeros(rows, np.int32), (unknown,))
-        times = np.array([f.time_us for f in self.fixes], np.int64)
-        last = np.searchsorted(times, event_us, side="right") - 1
-        fresh = (last >= 0) & (event_us - times[last] <= self.max_age_s * 1e6)
-        lanes = [unknown, *dict.fromkeys(f.lane for f in self.fixes if f.lane != unknown)]
-        lane_of_fix = np.array([lanes.index(f.lane) for f in self.fixes], np.int32)
-        return Strings(np.where(fresh, lane_of_fix[last], 0).astype(np.int32), tuple(lanes))
-
-    def quality(self, lane: str) -> FixQuality:
-        """How well the readings of `lane` were placed."""
-        if self.fixed_lane is not None:
-            return FixQuality.STATIC
-        if lane == NOWHERE or (lane == self.home and not any(f.lane == lane for f in self.fixes)):
-            return FixQuality.NONE
-        return FixQuality.UNCERTAIN if "_" in lane else FixQuality.FIX
-
-    def lane_now(self) -> str:
-        """The lane of the newest fix: for what has no event time of its own, such as a rejected payload."""
-        if self.fixed_lane is not None:
-            return self.fixed_lane
-        return self.fixes[-1].lane if self.fixes else self.home or NOWHERE

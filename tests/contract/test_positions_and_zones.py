@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.contract.errors import ContractError
 from edge_agent.core.zones import parse_zones
-from edge_agent.position import read_fix
+from edge_agent.position import read_position
 
-ZONES = parse_zones((Path(__file__).parents[2] / "contracts/zones.geojson").read_bytes())
 NESTED = b'{"ts":1,"lat":2,"lon":3,"more":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
 
 
@@ -23,7 +20,7 @@ NESTED = b'{"ts":1,"lat":2,"lon":3,"more":' + b"[" * 30_000 + b"]" * 30_000 + b"
 @example(b'{"ts":-1,"lat":2,"lon":3}')
 def test_payload_that_is_no_position_is_a_contract_error(payload: bytes) -> None:
     with pytest.raises(ContractError):
-        read_fix(payload, ZONES)
+        read_position(payload)
 
 
 @given(st.binary(max_size=100))

@@ -1,18 +1,17 @@
-"""The fence: positions, borders, uncertainty, and the stamp by event time."""
+"""The zone policy: positions, borders, uncertainty."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.contract.block import NOWHERE, FixQuality
+from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ContractError
-from edge_agent.core.zones import Fix, Track, Zones, parse_zones
+from edge_agent.core.zones import Zones, join, parse_zones
 
 
 def square(west: float, south: float, east: float, north: float) -> list[list[float]]:
@@ -105,21 +104,14 @@ def test_a_bad_zone_file_says_where_and_what_to_do(rings: list[Any], says: str) 
         parse_zones(policy(a=(rings, ["eu"])))
 
 
-def test_readings_are_stamped_with_the_fix_in_force_at_their_event_time(zones: Zones) -> None:
-    track = Track(max_age_s=10)
-    for seconds, lane in ((20, "east"), (0, "west"), (5, "inner")):  # any order
-        track.add(Fix(seconds * 1_000_000, lane))
-    event_s = [-1, 0, 4, 5, 15, 16, 20, 31]
-    lanes = track.stamp(np.array(event_s, np.int64) * 1_000_000).tolist()
-    assert lanes == [NOWHERE, "west", "west", "inner", "inner", NOWHERE, "east", NOWHERE]
-    assert track.quality("west") is FixQuality.FIX
-    assert track.quality("east_west") is FixQuality.UNCERTAIN
-    assert track.quality(NOWHERE) is FixQuality.NONE
+def test_a_lane_of_several_places_names_all_zones_unless_one_is_nowhere() -> None:
+    assert join(["west", "east_west"]) == "east_west"
+    assert join(["west"]) == "west"
+    assert join(["west", NOWHERE]) == NOWHERE
 
 
-def test_without_a_fix_readings_wait_unless_a_home_is_named() -> None:
-    times = np.array([1, 2], np.int64)
-    assert Track(max_age_s=10).stamp(times).tolist() == [NOWHERE, NOWHERE]
-    assert Track(max_age_s=10, home="west").stamp(times).tolist() == ["west", "west"]
-    assert Track(max_age_s=10, home="west").quality("west") is FixQuality.NONE
-    assert Track(max_age_s=10, fixed_lane="east").stamp(times).tolist() == ["east", "east"]
+def test_policies_have_the_same_areas_though_endpoints_differ(zones: Zones) -> None:
+    a, b = (parse_zones(policy(west=([square(0, 0, 10, 10)], ends))) for ends in (["eu"], ["us"]))
+    assert a.same_areas(b) and a.digest != b.digest
+    assert not a.same_areas(zones) and not a.same_areas(parse_zones(policy(west=([square(0, 0, 10, 11)], ["eu"]))))
+    assert a.without_endpoints().endpoints("west") == () and a.without_endpoints().locate(5, 5) == "west"
