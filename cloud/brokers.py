@@ -81,7 +81,7 @@ def write_users(settings: Settings, device_passwords: Mapping[str, str]) -> None
     zones = load_zones(settings)
     for region in settings.regions:
         lanes = lanes_of(zones, region.name)
-        devices = [_user(name, secret, _device_rights(name, lanes)) for name, secret in device_passwords.items()]
+        devices = [_user(name, secret, device_rights(name, lanes)) for name, secret in device_passwords.items()]
         _write_private(_users_path(settings, region.name), _authorization([cloud, *devices]))
 
 
@@ -118,7 +118,8 @@ def _config(settings: Settings, name: str, host: str, port: int) -> str:
     return "\n".join([*lines, f'include "{_users_path(settings, name).name}"', ""])
 
 
-def _device_rights(device: str, lanes: Sequence[str]) -> dict[str, object]:
+def device_rights(device: str, lanes: Sequence[str]) -> dict[str, object]:
+    """What a device may do at a broker whose region may hold these lanes, as NATS writes it."""
     return {
         "publish": {"allow": [_subject(f) for f in device_writes(device, lanes)]},
         "subscribe": {"allow": [*(_subject(f) for f in device_reads(device)), "$MQTT.sub.>"]},

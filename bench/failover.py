@@ -1,0 +1,150 @@
+"""How fast do readings find another way when an endpoint fails, beside a Mosquitto bridge with two addresses?
+
+A device and three regional brokers stand on a network of namespaces (bench/failover_site.py); two endpoints may hold the device's
+zone, one may not. Faults are made on that network (bench/failover_faults.py); what a run measures is said in
+bench/failover_runs.py. Needs root, iproute2, nftables and Mosquitto (`make system-deps`).
+
+Zero readings may be lost, stored twice, or reach the foreign endpoint: otherwise the benchmark fails. The bridge runs on the same
+site under the same faults; a reading has no name there, so copies stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.failover_device import BACKOFF_S_MAX, RECEIPT_TIMEOUT_S, Agent, Bridge, Sensors
+from bench.failover_faults import FAULTS
+from bench.failover_runs import LOSSY_S, RATE, SLOW_LOSS, SLOW_MS, Series, Trial
+from bench.failover_site import ALLOWED, BRIDGE, DEVICE, Site
+from bench.report import Cell, Report, main
+
+RUNS, RUNS_QUICK = 20, 1
+BRIDGE_RUNS = 3
+ALL = (*FAULTS, "lossy", "foreign_only")
+COLUMNS = (
+    "fault",
+    "runs",
+    "p50 ms",
+    "p99 ms",
+    "max ms",
+    "gap p50 ms",
+    "gap max ms",
+    "lost",
+    "duplicates",
+    "copies",
+    "foreign bytes",
+    "changes/min",
+)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The benchmark's own options."""
+    parser.add_argument("--runs", type=int, help=f"runs of each fault under load (default {RUNS}; --quick {RUNS_QUICK})")
+    parser.add_argument("--idle-runs", type=int, help="runs of each fault when idle (default: a quarter of --runs, at least 1)")
+    parser.add_argument(
+        "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of two faults)"
+    )
+    parser.add_argument("--faults", default=",".join(ALL), metavar="NAME,…", help=f"of {', '.join(ALL)}")
+    parser.add_argument(
+        "--broker", choices=["mosquitto", "nats"], default="mosquitto", help="the regions' brokers (nats: the embedded one)"
+    )
+    parser.add_argument("--seed", type=int, default=None, help="repeat a run's random choices")
+    parser.add_argument("--verbose", action="store_true", help="say on stderr what is being done")
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """Run everything and check what may never happen."""
+    faults = [name for name in arguments.faults.split(",") if name]
+    unknown = [name for name in faults if name not in ALL]
+    if unknown:
+        raise SystemExit(f"no such fault: {', '.join(unknown)}; there are {', '.join(ALL)}")
+    runs = arguments.runs or (RUNS_QUICK if arguments.quick else RUNS)
+    idle_runs = max(1, runs // 4) if arguments.idle_runs is None else arguments.idle_runs
+    bridge_runs = (int(not arguments.quick) * BRIDGE_RUNS or 1) if arguments.bridge_runs is None else arguments.bridge_runs
+    bridge_faults = ["kill", "reset"] if arguments.quick and arguments.bridge_runs is None else faults
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder, Site(Path(folder) / "site", arguments.broker) as site:
+        offsets = site.puback_offset_ms(ALLOWED[1])
+        for name in ALLOWED:
+            site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
+        loaded, idle = with_agent(site, faults, runs, idle_runs, seed)
+        bridged = with_bridge(site, [f for f in bridge_faults if f in faults], bridge_runs, seed)
+    return _report(arguments.broker, seed, offsets, loaded, idle, bridged)
+
+
+def with_agent(site: Site, faults: Sequence[str], runs: int, idle_runs: int, seed: int) -> tuple[dict[str, Series], dict[str, Series]]:
+    """The agent's runs, under load and idle."""
+    agent, sensors = Agent(site), Sensors(site, DEVICE)
+    try:
+        trial = Trial(site, agent, sensors, seed)
+        loaded = {fault: trial.series(fault, runs) for fault in faults}
+        idle = {fault: trial.series(fault, idle_runs, idle=True) for fault in faults if idle_runs and fault in FAULTS}
+    except Exception:
+        logging.getLogger(__name__).error("agent's log ends: %s", agent.log()[-5_000:])
+        raise
+    finally:
+        sensors.close()
+        agent.close()
+    for name, series in (*loaded.items(), *idle.items()):
+        if series.lost or series.duplicates or series.foreign_bytes:
+            raise RuntimeError(f"a promise is broken, fault {name}, seed {seed}: {series.numbers()}")
+    return loaded, idle
+
+
+def with_bridge(site: Site, faults: Sequence[str], runs: int, seed: int) -> dict[str, Series]:
+    """The same faults with a Mosquitto bridge."""
+    if not runs or not faults:
+        return {}
+    bridge, sensors = Bridge(site), Sensors(site, BRIDGE)
+    try:
+        site.lake.forget()
+        trial = Trial(site, bridge, sensors, seed)
+        return {fault: trial.series(fault, runs) for fault in faults}
+    finally:
+        sensors.close()
+        bridge.close()
+
+
+def _report(
+    kind: str, seed: int, offsets: Sequence[float], loaded: dict[str, Series], idle: dict[str, Series], bridged: dict[str, Series]
+) -> Report:
+    groups = (("", loaded), ("idle: ", idle), ("bridge: ", bridged))
+    rows = [_row(f"{group}{name}", series.numbers()) for group, all_ in groups for name, series in all_.items()]
+    middle = offsets[len(offsets) // 2]
+    notes = [
+        f"p50, p99, max: from the fault to the first PUBACK on the standby, at {RATE:,.0f} readings/s; idle: from the capture of the first",
+        "reading after the fault. lossy: a reading's age at its commit. foreign_only: from the return of an allowed endpoint.",
+        "gap: longest time without a commit at the lake. copies: blocks (bridge: readings are stored again) that came more than once.",
+        f"lossy: {2 * SLOW_MS:g} ms round trip and {100 * SLOW_LOSS:g} % loss each way, a run is {LOSSY_S:g} s.",
+        f"The standby's subscriber hears of a block {-middle:.2f} ms (at most {-offsets[0]:.2f}) before the device has the PUBACK.",
+        f"Agent: backoff at most {BACKOFF_S_MAX:g} s, receipts awaited {RECEIPT_TIMEOUT_S:g} s. Bridge: keepalive 5 s, restart after 1 s.",
+        f"Brokers {kind}, mTLS. Seed {seed}.",
+    ]
+    numbers: dict[str, Any] = {
+        "seed": seed,
+        "broker": kind,
+        "readings_per_s": RATE,
+        "puback_after_subscriber_ms": {"p50": round(-middle, 3), "max": round(-offsets[0], 3)},
+        "faults": {name: series.numbers() for name, series in loaded.items()},
+        "idle": {name: series.numbers() for name, series in idle.items()},
+        "mosquitto_bridge": {name: series.numbers() for name, series in bridged.items()},
+    }
+    return Report("Failover: from a fault to the first PUBACK on the standby", COLUMNS, rows, numbers, notes)
+
+
+def _row(name: str, n: dict[str, Any]) -> list[Cell]:
+    times = [n[key] if n[key] is not None else "-" for key in ("p50_ms", "p99_ms", "max_ms", "gap_p50_ms", "gap_max_ms")]
+    counts = [n[key] for key in ("lost", "duplicates", "copies_received", "foreign_bytes")]
+    return [name, n["runs"], *times, *counts, float(n["endpoint_changes_per_min"])]
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, options)
