@@ -40,7 +40,8 @@ SPARKPLUG = "spBv1.0"
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
 _CAPTURE = ("contract_version", "model", "policy", "fix", "region")
 _CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "received_at")
-RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK))
+_PLACE = ("latitude", "longitude")
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE))
 
 
 class FieldType(StrEnum):
