@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(p.stem for p in (ROOT / "bench").glob("*.py") if "main(__doc__, measure" in p.read_text() and p.stem != "report")
+MODULES = sorted(p for p in (ROOT / "bench").glob("*.py") if "main(__doc__, measure" in p.read_text() and p.stem != "report")
 
 
-@pytest.mark.parametrize("name", NAMES)
+def needs(module: Path) -> list[pytest.MarkDecorator]:
+    """A benchmark that breaks networks says so."""
+    return [pytest.mark.needs_root, pytest.mark.needs_mosquitto] if "Needs root" in module.read_text() else []
+
+
+@pytest.mark.parametrize("name", [pytest.param(m.stem, marks=needs(m)) for m in MODULES])
 def test_benchmark_prints_a_table_and_writes_json(name: str, tmp_path: Path) -> None:
     target = tmp_path / "out" / "numbers.json"
     command = [sys.executable, "-m", f"bench.{name}", "--quick", "--json", str(target)]
