@@ -3,8 +3,10 @@
 - A row holds the contract's fields, `score`, and where it came from: `device, epoch, lane, sequence, row` name the reading
   for ever, `ordinal` gives the order in which the device saw it, the rest says how it was captured and stored.
 - `boot`, `monotonic_us`, `clock_synced` and `clock_shift_us` say how far its times can be trusted: see `cloud.clocks`.
-- NaN ("missing", "not scored") becomes null; timestamps become `timestamp[us, UTC]`.
-- The columns of a block must be those of its contract and `ordinal`, and it may have `score`; anything else is refused.
+- `latitude` and `longitude` are there for streams whose devices give them away, and null otherwise.
+- NaN ("missing", "not scored", "place not known") becomes null; timestamps become `timestamp[us, UTC]`.
+- The columns of a block must be those of its contract and `ordinal`; it may have `score`, and the two of its place together. Anything
+  else is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
+from edge_agent.contract.block import LATITUDE, LONGITUDE, ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
@@ -26,6 +28,8 @@ _ARROW = {FieldType.STRING: pa.string(), FieldType.INTEGER: pa.int64(), FieldTyp
 _META = pa.schema(
     [
         (SCORE, pa.float64()),
+        (LATITUDE, pa.float64()),
+        (LONGITUDE, pa.float64()),
         ("device", pa.string()),
         ("epoch", pa.string()),
         ("lane", pa.string()),
@@ -69,6 +73,8 @@ def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -
     wanted = {f.name: _KINDS[f.type] for f in contract.fields} | {ORDINAL: "int64"}
     if SCORE in table:
         wanted[SCORE] = "float64"
+    if LATITUDE in table or LONGITUDE in table:
+        wanted |= {LATITUDE: "float64", LONGITUDE: "float64"}
     missing, unknown = sorted(set(wanted) - set(table)), sorted(set(table) - set(wanted))
     if missing or unknown:
         raise ContractError(f"block {header.identity}: missing columns {missing}, unknown columns {unknown}")
@@ -91,7 +97,7 @@ def to_rows(
         table = {**table, **{name: _shifted(table[name], shift_us) for name in stamped(contract)}}
     columns = {f.name: _array(table[f.name], f.type) for f in contract.fields}
     meta = {
-        SCORE: _array(table[SCORE], FieldType.NUMBER) if SCORE in table else pa.nulls(n, pa.float64()),
+        **{name: _optional(table, name, n) for name in (SCORE, LATITUDE, LONGITUDE)},
         "device": _constant(header.device, n),
         "epoch": _constant(header.epoch, n),
         "lane": _constant(header.lane, n),
@@ -131,6 +137,10 @@ def _array(column: Column, kind: FieldType) -> pa.Array:
     if kind is FieldType.TIMESTAMP:
         return pa.array(column).cast(TIME)
     return pa.array(column, from_pandas=True)
+
+
+def _optional(table: Table, name: str, rows: int) -> pa.Array:
+    return _array(table[name], FieldType.NUMBER) if name in table else pa.nulls(rows, pa.float64())
 
 
 def _constant(text: str | None, rows: int) -> pa.Array:
