@@ -4,6 +4,7 @@
 - `fenceline/v1/{device}/receipts`: what the lake has settled, cloud to device
 - `fenceline/v1/{device}/desired`, `…/reported`: retained state documents
 - `fenceline/v1/{device}/events`: what an operator should know
+- `fenceline/v1/{device}/beat`: heartbeats, empty; nobody reads them, the broker's PUBACK is the point
 
 >>> DeviceTopics("plane-01").up("europe", "turbofan")
 'fenceline/v1/plane-01/up/europe/turbofan'
@@ -29,6 +30,7 @@ class Kind(StrEnum):
     DESIRED = "desired"
     REPORTED = "reported"
     EVENTS = "events"
+    BEAT = "beat"
 
 
 # Filters for the cloud side.
@@ -85,6 +87,10 @@ class DeviceTopics:
     @property
     def events(self) -> str:
         return f"{PREFIX}/{self.device}/{Kind.EVENTS}"
+
+    @property
+    def beat(self) -> str:
+        return f"{PREFIX}/{self.device}/{Kind.BEAT}"
 
 
 @dataclass(frozen=True)

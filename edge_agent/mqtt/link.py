@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 8.0  # the router's patience, and no shorter
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,13 @@ class Link:
             self._inbox.put(event)
 
     def _on_socket_open(self, _client: Client, _data: Any, sock: Any) -> None:
+        """Just before CONNECT.
+
+        Raises:
+            ConnectionAbortedError: this link was given up meanwhile; to connect now would end the session of the one that followed.
+        """
+        if self._closing.is_set():
+            raise ConnectionAbortedError("given up")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self.endpoint.keepalive_s * 1000)
 

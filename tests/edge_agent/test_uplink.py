@@ -30,7 +30,7 @@ from tests.brokers import Broker, nats_broker
 TOPICS = DeviceTopics("plane-01")
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
 ALLOWED = {"europe": ["eu"], "atlantic": ["eu", "us"], "united-states": ["us"], "nowhere": []}
-LIMITS = OutboxLimits(receipt_timeout_s=1.0, puback_timeout_s=2.0)
+LIMITS = OutboxLimits(receipt_timeout_s=1.0)
 
 
 class Region:
@@ -196,7 +196,10 @@ def test_frozen_broker_is_left_when_it_does_not_acknowledge(world: World) -> Non
     world.eu.broker.stop_signal()
     world.store("atlantic", 3)
     until(lambda: {n for _, n in world.us.arrivals} >= {2, 3, 4})
-    assert "no PUBACK" in world.uplink.status().endpoints["eu"].reason
+    assert world.uplink.status().hedges >= 3
+    until(lambda: world.uplink.status().lanes["atlantic"].endpoint == "us")
+    assert "silent for" in world.uplink.status().endpoints["eu"].reason
+    until(lambda: "no PUBACK" in world.uplink.status().endpoints["eu"].reason)
     world.eu.broker.continue_signal()
 
 
@@ -322,7 +325,7 @@ def test_buffer_that_fails_for_a_while_is_asked_again(world: World, monkeypatch:
             raise UnavailableError("disk failed")
         return Buffer.settle(world.buffer, receipt)
 
-    monkeypatch.setattr("edge_agent.uplink.PAUSE_S", 0.05)
+    monkeypatch.setattr("edge_agent.backlog.PAUSE_S", 0.05)
     monkeypatch.setattr(world.buffer, "settle", settle)
     world.uplink.start()
     world.store("europe", 3)

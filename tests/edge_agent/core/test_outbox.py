@@ -17,9 +17,7 @@ class Block:
     block: bytes = b"x" * 10
 
 
-LIMITS = OutboxLimits(
-    inflight_blocks_max=8, inflight_bytes_max=1_000, unreceipted_blocks_max=40, live_blocks_max=4, receipt_timeout_s=10, puback_timeout_s=5
-)
+LIMITS = OutboxLimits(inflight_blocks_max=8, inflight_bytes_max=1_000, unreceipted_blocks_max=40, live_blocks_max=4, receipt_timeout_s=10)
 EU = {"europe": "eu"}
 
 
@@ -30,7 +28,7 @@ def stored(lane: str, first: int, last: int) -> list[Block]:
 def drain(outbox: Outbox[Block], routes: dict[str, str], now: float = 0.0) -> list[tuple[str, int]]:
     """Send all there is room for, as the uplink does; message ids are the sequences."""
     out = []
-    while (choice := outbox.take(routes)) is not None:
+    while (choice := outbox.take(routes, now)) is not None:
         block, endpoint = choice
         outbox.sent(block, endpoint, block.sequence, now)
         out.append((block.lane, block.sequence))
@@ -40,7 +38,7 @@ def drain(outbox: Outbox[Block], routes: dict[str, str], now: float = 0.0) -> li
 def test_live_blocks_go_before_the_backlog_newest_first() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"europe": 5})
-    outbox.load("europe", stored("europe", 1, 3), complete=True)
+    outbox.load("europe", 0, stored("europe", 1, 3), complete=True)
     for block in stored("europe", 4, 5):
         outbox.offer(block)
     assert drain(outbox, EU) == [("europe", 5), ("europe", 4), ("europe", 1), ("europe", 2), ("europe", 3)]
@@ -49,7 +47,7 @@ def test_live_blocks_go_before_the_backlog_newest_first() -> None:
 def test_backlog_leaves_room_for_live_blocks() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"europe": 30})
-    outbox.load("europe", stored("europe", 1, 30), complete=True)
+    outbox.load("europe", 0, stored("europe", 1, 30), complete=True)
     assert len(drain(outbox, EU)) == 6
     outbox.offer(Block("europe", 31))
     assert drain(outbox, EU) == [("europe", 31)]
@@ -58,8 +56,8 @@ def test_backlog_leaves_room_for_live_blocks() -> None:
 def test_backlogs_of_two_lanes_progress_in_turn() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"canada": 10, "europe": 10})
-    outbox.load("canada", stored("canada", 1, 10), complete=True)
-    outbox.load("europe", stored("europe", 11, 20), complete=True)
+    outbox.load("canada", 0, stored("canada", 1, 10), complete=True)
+    outbox.load("europe", 0, stored("europe", 11, 20), complete=True)
     assert [lane for lane, _ in drain(outbox, {"canada": "eu", "europe": "eu"})] == ["canada", "europe"] * 3
 
 
@@ -102,7 +100,7 @@ def test_block_without_receipt_goes_again_with_doubled_waits_until_settled() -> 
 def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"europe": 60})
-    outbox.load("europe", stored("europe", 1, 60), complete=True)
+    outbox.load("europe", 0, stored("europe", 1, 60), complete=True)
     while sent := drain(outbox, EU):
         for _, sequence in sent:
             outbox.acked("eu", sequence, 0.0)
@@ -112,16 +110,24 @@ def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
     assert len(drain(outbox, EU, 10.0)) == 6
 
 
-def test_endpoint_without_progress_is_named() -> None:
+def test_silent_endpoint_is_suspected_only_while_another_answers_and_given_up_later() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
-    for block in stored("europe", 1, 2):
-        outbox.offer(block)
-    drain(outbox, EU, 0.0)
-    outbox.acked("eu", 1, 3.0)
-    assert outbox.stuck(7.9) == []
-    assert outbox.stuck(8.0) == ["eu"]
-    outbox.acked("eu", 2, 8.0)
-    assert outbox.stuck(100.0) == []
+    for name in ("eu", "us"):
+        outbox.opened(name, 0.0)
+        outbox.beat(name, 1, 0.0)
+        outbox.acked(name, 1, 0.002)
+    outbox.offer(Block("europe", 1))
+    drain(outbox, EU, 1.0)
+    assert outbox.suspects(2.0) == []
+    assert outbox.beats(1.5) == ["us"]
+    outbox.beat("us", 2, 1.5)
+    outbox.acked("us", 2, 1.51)
+    assert outbox.suspects(1.7) == []
+    assert outbox.suspects(1.75) == ["eu"]
+    assert outbox.dead(3.9) == []
+    assert outbox.dead(4.0) == ["eu"]
+    outbox.acked("eu", 1, 4.5)
+    assert outbox.suspects(4.5) == outbox.dead(4.5) == []
 
 
 class OutboxAgainstABuffer(RuleBasedStateMachine):
@@ -156,8 +162,8 @@ class OutboxAgainstABuffer(RuleBasedStateMachine):
         for _ in range(count):
             for lane, cursor in self.outbox.wants(self.routes):
                 blocks = [self.buffer[lane][n] for n in sorted(self.buffer[lane]) if n > cursor][:5]
-                self.outbox.load(lane, blocks, complete=len(blocks) < 5)
-            choice = self.outbox.take(self.routes)
+                self.outbox.load(lane, cursor, blocks, complete=len(blocks) < 5)
+            choice = self.outbox.take(self.routes, self.now)
             if choice is None:
                 return
             block, endpoint = choice

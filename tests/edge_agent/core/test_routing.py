@@ -74,13 +74,13 @@ def test_failback_waits_until_the_preferred_endpoint_has_proved_itself() -> None
     r.step(0.1)
     r.lost("eu", 1.0, "gone")
     assert r.step(1.0).routes["atlantic"].endpoint == "us"
-    assert "eu" in r.step(2.0).open
-    r.connected("eu", 2.5)
-    plan = r.step(2.5)
+    assert "eu" in r.step(4.0).open
+    r.connected("eu", 4.5)
+    plan = r.step(4.5)
     assert plan.routes["atlantic"] == Route("us", "eu")
-    assert plan.wake_at == pytest.approx(12.5)
-    assert r.step(12.4).routes["atlantic"].endpoint == "us"
-    assert r.step(12.5).moves == [Move("atlantic", "us", "eu", "preferred")]
+    assert plan.wake_at == pytest.approx(14.5)
+    assert r.step(14.4).routes["atlantic"].endpoint == "us"
+    assert r.step(14.5).moves == [Move("atlantic", "us", "eu", "preferred")]
 
 
 def test_third_endpoint_is_opened_when_the_first_two_fail() -> None:
@@ -114,13 +114,14 @@ def test_unwanted_link_lingers_then_closes() -> None:
 def test_backoff_grows_to_its_limit_and_starts_again_after_a_stable_connection() -> None:
     r = router({"europe": ("eu",)}, backoff_min_s=0.1, backoff_max_s=4.0)
     now, waits = 0.0, []
-    for _ in range(40):
+    while now < 200.0:
         assert r.step(now).open == ["eu"]
         r.lost("eu", now, "refused")
         wake = r.step(now).wake_at
         assert wake is not None
         waits.append(wake - now)
         now = wake
+        assert waits[-1] <= max(1.0, now / 20)
     assert max(waits) <= 4.0
     assert min(waits) >= 0.1
     assert max(waits) > 2.0
@@ -129,7 +130,7 @@ def test_backoff_grows_to_its_limit_and_starts_again_after_a_stable_connection()
     r.lost("eu", now + 6.0, "gone")
     wake = r.step(now + 6.0).wake_at
     assert wake is not None
-    assert wake - (now + 6.0) <= 0.3
+    assert wake - (now + 6.0) <= 0.5
 
 
 def test_broker_that_accepts_and_kicks_is_not_hammered() -> None:
