@@ -107,12 +107,25 @@ class FlushSettings(Settings, frozen=True, kw_only=True):
 
 
 class UplinkSettings(Settings, frozen=True, kw_only=True):
-    """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again."""
+    """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again or elsewhere too.
 
-    inflight_blocks_max: int = 64
-    inflight_bytes_max: int = 8 * MIB
-    receipt_timeout_s: float = 30.0
-    failback_s: float = 10.0
+    A block without PUBACK after the deadline of its endpoint (from the round trips measured, at least `deadline_ms_min`) goes to the standby
+    too; such copies take at most `hedge_share_max` of the bytes sent. An idle connection is asked every `heartbeat_s` (some 100 bytes
+    with TLS: a metered link may want a minute). A lane goes back to a better endpoint when that has answered for `failback_s`.
+    Reconnects wait at most a twentieth of the outage (a quarter while another endpoint serves), and never more than `backoff_s_max`:
+    with N devices on one broker, N / backoff_s_max attempts a second is what it must bear after a long outage.
+    `replay_bytes_per_s` throttles the backlog; without it, it takes what live blocks leave.
+    """
+
+    inflight_blocks_max: Annotated[int, msgspec.Meta(ge=1, le=16_384)] = 512
+    inflight_bytes_max: Annotated[int, msgspec.Meta(ge=BLOCK_BYTES_MAX)] = 8 * MIB
+    receipt_timeout_s: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    failback_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
+    deadline_ms_min: Annotated[float, msgspec.Meta(ge=5, le=60_000)] = 40.0
+    hedge_share_max: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.05
+    heartbeat_s: Annotated[float, msgspec.Meta(ge=0.05, le=3_600)] = 1.0
+    backoff_s_max: Annotated[float, msgspec.Meta(ge=0.2, le=3_600)] = 30.0
+    replay_bytes_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
 class MetricsSettings(Settings, frozen=True, kw_only=True):
