@@ -1,8 +1,10 @@
 """From a batch of sensor messages to checked readings, fixes and rejects. No I/O: everything comes in, everything goes out.
 
-- A message's topic decides what it is: a reading of one stream, a position, or unknown.
+- A message's topic decides what it is: a reading of one stream, a position, or unknown. Sparkplug nodes are listened to as a whole,
+  in the order received, because the births of one message say how to read the next.
 - What breaks its contract is rejected with a reason, never silently away.
-- A reading seen before (the broker delivered it again) is dropped and counted.
+- A reading seen before (the broker delivered it again) is dropped and counted. It is known by its key; in Sparkplug, where messages
+  of one time may hold different metrics, by all its values; with single-value topics not at all (see core/single_values.py).
 - Fixes are taken first: readings are stamped by event time, not by their place in the batch.
 - A reject has no event time to trust: it gets the lane of the newest fix that came before it.
 """
@@ -11,17 +13,21 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from paho.mqtt.client import topic_matches_sub
 
 from edge_agent.contract.block import LATITUDE, LONGITUDE
 from edge_agent.contract.columns import Ints, Strings, Table, take
-from edge_agent.contract.errors import ContractError, Reason
-from edge_agent.contract.stream import StreamContract
-from edge_agent.core.decode import Decoder
+from edge_agent.contract.errors import ContractError, PayloadError, Reason
+from edge_agent.contract.sensor_topics import parse_shape
+from edge_agent.contract.stream import Encoding, StreamContract
+from edge_agent.core.decode import Decoded, Decoder
 from edge_agent.core.dedupe import RecentKeys
+from edge_agent.core.single_values import ValueDecoder
+from edge_agent.core.sparkplug import is_sparkplug
+from edge_agent.core.sparkplug_nodes import Heard, Nodes
+from edge_agent.core.sparkplug_rows import SparkplugDecoder, hear
 from edge_agent.core.track import Fix, Position, Precision
 from edge_agent.core.validate import validate
 from edge_agent.fence import Fence
@@ -31,6 +37,7 @@ ROUTES_MAX = 10_000
 TOPIC_CHARACTERS_MAX = 256  # of topics whose route is remembered, and that are shown whole
 WITHHELD = b"(a position, not stored: no stream has location = exact)"
 _POSITION = "/position"  # no stream can have this name
+_NODE = "/node"  # nor this one: a Sparkplug node whose devices have a stream, but not it
 
 
 @dataclass(frozen=True)
@@ -58,28 +65,44 @@ class Readings:
 
 @dataclass
 class Intaken:
-    """What one batch held; `redelivered` counts dropped readings by stream."""
+    """What one batch held; `redelivered` counts dropped readings by stream, `gaps` says where Sparkplug messages are missing."""
 
     readings: list[Readings] = field(default_factory=list)
     fixes: list[Fix] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     redelivered: dict[str, int] = field(default_factory=dict)
+    gaps: list[str] = field(default_factory=list)
 
 
 class Intake:
-    """The checks of one agent. `fence` places its readings, `recent_rows` is how many readings the redelivery filter remembers."""
+    """The checks of one agent. `fence` places its readings, `recent_rows` is how many readings the redelivery filter remembers.
 
-    def __init__(self, contracts: tuple[StreamContract, ...], position_topic: str | None, fence: Fence, recent_rows: int) -> None:
+    `nodes` are the Sparkplug nodes as they were when the agent ran last.
+    """
+
+    def __init__(
+        self,
+        contracts: tuple[StreamContract, ...],
+        position_topic: str | None,
+        fence: Fence,
+        recent_rows: int,
+        nodes: Nodes | None = None,
+    ) -> None:
         self.fence = fence
+        self.nodes = Nodes() if nodes is None else nodes
         self._contracts = {c.stream: c for c in contracts}
-        self._decoders = {c.stream: Decoder(c) for c in contracts}
-        self._recent = {c.stream: RecentKeys(recent_rows) for c in contracts}
+        self._decoders = {c.stream: _decoder(c, self.nodes) for c in contracts}
+        self._shapes = {c.stream: c.shape for c in contracts}
+        self._nodes = [parse_shape("/".join(c.shape.filter.split("/")[:4])) for c in contracts if c.encoding is Encoding.SPARKPLUG]
+        self._named = {c.stream: _named(c) for c in contracts if c.encoding is not Encoding.VALUE}
+        self._recent = {stream: RecentKeys(recent_rows) for stream in self._named}
         self._position_topic = position_topic
         self._routes: dict[str, str | None] = {}
 
     def remember(self, stream: str, table: Table) -> None:
         """Take stored readings as seen: after a restart, those that the buffer still holds."""
-        self._recent[stream].remember(self._contracts[stream], table)
+        if stream in self._recent:
+            self._recent[stream].remember(self._named[stream], table)
 
     def take(
         self, topics: list[str], payloads: list[bytes], received_us: int, *, synced: bool = False, positions: Sequence[Position] = ()
@@ -106,10 +129,15 @@ class Intake:
             out.fixes += [fix] if fix is not None else []
             rejects += [(i, *refused)] if refused is not None else []
             lanes.append((i, track.lane_now(received_us)))
+        heard = self._hear(topics, payloads, out)
+        for i in places.pop(_NODE, []):
+            message = heard[i]
+            rejects += [(i, message.reason, str(message))] if isinstance(message, PayloadError) else []
         for i in places.pop(None, []):
             rejects.append((i, Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"))
         for stream, rows in places.items():
-            rejects += self._take_readings(str(stream), rows, payloads, received_us, out)
+            decoded = self._decode(str(stream), rows, topics, payloads, received_us, heard)
+            rejects += self._take_readings(str(stream), rows, decoded, received_us, out)
         for i, reason, detail in sorted(rejects):
             lane = lanes[bisect.bisect_left(lanes, i, key=lambda step: step[0]) - 1][1]
             out.rejected.append(Rejected(lane, topics[i], reason, detail, self._shown(topics[i], payloads[i])))
@@ -139,33 +167,64 @@ class Intake:
         if topic == self._position_topic:
             route = _POSITION
         else:
-            route = next((s for s, c in self._contracts.items() if topic_matches_sub(c.topic, topic)), None)
+            route = next((s for s, shape in self._shapes.items() if shape.matches(topic)), None)
+            if route is None and any(node.matches(topic) for node in self._nodes):
+                route = _NODE
         if len(self._routes) < ROUTES_MAX and len(topic) <= TOPIC_CHARACTERS_MAX:
             self._routes[topic] = route
         return route
 
+    def _hear(self, topics: list[str], payloads: list[bytes], out: Intaken) -> dict[int, Heard | PayloadError]:
+        """What the Sparkplug nodes make of their messages, by place in the batch."""
+        if not self._nodes:
+            return {}
+        heard = {i: hear(self.nodes, topic, payloads[i]) for i, topic in enumerate(topics) if is_sparkplug(topic)}
+        out.gaps, self.nodes.gaps = self.nodes.gaps, []
+        return heard
+
+    def _decode(
+        self,
+        stream: str,
+        rows: list[int],
+        topics: list[str],
+        payloads: list[bytes],
+        received_us: int,
+        heard: dict[int, Heard | PayloadError],
+    ) -> Decoded:
+        decoder = self._decoders[stream]
+        if len(rows) < len(topics):
+            topics, payloads = [topics[i] for i in rows], [payloads[i] for i in rows]
+        if isinstance(decoder, SparkplugDecoder):
+            return decoder.rows([heard[i] for i in rows], topics, [len(p) for p in payloads])
+        return decoder.decode(payloads, topics, received_us)
+
     def _take_readings(
-        self, stream: str, rows: list[int], payloads: list[bytes], received_us: int, out: Intaken
+        self, stream: str, rows: list[int], decoded: Decoded, received_us: int, out: Intaken
     ) -> list[tuple[int, Reason, str]]:
         """Put the fresh, valid readings of one stream into `out`; returns the place, reason and detail of each reject."""
         contract = self._contracts[stream]
-        decoded = self._decoders[stream].decode([payloads[i] for i in rows])
         valid, out_of_range = validate(contract, decoded.table)
         rejects = [(rows[r.index], r.reason, r.detail) for r in decoded.rejects]
         rejects += [(rows[int(decoded.rows[r.index])], r.reason, r.detail) for r in out_of_range]
         table = take(decoded.table, valid)
-        fresh = self._recent[stream].fresh(contract, table)
-        self._recent[stream].remember(contract, table)
-        redelivered = len(fresh) - int(np.count_nonzero(fresh))
-        if redelivered:
-            out.redelivered[stream] = redelivered
-            table = take(table, fresh)
+        if stream in self._recent:
+            table = self._drop_redelivered(stream, table, out)
         event_us = table[contract.event_time]
         assert isinstance(event_us, np.ndarray)
         if len(event_us):
             out.readings.append(self._placed(contract, table, event_us.astype(np.int64, copy=False)))
             self.fence.track.hear(int(event_us.max()), received_us)
         return rejects
+
+    def _drop_redelivered(self, stream: str, table: Table, out: Intaken) -> Table:
+        recent, named = self._recent[stream], self._named[stream]
+        fresh = recent.fresh(named, table)
+        recent.remember(named, table)
+        redelivered = len(fresh) - int(np.count_nonzero(fresh))
+        if not redelivered:
+            return table
+        out.redelivered[stream] = redelivered
+        return take(table, fresh)
 
     def _placed(self, contract: StreamContract, table: Table, event_us: Ints) -> Readings:
         """Readings with their lanes, and with their places as exactly as the stream may know them."""
@@ -174,3 +233,15 @@ class Intake:
             latitude, longitude = track.places(event_us, precision)
             table = {**table, LATITUDE: latitude, LONGITUDE: longitude}
         return Readings(contract, table, track.stamp(event_us))
+
+
+def _decoder(contract: StreamContract, nodes: Nodes) -> Decoder | ValueDecoder | SparkplugDecoder:
+    if contract.encoding is Encoding.VALUE:
+        return ValueDecoder(contract)
+    return SparkplugDecoder(contract, nodes) if contract.encoding is Encoding.SPARKPLUG else Decoder(contract)
+
+
+def _named(contract: StreamContract) -> StreamContract:
+    """The contract, with the key that tells a redelivered reading."""
+    whole = contract.encoding is Encoding.SPARKPLUG
+    return replace(contract, key=tuple(f.name for f in contract.fields)) if whole else contract

@@ -74,18 +74,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Heard:
-    """A message that was understood. `gap` tells people that messages before it are missing; empty if none are."""
+    """A message that was understood."""
 
     address: Address
     samples: list[Sample]
-    gap: str = ""
 
 
 class Nodes:
-    """See the module's rules. All messages of all nodes come here, in the order received."""
+    """See the module's rules. All messages of all nodes come here, in the order received.
+
+    `gaps` tells people where messages are missing, one text each; the caller empties it.
+    """
 
     def __init__(self, state: State | None = None) -> None:
-        self.state: State = state or {}
+        self.state: State = {} if state is None else state
+        self.gaps: list[str] = []
 
     def hear(self, topic: str, data: bytes, bytes_max: int) -> Heard:
         """Take the next message.
@@ -118,13 +121,13 @@ class Nodes:
             raise PayloadError(Reason.MALFORMED, f"sequence {payload.sequence} is not 0 to {SEQUENCES - 1}")
         if address.kind is Kind.NBIRTH:
             return self._bear_node(address, key, payload, payload.sequence, at_ms)
-        again, gap = self._count(key, payload.sequence, at_ms)
+        again = self._count(key, payload.sequence, at_ms)
         if address.kind is Kind.DBIRTH:
-            return self._bear_device(address, key, payload, payload.sequence, at_ms, gap)
+            return self._bear_device(address, key, payload, payload.sequence, at_ms)
         if address.kind is Kind.DDEATH:
             self._bury_device(key, address.device)
-            return Heard(address, [], gap)
-        return Heard(address, self._samples(address, key, payload, at_ms, again), gap)
+            return Heard(address, [])
+        return Heard(address, self._samples(address, key, payload, at_ms, again))
 
     def _bear_node(self, address: Address, key: str, payload: Payload, sequence: int, at_ms: int) -> Heard:
         birth = _birth(payload, at_ms)
@@ -138,14 +141,14 @@ class Nodes:
             self.state[key] = Node(session, at_ms, sequence, at_ms, {"": birth})
         return Heard(address, _birth_samples(payload, at_ms))
 
-    def _bear_device(self, address: Address, key: str, payload: Payload, sequence: int, at_ms: int, gap: str) -> Heard:
+    def _bear_device(self, address: Address, key: str, payload: Payload, sequence: int, at_ms: int) -> Heard:
         birth = _birth(payload, at_ms)
         before = self.state[key].births.get(address.device) if key in self.state else None
         self._check_room(key, (self.state[key].metrics if key in self.state else 0) + birth.size, before)
         if key not in self.state:  # we came in the middle; a device's birth stands on its own
             self.state[key] = Node(None, -1, sequence, at_ms, {})
         self.state[key].births[address.device] = birth
-        return Heard(address, _birth_samples(payload, at_ms), gap)
+        return Heard(address, _birth_samples(payload, at_ms))
 
     def _check_room(self, key: str, metrics: int, replaced: Birth | None = None) -> None:
         others = sum(n.metrics for k, n in self.state.items() if k != key)
@@ -162,21 +165,22 @@ class Nodes:
         if key in self.state:
             self.state[key].births.pop(device, None)
 
-    def _count(self, key: str, sequence: int, at_ms: int) -> tuple[bool, str]:
-        """Follow the numbers of a node: whether this message came before, and what to tell people if others are missing."""
+    def _count(self, key: str, sequence: int, at_ms: int) -> bool:
+        """Follow the numbers of a node, noting gaps; whether this message came before."""
         node = self.state.get(key)
         if node is None:
-            return False, ""
+            return False
         ahead = (sequence - node.sequence) % SEQUENCES
         if (ahead == 0 or ahead > SEQUENCES // 2) and at_ms <= node.at_ms:
-            return True, ""
+            return True
         expected = (node.sequence + 1) % SEQUENCES
         node.sequence, node.at_ms = sequence, max(at_ms, node.at_ms)
         if sequence == expected:
-            return False, ""
+            return False
         for birth in node.births.values():
             birth.sure = False
-        return False, f"node {shown(key)}: message {expected} expected, {sequence} came; metrics by alias wait for a rebirth"
+        self.gaps.append(f"node {shown(key)}: message {expected} expected, {sequence} came; metrics by alias wait for a rebirth")
+        return False
 
     def _samples(self, address: Address, key: str, payload: Payload, at_ms: int, again: bool) -> list[Sample]:
         node = self.state.get(key)

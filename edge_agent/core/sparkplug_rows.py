@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_agent.contract.columns import Floats, Table
 from edge_agent.contract.errors import PayloadError, Reason
-from edge_agent.contract.stream import FieldType, StreamContract
+from edge_agent.contract.stream import PAYLOAD_BYTES_MAX, FieldType, StreamContract
 from edge_agent.core.decode import Decoded
 from edge_agent.core.rejects import reject, shown
 from edge_agent.core.sparkplug import number_of
@@ -46,7 +46,7 @@ class SparkplugDecoder:
 
     def decode(self, payloads: list[bytes], topics: Sequence[str], received_us: int = 0) -> Decoded:
         """Decode a batch; never raises on account of a payload or a topic."""
-        heard = [hear(self.nodes, topic, payload, self.contract.payload_bytes_max) for topic, payload in zip(topics, payloads, strict=True)]
+        heard = [hear(self.nodes, topic, payload) for topic, payload in zip(topics, payloads, strict=True)]
         return self.rows(heard, topics, [len(p) for p in payloads])
 
     def rows(self, heard: Sequence[Heard | PayloadError], topics: Sequence[str], sizes: Sequence[int]) -> Decoded:
@@ -70,6 +70,8 @@ class SparkplugDecoder:
         return Decoded(self._table(rows, topics, places), np.array(places, np.intp), sorted(rejects, key=lambda r: r.index))
 
     def _rows(self, heard: Heard, size: int) -> list[Row]:
+        if size > self.contract.payload_bytes_max:
+            raise PayloadError(Reason.OVERSIZE, f"payload of {size} bytes; at most {self.contract.payload_bytes_max}")
         rows: dict[int, dict[int, float]] = {}
         for sample in heard.samples:
             place = self._place.get(sample.name)
@@ -99,9 +101,9 @@ class SparkplugDecoder:
         return {f.name: said[f.name] for f in self.contract.fields}
 
 
-def hear(nodes: Nodes, topic: str, payload: bytes, bytes_max: int) -> Heard | PayloadError:
+def hear(nodes: Nodes, topic: str, payload: bytes) -> Heard | PayloadError:
     """What the nodes make of a message, or why nothing."""
     try:
-        return nodes.hear(topic, payload, bytes_max)
+        return nodes.hear(topic, payload, PAYLOAD_BYTES_MAX)
     except PayloadError as e:
         return e
