@@ -46,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", type=Path, default=Path("agent.toml"), help="default: agent.toml")
         if name != "run":
             command.add_argument("--json", action="store_true", help="print JSON")
+    passwd = commands.add_parser("passwd", help="let a user connect to the sensor listener: add, or change, a line of its users_file")
+    passwd.set_defaults(command=_passwd)
+    passwd.add_argument("file", type=Path, metavar="FILE", help="the users_file of [sensors]; made if missing")
+    passwd.add_argument("user", metavar="USER")
     return parser
 
 
@@ -75,6 +79,17 @@ def _check(args: argparse.Namespace) -> int:
         },
         args.json,
     )
+    return 0
+
+
+def _passwd(args: argparse.Namespace) -> int:
+    import getpass
+
+    from edge_agent.mqtt.passwords import set_password
+
+    password = getpass.getpass(f"Password of {args.user}: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    new = set_password(args.file, args.user, password)
+    print(f"{args.file}: user {args.user} {'added' if new else 'changed'}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from edge_agent.addresses import Listen, Subscription
 from edge_agent.config import AgentConfig
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
+from edge_agent.mqtt.listener import Listener, ListenerConfig
 from edge_agent.mqtt.source import Source, SourceConfig
 
 
@@ -54,8 +55,9 @@ def _name(i: int, name: str) -> str:
     return name if i == 0 else f"{name} [{i}]"
 
 
-def _side(side: Subscription | Listen, inlet: Inlet) -> Source:
-    assert isinstance(side, Subscription)
+def _side(side: Subscription | Listen, inlet: Inlet) -> Source | Listener:
+    if isinstance(side, Listen):
+        return Listener(ListenerConfig(side.host, side.port, side.tls, side.users_file, side.connections_max), inlet)
     broker = side.broker
     return Source(
         SourceConfig(
