@@ -29,6 +29,7 @@ from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
+from edge_agent.core.deadline import DeadlineLimits
 from edge_agent.core.outbox import OutboxLimits
 from edge_agent.core.track import Precision, Rules, Track
 from edge_agent.datapath import DataPath
@@ -163,7 +164,12 @@ class Agent:
                 intake.remember(contract.stream, stored)
         self._active = ActiveModel(config.contracts, self._buffer.history, self.metrics, self._tell)
         self._uplink = Uplink(
-            self._uplink_config, self._buffer, self._fence.endpoints, self._on_desired, on_settled=self.metrics.settled.inc
+            self._uplink_config,
+            self._buffer,
+            self._fence.endpoints,
+            self._on_desired,
+            on_settled=self.metrics.settled.inc,
+            on_event=lambda event, fields: self._tell(event, **fields),
         )
         if self._repository is not None:
             self._updater = self._active.updater = self._make_updater(self._repository)
@@ -260,6 +266,9 @@ class Agent:
                 "bytes_sent": uplink.bytes_sent,
                 "blocks_sent_again": uplink.blocks_sent_again,
                 "blocks_settled": uplink.blocks_settled,
+                "hedges": uplink.hedges,
+                "hedges_denied": uplink.hedges_denied,
+                "duplicate_bytes": uplink.duplicate_bytes,
             },
             "lanes": {lane: asdict(status) for lane, status in uplink.lanes.items()},
             "endpoints": {name: asdict(status) for name, status in uplink.endpoints.items()},
@@ -276,8 +285,12 @@ def _uplink_config(config: AgentConfig) -> UplinkConfig:
         inflight_blocks_max=uplink.inflight_blocks_max,
         inflight_bytes_max=uplink.inflight_bytes_max,
         receipt_timeout_s=uplink.receipt_timeout_s,
+        replay_bytes_per_s=uplink.replay_bytes_per_s,
+        heartbeat_s=uplink.heartbeat_s,
+        hedge_share_max=uplink.hedge_share_max,
+        deadline=DeadlineLimits(floor_s=uplink.deadline_ms_min / 1e3),
     )
-    return UplinkConfig(config.device, endpoints, failback_s=uplink.failback_s, limits=limits)
+    return UplinkConfig(config.device, endpoints, failback_s=uplink.failback_s, backoff_max_s=uplink.backoff_s_max, limits=limits)
 
 
 def _rules(config: AgentConfig) -> Rules:
