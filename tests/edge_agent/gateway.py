@@ -103,9 +103,13 @@ class Bench:
         assert old in text
         self.config.write_text(text.replace(old, new))
 
+    def start_now(self) -> None:
+        """Start the agent and do not wait for it."""
+        with (self.path / "agent.log").open("ab") as log:
+            self.agent = subprocess.Popen([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)], stderr=log)
+
     def start(self) -> None:
-        log = (self.path / "agent.log").open("ab")
-        self.agent = subprocess.Popen([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)], stderr=log)
+        self.start_now()
         wait_for(lambda: self.status()["sensors"]["connected"], self.log)
 
     def status(self) -> dict[str, Any]:

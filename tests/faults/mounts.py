@@ -29,8 +29,8 @@ _MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 class LoopDisk:
     """A file system of its own in an image file. Skips the test where the kernel or the tools do not have it."""
 
-    def __init__(self, folder: Path, kind: str, options: str = "") -> None:
-        self.path = folder / f"{kind}-disk"
+    def __init__(self, folder: Path, kind: str, options: str = "", name: str = "disk") -> None:
+        self.path = folder / name
         self._image = folder / f"{kind}.img"
         self._kind, self._options = kind, options
         self._loops: list[str] = []

@@ -52,6 +52,7 @@ class Loss:
     first: int
     last: int
     blocks: int
+    readings: float
     detail: str
 
     def names(self, name: Name) -> bool:
@@ -88,7 +89,7 @@ def look(buffer: Buffer) -> Found:
 def read_losses(header: BlockHeader, table: Table) -> list[Loss]:
     """The rows of a ledger block."""
 
-    names = ("of_stream", "of_epoch", "of_lane", "first_sequence", "last_sequence", "blocks", "detail")
+    names = ("of_stream", "of_epoch", "of_lane", "first_sequence", "last_sequence", "blocks", "readings", "detail")
     return [Loss(*row) for row in zip(*(table[n].tolist() for n in names), strict=True)]  # type: ignore[arg-type]
 
 
