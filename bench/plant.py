@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from tests.brokers import Broker, free_port, mosquitto_broker
 CONTRACTS = Path(__file__).parents[1] / "contracts"
 DEVICE, ZONE, STREAM = "plane-01", "europe", "turbofan"
 WAIT_S = 60.0
+SAVE_RARELY = ("autosave_on_changes false", "autosave_interval 1800")  # the tests' brokers write all they hold at every message
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Plant:
         self._stack = contextlib.ExitStack()
         self._settings = settings
         self.agent: subprocess.Popen[bytes] | None = None
+        self.ingest: subprocess.Popen[bytes] | None = None
         self.sensors_port = 0
 
     def __enter__(self) -> Plant:
@@ -72,14 +73,15 @@ class Plant:
         self._stack.close()
 
     def _start(self) -> None:
-        self.region = self._stack.enter_context(mosquitto_broker(self.folder, name="region"))
+        self.region = self._stack.enter_context(mosquitto_broker(self.folder, name="region", extra=SAVE_RARELY))
         if self.listen:
             self.sensors_port = free_port()
         else:
-            self.sensors: Broker = self._stack.enter_context(mosquitto_broker(self.folder, name="sensors"))
+            self.sensors: Broker = self._stack.enter_context(mosquitto_broker(self.folder, name="sensors", extra=SAVE_RARELY))
             self.sensors_port = self.sensors.port
         self.cloud = self._project()
-        self._stack.enter_context(self._ingest())
+        self.start_ingest()
+        self.wait_for_ingest()
         self.config = self.write_config(self.region.port)
 
     def write_config(self, region_port: int) -> Path:
@@ -171,8 +173,7 @@ class Plant:
         for name in ("turbofan.odcs.yaml", "zones.geojson"):
             shutil.copy(CONTRACTS / name, project)
         (project / "fenceline.toml").write_text(
-            "contracts = ['turbofan.odcs.yaml']\nzones = 'zones.geojson'\n"
-            f"[[regions]]\nname = 'eu'\nport = {self.region.port}\n"
+            f"contracts = ['turbofan.odcs.yaml']\nzones = 'zones.geojson'\n[[regions]]\nname = 'eu'\nport = {self.region.port}\n"
         )
         found = config.load(project)
         path = brokers.password_path(found, brokers.CLOUD_USER)
@@ -180,17 +181,18 @@ class Plant:
         path.write_text("not asked for")
         return found
 
-    @contextlib.contextmanager
-    def _ingest(self) -> Iterator[None]:
+    def start_ingest(self) -> None:
         with (self.folder / "ingest.log").open("ab") as log:
             command = [sys.executable, "-m", "cloud.ingest", "--region", "eu", "--project", str(self.cloud.project)]
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1], env=os.environ)
-        try:
-            self.wait_for_ingest()
-            yield
-        finally:
-            process.kill()
-            process.wait()
+            self.ingest = subprocess.Popen(command, stdout=log, stderr=log, cwd=Path(__file__).parents[1])
+        self._stack.callback(self.stop_ingest)
+
+    def stop_ingest(self) -> None:
+        """kill -9; nothing happens if it is not running."""
+        if self.ingest is not None:
+            self.ingest.kill()
+            self.ingest.wait()
+            self.ingest = None
 
     def wait_for_ingest(self) -> None:
         deadline = time.monotonic() + WAIT_S

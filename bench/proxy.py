@@ -62,7 +62,11 @@ class Proxy:
                 near, _ = listener.accept()
             except OSError:  # cut
                 return
-            far = socket.create_connection((HOST, self._target))
+            try:
+                far = socket.create_connection((HOST, self._target))
+            except OSError:  # the target is down: so is this connection
+                near.close()
+                continue
             with self._lock:
                 self._open |= {near, far}
             for sock in (near, far):

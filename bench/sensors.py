@@ -20,27 +20,24 @@ from edge_agent.mqtt import frames
 
 ENGINES = 20
 SLICE_S = 0.002
+RETRY_S = 0.1
 DRAIN_S = 60.0
 _VALUES = [518.67, 641.82, 1589.7, 1400.6, 14.62, 21.61, 554.36, 2388.06, 9046.19, 1.3, 47.47, 521.66, 2388.02, 8138.62, 8.4195, 0.03]
 _VALUES += [392, 2388, 100.0, 39.06, 23.419]
 
 
 class Sensors:
-    """One connection; `unacked` holds the send times of packet ids that wait for their PUBACK."""
+    """One connection; `unacked` holds send time and packet of the ids that wait for their PUBACK: they go again after a reconnect."""
 
     def __init__(self, port: int, stream: str) -> None:
         self._topic, self._reading = STREAMS[stream]
-        self.sent = 0
+        self._port = port
+        self.sent = self.connections = 0
         self.first_us = self.last_us = 0
-        self.unacked: dict[int, int] = {}
+        self.unacked: dict[int, tuple[int, bytes]] = {}
         self.puback_us: list[int] = []
         self._rest = b""
-        self._sock = socket.create_connection(("127.0.0.1", port), 10.0)
-        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sock.sendall(frames.connect(4, "bench-sensors", 600, clean=True))
-        answer = self._sock.recv(4)
-        if answer != b"\x20\x02\x00\x00":
-            raise ConnectionError(f"broker answered {answer.hex()} to CONNECT")
+        self._sock = self._connect()
 
     def publish(self, count: int) -> None:
         """Send `count` readings, each with its own time."""
@@ -51,22 +48,59 @@ class Sensors:
             now_us = self.last_us = max(now_us, self.last_us + 1)  # (engine, time) names a reading
             self.first_us = self.first_us or now_us
             id_ = self.sent % 65_535 + 1
-            self.unacked[id_] = now_us
             body = len(self._topic).to_bytes(2) + self._topic + id_.to_bytes(2) + self._reading(self.sent, now_us)
+            self.unacked[id_] = now_us, length(len(body)) + body
             packets.append(b"\x32" + length(len(body)) + body)
-        self._sock.sendall(b"".join(packets))
+        try:
+            self._sock.sendall(b"".join(packets))
+        except OSError:
+            self._reconnect()
 
     def read(self, wait_s: float) -> None:
         """Take the PUBACKs that come within `wait_s`."""
         if not select.select([self._sock], [], [], max(0.0, wait_s))[0]:
             return
-        data = self._rest + self._sock.recv(1 << 18)
+        try:
+            new = self._sock.recv(1 << 18)
+        except OSError:
+            new = b""
+        if not new:
+            self._reconnect()
+            return
+        data = self._rest + new
         now_us = time.time_ns() // 1_000
         whole = len(data) // 4 * 4
         for i in range(0, whole, 4):
             assert data[i] == 0x40, data[i : i + 4].hex()
-            self.puback_us.append(now_us - self.unacked.pop(int.from_bytes(data[i + 2 : i + 4])))
+            sent_us, _ = self.unacked.pop(int.from_bytes(data[i + 2 : i + 4]))
+            self.puback_us.append(now_us - sent_us)
         self._rest = data[whole:]
+
+    def _connect(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self._port), 10.0)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(frames.connect(4, "bench-sensors", 600, clean=True))
+        answer = sock.recv(4)
+        if answer != b"\x20\x02\x00\x00":
+            raise ConnectionError(f"broker answered {answer.hex()} to CONNECT")
+        self.connections += 1
+        return sock
+
+    def _reconnect(self) -> None:
+        """Connect again and send what was not acknowledged, marked as sent before."""
+        self._sock.close()
+        self._rest = b""
+        deadline = time.monotonic() + DRAIN_S
+        while True:
+            try:
+                self._sock = self._connect()
+                self._sock.sendall(b"".join(b"\x3a" + packet for _, packet in self.unacked.values()))
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY_S)
+            else:
+                return
 
 
 def reading(number: int, event_us: int) -> bytes:
@@ -109,7 +143,13 @@ def main() -> None:
     deadline = time.monotonic() + DRAIN_S
     while sensors.unacked and time.monotonic() < deadline:
         sensors.read(0.1)
-    report = {"sent": sensors.sent, "acked": len(sensors.puback_us), "first_us": sensors.first_us, "last_us": sensors.last_us}
+    report = {
+        "sent": sensors.sent,
+        "acked": len(sensors.puback_us),
+        "connections": sensors.connections,
+        "first_us": sensors.first_us,
+        "last_us": sensors.last_us,
+    }
     arguments.out.write_text(json.dumps({**report, "puback_us": sensors.puback_us}))
 
 
