@@ -1,0 +1,127 @@
+"""Finds blocks in the pages of a SQLite file whose tables cannot be followed any more. Pure: bytes in, bytes out.
+
+- Every page that looks like the leaf of a table is read, in the file and in its write-ahead log, whatever points to it. A record
+  whose last column is a blob gives that blob; its overflow pages are taken from the log's newest version, then from the file's.
+- Nothing found is trusted: a block carries its own CRC, and the caller checks it. Blocks that were deleted may come up too.
+
+The format is that of https://sqlite.org/fileformat2.html, sections 1.5, 1.6, 2.1 and 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+_LEAF = 0x0D
+_HEADER_BYTES = 100
+_LOG_HEADER_BYTES = 32
+_FRAME_HEADER_BYTES = 24
+
+Buffer = bytes | memoryview
+
+
+def page_bytes_of(file: Buffer, default: int) -> int:
+    """The page size that the file's header gives, if it is one."""
+    size = int.from_bytes(file[16:18], "big")
+    size = 65_536 if size == 1 else size
+    return size if bytes(file[:6]) == b"SQLite" and 512 <= size <= 65_536 and size & (size - 1) == 0 else default
+
+
+def carve(file: Buffer, log: Buffer, page_bytes: int, blob_bytes_max: int) -> Iterator[tuple[int, bytes]]:
+    """Row id and blob of every record found; a blob may come up more than once, and may be damaged."""
+    frames = list(_frames(log, page_bytes))
+    newest = dict(frames)
+    reader = _Pages(file, log, page_bytes, newest)
+    for number in range(1, len(file) // page_bytes + 1):
+        yield from reader.leaf(file, (number - 1) * page_bytes, number, blob_bytes_max)
+    for number, start in frames:
+        yield from reader.leaf(log, start, number, blob_bytes_max)
+
+
+def _frames(log: Buffer, page_bytes: int) -> Iterator[tuple[int, int]]:
+    """Page number and place of every page in a log, of earlier rounds too."""
+    step = page_bytes + _FRAME_HEADER_BYTES
+    for start in range(_LOG_HEADER_BYTES, len(log) - step + 1, step):
+        yield int.from_bytes(log[start : start + 4], "big"), start + _FRAME_HEADER_BYTES
+
+
+class _Pages:
+    def __init__(self, file: Buffer, log: Buffer, page_bytes: int, newest: Mapping[int, int]) -> None:
+        self._file, self._log, self._page_bytes, self._newest = file, log, page_bytes, newest
+
+    def leaf(self, source: Buffer, start: int, number: int, blob_bytes_max: int) -> Iterator[tuple[int, bytes]]:
+        """The records of a page, if it is a leaf."""
+        page = bytes(source[start : start + self._page_bytes])
+        head = _HEADER_BYTES if number == 1 else 0
+        if page[head] != _LEAF:
+            return
+        cells = min(int.from_bytes(page[head + 3 : head + 5], "big"), self._page_bytes // 4)
+        for i in range(cells):
+            at = head + 8 + 2 * i
+            cell = int.from_bytes(page[at : at + 2], "big")
+            if head + 8 <= cell < self._page_bytes - 3:
+                found = self._record(page, cell, blob_bytes_max)
+                if found is not None:
+                    yield found
+
+    def _record(self, page: bytes, at: int, blob_bytes_max: int) -> tuple[int, bytes] | None:
+        size, at = _varint(page, at)
+        row_id, at = _varint(page, at)
+        if not 4 <= size <= blob_bytes_max + 4_096:
+            return None
+        local = self._local(size)
+        payload = page[at : at + local]
+        for versions in (True, False):  # overflow pages: the log's, or only the file's
+            whole = payload if local == size else self._follow(payload, page[at + local : at + local + 4], size, versions)
+            blob = None if whole is None else _last_blob(whole)
+            if blob is not None:
+                return row_id, blob
+        return None
+
+    def _local(self, size: int) -> int:
+        """How many bytes of a record are in its leaf."""
+        usable = self._page_bytes
+        if size <= usable - 35:
+            return size
+        least = (usable - 12) * 32 // 255 - 23
+        wanted = least + (size - least) % (usable - 4)
+        return wanted if wanted <= usable - 35 else least
+
+    def _follow(self, payload: bytes, pointer: bytes, size: int, use_log: bool) -> bytes | None:
+        parts, missing = [payload], size - len(payload)
+        number = int.from_bytes(pointer, "big")
+        while missing > 0:
+            page = self._page(number, use_log)
+            if page is None:
+                return None
+            parts.append(page[4 : 4 + min(missing, self._page_bytes - 4)])
+            missing -= len(parts[-1])
+            number = int.from_bytes(page[:4], "big")
+        return b"".join(parts)
+
+    def _page(self, number: int, use_log: bool) -> bytes | None:
+        if use_log and number in self._newest:
+            start = self._newest[number]
+            return bytes(self._log[start : start + self._page_bytes])
+        start = (number - 1) * self._page_bytes
+        return bytes(self._file[start : start + self._page_bytes]) if 0 <= start <= len(self._file) - self._page_bytes else None
+
+
+def _last_blob(record: bytes) -> bytes | None:
+    """The last column of a record, if it is a blob that ends with the record."""
+    head, at = _varint(record, 0)
+    kind = 0
+    while at < min(head, len(record)):
+        kind, at = _varint(record, at)
+    size = (kind - 12) // 2
+    return record[len(record) - size :] if kind >= 12 and kind % 2 == 0 and 0 < size <= len(record) - head else None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for i in range(8):
+        byte = data[at + i] if at + i < len(data) else 0
+        value = (value << 7) | (byte & 0x7F)
+        if byte < 0x80:
+            return value, at + i + 1
+    last = data[at + 8] if at + 8 < len(data) else 0
+    return (value << 8) | last, at + 9

@@ -1,0 +1,298 @@
+"""A damaged buffer file: what can be read goes into a new file, what cannot is named, and the old file is moved aside.
+
+- Blocks keep epoch, lane and sequence: one that the lake has already is a copy there. Whether a block was settled is taken from
+  the old tables where they can still be read; else it is sent again.
+- Sequences and ordinals go on SKIP higher, so that no name is ever given to two blocks. The names in between are a row
+  of the loss ledger like the blocks that are missing.
+- The rows of the ledger lie in the new file (`meta`, key `owed`) until the buffer has sealed them: a crash in between loses none.
+- The new file takes the old one's place in one rename. The newest ASIDE_MAX old files stay, for `fenceline import-buffer`.
+- If the disk has no room for the copy, the new buffer starts empty, and the ledger says which file holds the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
+from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.contract.topics import check_lane, check_name
+from edge_agent.core.carve import carve, page_bytes_of
+from edge_agent.core.ledger import Loss, coalesce
+from edge_agent.opening import last_ordinal
+from edge_agent.sealed import Keys, is_stored_block, open_stored, stored_header
+from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
+
+log = logging.getLogger(__name__)
+
+SKIP = 2**20
+ASIDE_MAX = 2
+UNKNOWN_STREAM = "unknown"
+OWED = "owed"
+_BATCH = 256
+_NAN = float("nan")
+
+
+@dataclass
+class _Old:
+    """What the old tables still say: epoch, numbers, and of each block whether it was settled."""
+
+    epoch: str | None = None
+    lanes: dict[str, int] = field(default_factory=dict)
+    streams: dict[str, int] = field(default_factory=dict)
+    fixes: list[tuple[int, str]] = field(default_factory=list)
+    places: dict[tuple[str, int], tuple[str, int, int, int, bool]] | None = None  # stream, rows, first and last time, settled
+
+
+@dataclass
+class _New:
+    """The numbers of the new file, as it fills."""
+
+    epoch: str | None = None
+    shelves: dict[tuple[str, str], int] = field(default_factory=dict)
+    found: set[tuple[str, int]] = field(default_factory=set)
+    next_id: int = 1
+    lanes: dict[str, int] = field(default_factory=dict)
+    ordinals: dict[str, int] = field(default_factory=dict)
+    held: Counter[str] = field(default_factory=Counter)
+
+
+def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str) -> None:
+    """Put a new file in the place of the damaged one at `path`; nobody may have it open.
+
+    Raises:
+        ConfigError: blocks are sealed under a key that is not here. Nothing was changed.
+        DiskError, BufferFullError: the disk takes no new file. Nothing was changed.
+    """
+    new_path = path.with_name(f"{path.name}.new")
+    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    log.error("buffer damaged path=%s error=%s moved_to=%s", path, cause, aside)
+    with translated("salvaged"):
+        old = _read_old(path, vfs)
+        try:
+            new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=True)
+        except BufferFullError as e:
+            log.error("buffer not copied, no room error=%s left_in=%s", e, aside)
+            new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=False)
+        path.rename(aside)
+        _take_place(path, new_path, aside)
+        _forget_old_files(path)
+    log.warning("buffer salvaged blocks=%s lanes=%s epoch=%s", len(new.found), len(new.lanes), new.epoch)
+
+
+def resume(path: Path) -> None:
+    """Finish a salvage that was cut off when the old file was aside already; else throw its new file away."""
+    new_path = path.with_name(f"{path.name}.new")
+    with translated("salvaged"):
+        if new_path.exists() and not path.exists():
+            _take_place(path, new_path, _old_files(path)[-1])
+        _remove(new_path)
+
+
+def _take_place(path: Path, new_path: Path, aside: Path) -> None:
+    """The old file is aside: its log must follow before the new file comes, or SQLite would take it for the new one's."""
+    for suffix in ("-wal", "-shm"):
+        part = path.with_name(path.name + suffix)
+        if part.exists():
+            part.rename(aside.with_name(aside.name + suffix))
+    new_path.rename(path)
+    sync_directory(path.parent)
+
+
+def _build(
+    path: Path,
+    new_path: Path,
+    device: str,
+    keys: Keys | None,
+    old: _Old,
+    aside: Path,
+    log_bytes_max: int,
+    vfs: str | None,
+    *,
+    copy: bool,
+) -> _New:
+    _remove(new_path)
+    store, _ = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs)
+    try:
+        new = _New(old.epoch)
+        if copy:
+            for batch in _batches(_blocks(path, device, keys)):
+                with store.transaction():
+                    for number, stored, header, ordinal in batch:
+                        _insert(store, new, old, number, stored, header, ordinal)
+                if store.log_due():
+                    store.checkpoint()
+        now_us = time.time_ns() // 1_000
+        with store.transaction():
+            _finish(store, new, old, now_us, f"in {aside.name}" if copy else f"all that was waiting is in {aside.name}")
+        store.close()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the error under way says why
+            store.close(checkpoint=False)
+        _remove(new_path)
+        raise
+    return new
+
+
+def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, bytes, BlockHeader, int]]:
+    """Every whole block of this device in a file and its log: number, stored bytes, header, last ordinal."""
+    log_file = log_path(path)
+    with _mapped(path) as file, _mapped(log_file) as write_ahead:
+        page_bytes = page_bytes_of(file, PAGE_BYTES)
+        for number, stored in carve(file, write_ahead, page_bytes, 2 * BLOCK_BYTES_MAX):
+            if not is_stored_block(stored):
+                continue
+            try:
+                header, table = decode_block(open_stored(stored, keys))
+                ordinal = last_ordinal(table)
+            except ContractError:  # damaged: it is counted as missing
+                continue
+            if header.device == device:
+                yield number, stored, header, ordinal
+
+
+def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, header: BlockHeader, ordinal: int) -> None:
+    new.epoch = new.epoch or header.epoch
+    name = (header.lane, header.sequence)
+    if header.epoch != new.epoch or name in new.found:
+        return
+    new.found.add(name)
+    shelf = new.shelves.setdefault((header.lane, header.stream), len(new.shelves) + 1)
+    known = (old.places or {}).get(name)
+    settled = SETTLED if known is not None and known[4] else 0
+    new.next_id = max(new.next_id, number + 1)
+    taken = bool(store.execute("SELECT 1 FROM blocks WHERE id = ?", (number,)))
+    block_id = new.next_id if taken else number
+    new.next_id = max(new.next_id, block_id + 1)
+    place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
+    store.execute("INSERT INTO blocks VALUES (?, ?)", (block_id, stored))
+    store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
+    new.held[header.lane] += 1
+    new.lanes[header.lane] = max(new.lanes.get(header.lane, 0), header.sequence)
+    new.ordinals[header.stream] = max(new.ordinals.get(header.stream, 0), ordinal + 1)
+
+
+def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> None:
+    """Numbers, names and the ledger's rows."""
+    if new.epoch is None:
+        return  # nothing to go on from: a new epoch begins, and no name can be used twice
+    losses = []
+    for lane in sorted(new.lanes.keys() | old.lanes.keys()):
+        last = max(new.lanes.get(lane, 0), old.lanes.get(lane, 0))
+        losses += _missing(new, old, lane, now_us, detail)
+        losses.append(skipped(new.epoch, lane, last, now_us, detail))
+        store.execute("INSERT INTO lanes VALUES (?, ?, ?)", (lane, last + SKIP, last + SKIP - new.held[lane]))
+    for stream in sorted(new.ordinals.keys() | old.streams.keys()):
+        ordinal = max(new.ordinals.get(stream, 0), old.streams.get(stream, 0))
+        store.execute("INSERT INTO streams VALUES (?, ?)", (stream, ordinal + SKIP))
+    store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
+    store.execute_many("INSERT INTO fixes VALUES (?, ?)", list(old.fixes))
+    store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
+    store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.json.encode(coalesce(losses)).decode()))
+
+
+def skipped(epoch: str, lane: str, last: int, now_us: int, detail: str) -> Loss:
+    """The row for names that are not given out, because they may be in use already."""
+    return Loss(now_us, UNKNOWN_STREAM, epoch, lane, last + 1, last + SKIP, SKIP, _NAN, _NAN, _NAN, Reason.DAMAGED, f"names skipped; {detail}")
+
+
+def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[Loss]:
+    """The blocks of a lane that should be there: by the old places, or else every hole between those that were found."""
+    epoch = str(new.epoch)
+    if old.places is not None:
+        gone = [(n, p) for (name, n), p in old.places.items() if name == lane and not p[4] and (name, n) not in new.found]
+        return [Loss(now_us, p[0], epoch, lane, n, n, 1, p[1], p[2], p[3], Reason.DAMAGED, detail) for n, p in gone]
+    found = sorted(n for name, n in new.found if name == lane)
+    holes = [(a + 1, b - 1) for a, b in zip(found, found[1:], strict=False) if b > a + 1]
+    return [Loss(now_us, UNKNOWN_STREAM, epoch, lane, a, b, b - a + 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail) for a, b in holes]
+
+
+def _read_old(path: Path, vfs: str | None) -> _Old:
+    """What SQLite itself can still read; the file is not changed by it, except for its log."""
+    old = _Old()
+    try:
+        db = apsw.Connection(str(path), vfs=vfs)
+    except apsw.Error:
+        return old
+    try:
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+        db.pragma("wal_autocheckpoint", 0)
+        for read in (_read_epoch, _read_numbers, _read_fixes, _read_places):
+            with contextlib.suppress(apsw.Error, ContractError, TypeError, ValueError):  # as far as it goes
+                read(db, old)
+    finally:
+        db.close()
+    return old
+
+
+def _read_epoch(db: apsw.Connection, old: _Old) -> None:
+    epoch = db.execute("SELECT value FROM meta WHERE key = 'epoch'").get
+    if isinstance(epoch, str) and len(epoch) == 16 and int(epoch, 16) >= 0:
+        old.epoch = epoch
+
+
+def _read_numbers(db: apsw.Connection, old: _Old) -> None:
+    for lane, last in db.execute("SELECT lane, last_sequence FROM lanes").fetchall():
+        old.lanes[check_lane(lane)] = min(max(0, int(last)), 2**52)
+    for stream, ordinal in db.execute("SELECT stream, next_ordinal FROM streams").fetchall():
+        old.streams[check_name(stream, "stream")] = min(max(0, int(ordinal)), 2**52)
+
+
+def _read_fixes(db: apsw.Connection, old: _Old) -> None:
+    old.fixes = [(int(t), check_lane(lane)) for t, lane in db.execute("SELECT time_us, lane FROM fixes").fetchall()]
+
+
+def _read_places(db: apsw.Connection, old: _Old) -> None:
+    query = "SELECT s.lane, s.stream, p.sequence, p.rows, p.first_us, p.last_us, p.settled = ? FROM places p JOIN shelves s USING (shelf)"
+    places = {}
+    for lane, stream, sequence, rows, first_us, last_us, settled in db.execute(query, (SETTLED,)):
+        places[check_lane(lane), int(sequence)] = (check_name(stream, "stream"), int(rows), int(first_us), int(last_us), bool(settled))
+    for (start,) in db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,)):
+        with contextlib.suppress(ContractError):
+            h = stored_header(start)
+            places.setdefault((h.lane, h.sequence), (h.stream, h.rows, h.first_us, h.last_us, False))
+    old.places = places
+
+
+def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) >= _BATCH:
+            yield batch
+            batch = []
+    yield batch
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[bytes | memoryview]:
+    if not path.exists() or path.stat().st_size == 0:
+        yield b""
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+        yield view
+
+
+def _remove(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def _old_files(path: Path) -> list[Path]:
+    return sorted(p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm")))
+
+
+def _forget_old_files(path: Path) -> None:
+    for aside in _old_files(path)[:-ASIDE_MAX]:
+        log.warning("damaged buffer removed path=%s", aside)
+        _remove(aside)

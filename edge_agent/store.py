@@ -1,0 +1,248 @@
+"""The buffer's file: SQLite in WAL mode with synchronous=FULL, one connection that writes and one that reads.
+
+- Pages are PAGE_BYTES small. A commit writes whole pages to the log and a checkpoint writes them again, so small pages are what
+  keeps the bytes written per byte stored near two (flash wears by the byte; see docs/decisions/0011-small-pages.md).
+- The log is brought into the file (`checkpoint`) when it has passed `log_bytes_max`; the pages of what was deleted are used again,
+  so the file never grows beyond what it held at its fullest.
+- Errors are sorted: BufferFullError (no room on the disk), DiskError (I/O failed: what was written is not to be trusted; `close`, then
+  open again with `suspect=True`), DamagedError (the file holds something else than was written: salvage it). After a DiskError or a
+  DamagedError this object is used for nothing but `close`.
+- Opening a suspect file checkpoints it: every page goes to the disk once more, and frames that never arrived fail their checksum.
+
+Tables, for those who read the file (edge-agent fsck, export, import):
+
+- `blocks(id, block)`: blocks in the order stored, sealed or not (edge_agent.sealed). They say themselves what they are.
+- `places`: where blocks are, by shelf (lane and stream) and sequence. It lags behind: the newest up to TAIL_BLOCKS_MAX blocks
+  have no place yet, their headers are read instead. `settled` is 0, or SETTLED for a block that the lake holds (kept as history).
+- `lanes`: the last sequence given out, and how many sequences of the lane are `gone` from the file (settled, evicted, damaged,
+  skipped): last_sequence - gone = blocks of the lane in the file. `streams`: the next ordinal. Both lag behind like `places`.
+- `damaged`: the newest blocks that were found damaged, as far as they could be read. `meta`: the epoch, counters. `fixes`: positions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from edge_agent.contract.errors import UnavailableError
+
+PAGE_BYTES = 512
+TAIL_BLOCKS_MAX = 64
+SETTLED = 23_159  # not 1: one flipped bit must not turn a waiting block into a settled one
+LOG_BYTES_MAX = 8 * 1024 * 1024
+LOG_BYTES_MIN = 64 * 1024
+BUSY_MS = 5_000
+
+SCHEMA = (
+    "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE lanes (lane TEXT PRIMARY KEY, last_sequence INTEGER NOT NULL, gone INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE streams (stream TEXT PRIMARY KEY, next_ordinal INTEGER NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE shelves (shelf INTEGER PRIMARY KEY, lane TEXT NOT NULL, stream TEXT NOT NULL)",
+    "CREATE TABLE fixes (time_us INTEGER PRIMARY KEY, lane TEXT NOT NULL)",
+    "CREATE TABLE places (shelf INTEGER, sequence INTEGER, id INTEGER NOT NULL, rows INTEGER NOT NULL, bytes INTEGER NOT NULL,"
+    " last_ordinal INTEGER NOT NULL, first_us INTEGER NOT NULL, last_us INTEGER NOT NULL, stored_us INTEGER NOT NULL,"
+    " settled INTEGER NOT NULL, PRIMARY KEY (shelf, sequence)) WITHOUT ROWID",
+    "CREATE TABLE damaged (id INTEGER PRIMARY KEY, lane TEXT, stream TEXT, sequence INTEGER, rows INTEGER, found_us INTEGER, block BLOB)",
+    "CREATE TABLE blocks (id INTEGER PRIMARY KEY, block BLOB NOT NULL)",
+)
+
+
+class BufferFullError(UnavailableError):
+    """No room: acknowledge nothing, and try again when receipts have freed some."""
+
+
+class DiskError(UnavailableError):
+    """The disk failed: nothing of this call may be acknowledged, and the file must be opened again before it is used."""
+
+
+class DamagedError(UnavailableError):
+    """The file holds something else than was written: what can be read must be salvaged."""
+
+
+class Store:
+    """An open buffer file; see the module's rules. Made by `open_store`."""
+
+    def __init__(self, path: Path, writer: apsw.Connection, reader: apsw.Connection, log_bytes_max: int) -> None:
+        self.path, self._writer, self._reader = path, writer, reader
+        self._log_bytes_max = log_bytes_max
+        self._read_lock = threading.Lock()
+        self._durable = True
+        self._log_pages = 0
+        writer.set_wal_hook(self._note_log)
+
+    def close(self, *, checkpoint: bool = True) -> None:
+        """Close both connections. `checkpoint=False` leaves the file and its log as they are."""
+        with self._read_lock, translated("closed"):
+            self._writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, not checkpoint)
+            self._reader.close()
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def transaction(self, *, durable: bool = True) -> Iterator[None]:
+        """One transaction, on disk when this returns. `durable=False`: a power cut may undo it (for what can be had again)."""
+        writer = self._writer
+        with translated("written"):
+            if durable is not self._durable:
+                writer.pragma("synchronous", "full" if durable else "normal")
+                self._durable = durable
+            writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                writer.execute("COMMIT")
+            finally:
+                if writer.in_transaction:
+                    writer.execute("ROLLBACK")
+
+    def execute(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Read on the writing connection: what the running transaction has done is seen."""
+        with translated("read"):
+            return self._writer.execute(query, values).fetchall()
+
+    def execute_many(self, query: str, rows: list[tuple[Any, ...]]) -> None:
+        """Write several rows in the running transaction."""
+        with translated("written"):
+            self._writer.executemany(query, rows)
+
+    def read(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Read on the other connection; goes on while something is written."""
+        with self._read_lock, translated("read"):
+            return self._reader.execute(query, values).fetchall()
+
+    def log_due(self, factor: float = 1.0) -> bool:
+        """Whether the log has passed its limit `factor` times."""
+        return self._log_pages * (PAGE_BYTES + 24) >= factor * self._log_bytes_max
+
+    def checkpoint(self, *, truncate: bool = False) -> None:
+        """Bring the log into the file; it starts again from its beginning, or as an empty file."""
+        mode = apsw.SQLITE_CHECKPOINT_TRUNCATE if truncate else apsw.SQLITE_CHECKPOINT_PASSIVE
+        with self._read_lock, translated("checkpointed"):  # nobody of ours reads: all of the log can be taken
+            log_pages, done = self._writer.wal_checkpoint(mode=mode)
+            self._log_pages = log_pages - done
+
+    def used_bytes(self) -> int:
+        """Bytes of pages in use, free pages left out."""
+        with translated("read"):
+            return int(self._writer.pragma("page_count") - self._writer.pragma("freelist_count")) * PAGE_BYTES
+
+    def spare_bytes(self) -> int:
+        """Bytes of free pages in the file."""
+        with translated("read"):
+            return int(self._writer.pragma("freelist_count")) * PAGE_BYTES
+
+    def log_bytes(self) -> int:
+        """Size of the log on disk."""
+        with translated("read"):
+            return log_path(self.path).stat().st_size if log_path(self.path).exists() else 0
+
+    def free_bytes(self) -> int:
+        """Bytes that the disk has left for us."""
+        with translated("read"):
+            disk = os.statvfs(self.path.parent)
+        return disk.f_bavail * disk.f_frsize
+
+    def _note_log(self, _connection: apsw.Connection, _database: str, pages: int) -> int:
+        self._log_pages = pages
+        return apsw.SQLITE_OK
+
+
+def log_limit(bytes_max: int) -> int:
+    """How large the log of a buffer of `bytes_max` may become."""
+    return max(LOG_BYTES_MIN, min(LOG_BYTES_MAX, bytes_max // 32))
+
+
+def log_path(path: Path) -> Path:
+    """The write-ahead log beside a file."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False) -> tuple[Store, bool]:
+    """Open or create a buffer file; also says whether its log may have lost commits (see `_cut_short`).
+
+    Raises:
+        DamagedError: it is not a buffer file of this version: salvage it.
+        DiskError: the disk failed.
+        BufferFullError: the disk has no room for an empty one.
+    """
+    with translated("opened"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
+            sync_directory(path.parent)
+        log = log_path(path).read_bytes() if log_path(path).exists() else b""
+        writer = apsw.Connection(str(path), vfs=vfs)
+        try:
+            _set_up(writer, log_bytes_max)
+            reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
+            reader.set_busy_timeout(BUSY_MS)
+            cut_short = _cut_short(log, writer)
+            if suspect or cut_short:
+                writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except BaseException:
+            writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+            writer.close()
+            raise
+    return Store(path, writer, reader, log_bytes_max), cut_short
+
+
+def _set_up(writer: apsw.Connection, log_bytes_max: int) -> None:
+    writer.set_busy_timeout(BUSY_MS)
+    writer.pragma("page_size", PAGE_BYTES)  # of a new file
+    writer.pragma("journal_mode", "wal")
+    writer.pragma("synchronous", "full")
+    writer.pragma("cell_size_check", True)
+    writer.pragma("wal_autocheckpoint", 0)  # its errors would go unseen
+    writer.pragma("journal_size_limit", log_bytes_max)
+    found = [str(sql) for (sql,) in writer.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY rowid")]
+    pages = writer.pragma("page_count")
+    if not found and pages <= 1:
+        writer.execute("BEGIN IMMEDIATE")
+        for statement in SCHEMA:
+            writer.execute(statement)
+        writer.execute("COMMIT")
+    elif found != list(SCHEMA) or writer.pragma("page_size") != PAGE_BYTES:
+        raise DamagedError(f"its tables are not those of this version: {len(found)} tables, pages of {writer.pragma('page_size')} bytes")
+
+
+def _cut_short(log: bytes, writer: apsw.Connection) -> bool:
+    """Whether the log holds commits behind the last frame that SQLite took: a frame before them, or the log's head, is damaged.
+
+    They may have been acknowledged, and sent. Their names must not be given to other blocks. Frames of an earlier round
+    of the log share neither half of its salt.
+    """
+    taken = int(writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)[0])
+    frame_bytes = PAGE_BYTES + 24
+    for start in range(32 + max(0, taken) * frame_bytes, len(log) - 23, frame_bytes):
+        ours = log[start + 8 : start + 12] == log[16:20] or log[start + 12 : start + 16] == log[20:24]
+        if ours and log[start + 4 : start + 8] != bytes(4):  # a commit
+            return True
+    return False
+
+
+def sync_directory(directory: Path) -> None:
+    """See to it that names given in a directory survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def translated(done: str) -> Iterator[None]:
+    """Sort SQLite's errors and the system's by what has to be done; `done` is what could not be done, for the message."""
+    try:
+        yield
+    except apsw.FullError as e:
+        raise BufferFullError(f"no room on the disk: {e}") from e
+    except (apsw.BusyError, apsw.LockedError, apsw.ConnectionClosedError) as e:
+        raise UnavailableError(f"buffer cannot be {done} now: {e}") from e
+    except (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.PermissionsError, apsw.ProtocolError, apsw.NoMemError, OSError) as e:
+        raise DiskError(f"buffer cannot be {done}: {e}") from e
+    except (apsw.Error, UnicodeDecodeError) as e:
+        raise DamagedError(f"buffer cannot be {done}, it is damaged: {e}") from e
