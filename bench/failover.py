@@ -124,7 +124,7 @@ def _report(
         "reading after the fault. lossy: a reading's age at its commit. foreign_only: from the return of an allowed endpoint.",
         "gap: longest time without a commit at the lake. copies: blocks (bridge: readings are stored again) that came more than once.",
         f"lossy: {2 * SLOW_MS:g} ms round trip and {100 * SLOW_LOSS:g} % loss each way, a run is {LOSSY_S:g} s.",
-        f"The standby's subscriber hears of a block {-middle:.2f} ms (at most {-offsets[0]:.2f}) before the device has the PUBACK.",
+        f"Times are a subscriber's at the standby: {middle:+.2f} ms (median; {offsets[0]:+.2f} to {offsets[-1]:+.2f}) after the PUBACK.",
         f"Agent: backoff at most {BACKOFF_S_MAX:g} s, receipts awaited {RECEIPT_TIMEOUT_S:g} s. Bridge: keepalive 5 s, restart after 1 s.",
         f"Brokers {kind}, mTLS. Seed {seed}.",
     ]
@@ -132,7 +132,7 @@ def _report(
         "seed": seed,
         "broker": kind,
         "readings_per_s": RATE,
-        "puback_after_subscriber_ms": {"p50": round(-middle, 3), "max": round(-offsets[0], 3)},
+        "subscriber_after_puback_ms": {"min": round(offsets[0], 3), "p50": round(middle, 3), "max": round(offsets[-1], 3)},
         "faults": {name: series.numbers() for name, series in loaded.items()},
         "idle": {name: series.numbers() for name, series in idle.items()},
         "mosquitto_bridge": {name: series.numbers() for name, series in bridged.items()},

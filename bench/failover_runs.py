@@ -26,6 +26,7 @@ from bench.failover_site import ALLOWED, Site
 RATE = 500.0
 HOLD_S_MAX = 60.0
 AFTER_S = 0.25
+MOVE_S_MAX = 3.0
 IDLE_S = (1.5, 2.1)
 OUTAGE_S = (1.5, 2.5)
 LOSSY_S = 2.0
@@ -113,11 +114,18 @@ class Trial:
             self._sensors.publish()
         try:
             found.first_ms.append((self._first_at(spare, target, struck, mark) - struck) * 1e3)
+            self._hold(target)
             if not idle:
-                time.sleep(AFTER_S)
                 found.gap_ms.append(self._gap_ms(struck))
         finally:
             heal(fault, broker)
+
+    def _hold(self, target: str) -> None:
+        """Let the fault last until the lane has another endpoint, for MOVE_S_MAX at most."""
+        time.sleep(AFTER_S)
+        deadline = time.monotonic() + MOVE_S_MAX
+        while self._forwarder.route()[0] == target and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def _both_gone(self, _fault: str, run: int, found: Series, idle: bool) -> None:
         """Both endpoints of the zone go, and come back."""

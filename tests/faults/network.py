@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import heapq
+import itertools
 import os
 import random
 import re
@@ -43,6 +44,7 @@ _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _PACKET_BYTES_MAX = 65_535
 _READY = "ready"
+_numbers = itertools.count(1)
 _WAIT_S = 10.0
 _TABLE = "inet fenceline"
 _RULES = f"""
@@ -62,7 +64,7 @@ class Network:
 
     def __init__(self) -> None:
         remove_stale()
-        self._prefix = f"{_PREFIX}{os.getpid()}-"
+        self._prefix = f"{_PREFIX}{os.getpid()}-{next(_numbers)}-"
         self._places: dict[str, Place] = {}
         self._slow: list[subprocess.Popen[bytes]] = []
 
