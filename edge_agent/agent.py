@@ -36,6 +36,8 @@ from edge_agent.datapath import DataPath
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
+from edge_agent.node_state import NodeState
+from edge_agent.policy import PolicyStore
 from edge_agent.releases import RepositoryConfig
 from edge_agent.sensors import Sensors
 from edge_agent.status import StatusServer
@@ -68,7 +70,7 @@ class Agent:
         self.metrics = metrics.Metrics()
         self._updater: Updater | None = None
         self._model = UpdaterState()
-        self._report_due = 0.0
+        self._report_due, self._told_policy = 0.0, ""
         self._lane: str | None = None
 
     def run(self) -> int:
@@ -90,6 +92,8 @@ class Agent:
                     if batch is not None:
                         self._path.process(batch)
                         self._stay()
+                    else:
+                        self._path.refresh()
                     self._tick()
             systemd.notify("STOPPING=1")
         log.info("agent stopped device=%s", self._config.device)
@@ -134,6 +138,7 @@ class Agent:
                 zone=self._track.lane_now(),
                 blocks_waiting=sum(s.blocks for s in waiting),
                 readings_stored=self._buffer.readings_stored(),
+                policy=self._fence.policy,
             )
         )
         self.metrics.waiting.clear()  # lanes that have nothing any more
@@ -155,9 +160,11 @@ class Agent:
         )
         stack.callback(self._buffer.close)
         position = settings.position
-        self._track = Track(config.zones, _rules(config), config.fixed, self._buffer.fixes())
+        self._policy = PolicyStore(config.state_dir / "policy")
+        self._track = Track(self._policy.load(config.zones), _rules(config), config.fixed, self._buffer.fixes())
         self._fence = Fence(self._track, _locations(config), self.metrics, self._tell)
-        intake = Intake(config.contracts, position.topic, self._fence, settings.buffer.history_rows)
+        node_state = NodeState(config.state_dir / "sparkplug.state")
+        intake = Intake(config.contracts, position.topic, self._fence, settings.buffer.history_rows, node_state.load())
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
@@ -183,6 +190,7 @@ class Agent:
             metrics=self.metrics,
             tell=self._tell,
             pause=self._pause,
+            node_state=node_state,
         )
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
@@ -205,6 +213,9 @@ class Agent:
             here=self._track.lane_now,
             on_activate=self._active.activate,
             on_report=self._on_model_state,
+            policy=self._policy,
+            on_policy=self._fence.offer,
+            tell=self._tell,
         )
 
     def _stop(self) -> None:
@@ -221,8 +232,8 @@ class Agent:
                 raise UnavailableError(f"{type(part).__name__.lower()} failed: {part.failure!r}")
         systemd.notify("WATCHDOG=1")
         now = time.monotonic()
-        if now >= self._report_due:
-            self._report_due = now + REPORT_S
+        if now >= self._report_due or self._told_policy != self._fence.policy:
+            self._report_due, self._told_policy = now + REPORT_S, self._fence.policy
             self._report()
 
     def _pause(self) -> None:
@@ -252,6 +263,7 @@ class Agent:
             "version": __version__,
             "epoch": self._buffer.epoch,
             "zone": self._track.lane_now(),
+            "policy": {"digest": self._fence.policy, "version": self._policy.ref.version if self._policy.ref else None},
             "sensors": self._sensors.describe(),
             "buffer": {
                 "readings_stored": self._buffer.readings_stored(),

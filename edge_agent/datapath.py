@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,15 @@ import numpy as np
 from edge_agent.active_model import ActiveModel
 from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
 from edge_agent.clock import Clock
-from edge_agent.contract.block import SCORE
-from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.block import BLOCK_BYTES_MAX, ROWS_MAX, SCORE
+from edge_agent.contract.columns import Ints, Strings, Table, take
 from edge_agent.contract.stream import QUARANTINE
 from edge_agent.core.track import Fix, Position
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.metrics import Metrics
 from edge_agent.mqtt.inlet import Batch
+from edge_agent.node_state import NodeState
 from edge_agent.uplink import Uplink
 
 log = logging.getLogger(__name__)
@@ -53,20 +54,26 @@ class DataPath:
     tell: Tell
     pause: Callable[[], None]
     positions: Callable[[], Sequence[Position]] = tuple
+    node_state: NodeState | None = None
 
     def process(self, batch: Batch) -> None:
         """Take one batch all the way; on return its messages are acknowledged."""
         started = time.perf_counter()
-        self.model.swap()
-        self.fence.swap(lambda: [lane.lane for lane in self.buffer.lanes()])
+        self.refresh()
         synced = self.clock.now().synced
         taken = self.intake.take(batch.topics, batch.payloads, batch.received_us, synced=synced, positions=self.positions())
         drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
         drafts += self._quarantine(taken.rejected, batch.received_us)
         stored = self._store(drafts, taken.fixes)
+        self._keep_nodes(taken)
         batch.release()
         self.uplink.offer(stored)
         self._count(batch, taken, stored, time.perf_counter() - started)
+
+    def refresh(self) -> None:
+        """Take a new model or policy; between two batches, and while there are none."""
+        self.model.swap()
+        self.fence.swap(lambda: [lane.lane for lane in self.buffer.lanes()])
 
     def _seal(self, readings: Readings) -> list[Draft]:
         """Score readings and part them by lane."""
@@ -74,8 +81,7 @@ class DataPath:
         table = readings.table if scores is None else {**readings.table, SCORE: scores}
         contract, lanes = readings.contract, readings.lanes
         drafts = []
-        for code in np.unique(lanes.codes).tolist():
-            order = np.flatnonzero(lanes.codes == code)
+        for code, order in _parts(lanes, len(table)):
             part = table if len(order) == len(lanes) else take(table, order)
             event_us = part[contract.event_time]
             assert isinstance(event_us, np.ndarray)
@@ -95,6 +101,14 @@ class DataPath:
                 )
             )
         return drafts
+
+    def _keep_nodes(self, taken: Intaken) -> None:
+        """Keep what Sparkplug nodes said, and say where messages of theirs are missing."""
+        for gap in taken.gaps:
+            log.warning("sparkplug sequence broken %s", gap)
+            self.metrics.gaps.inc()
+        if taken.nodes_heard and self.node_state is not None:
+            self.node_state.save(self.intake.nodes)
 
     def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
         for r in rejected:
@@ -142,3 +156,12 @@ def _text(payload: bytes) -> str:
         return payload.decode()
     except UnicodeDecodeError:
         return "base64:" + base64.b64encode(payload).decode()
+
+
+def _parts(lanes: Strings, columns: int) -> Iterator[tuple[int, Ints]]:
+    """The rows of each lane, in parts that fit a block even where nothing compresses: one Sparkplug message may give many readings."""
+    rows_max = min(ROWS_MAX, BLOCK_BYTES_MAX // 8 // (columns + 2))
+    for code in np.unique(lanes.codes).tolist():
+        order = np.flatnonzero(lanes.codes == code)
+        for start in range(0, len(order), rows_max):
+            yield code, order[start : start + rows_max]

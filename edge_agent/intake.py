@@ -72,6 +72,7 @@ class Intaken:
     rejected: list[Rejected] = field(default_factory=list)
     redelivered: dict[str, int] = field(default_factory=dict)
     gaps: list[str] = field(default_factory=list)
+    nodes_heard: bool = False
 
 
 class Intake:
@@ -180,6 +181,7 @@ class Intake:
             return {}
         heard = {i: hear(self.nodes, topic, payloads[i]) for i, topic in enumerate(topics) if is_sparkplug(topic)}
         out.gaps, self.nodes.gaps = self.nodes.gaps, []
+        out.nodes_heard = bool(heard)
         return heard
 
     def _decode(
@@ -205,7 +207,8 @@ class Intake:
         contract = self._contracts[stream]
         valid, out_of_range = validate(contract, decoded.table)
         rejects = [(rows[r.index], r.reason, r.detail) for r in decoded.rejects]
-        rejects += [(rows[int(decoded.rows[r.index])], r.reason, r.detail) for r in out_of_range]
+        first = {int(decoded.rows[r.index]): r for r in reversed(out_of_range)}  # one reject each, though a payload may give many rows
+        rejects += [(rows[i], r.reason, r.detail) for i, r in first.items()]
         table = take(decoded.table, valid)
         if stream in self._recent:
             table = self._drop_redelivered(stream, table, out)

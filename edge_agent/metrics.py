@@ -20,6 +20,7 @@ class Metrics:
         self.redelivered = Counter("fenceline_readings_redelivered_total", "Readings dropped: stored before.", ["stream"], registry=r)
         self.rejected = Counter("fenceline_readings_rejected_total", "Payloads sent to quarantine.", ["reason"], registry=r)
         self.positions_refused = Counter("fenceline_positions_refused_total", "Positions that were not believed.", ["reason"], registry=r)
+        self.gaps = Counter("fenceline_sparkplug_gaps_total", "Times that messages of a Sparkplug node were missing.", registry=r)
         self.scored = Counter("fenceline_readings_scored_total", "Readings scored by the model.", ["stream"], registry=r)
         self.model_failures = Counter("fenceline_model_failures_total", "Failures of the model worker.", ["reason"], registry=r)
         self.block_bytes = Counter("fenceline_block_bytes_total", "Bytes of sealed blocks.", ["stream"], registry=r)

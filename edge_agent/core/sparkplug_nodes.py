@@ -11,7 +11,8 @@
   broker may send the will of a lost connection after the birth of the next.
 - Limits: NODES_MAX nodes, METRICS_MAX metrics over all of them. A birth beyond them is refused as `oversize`.
 
-The state is explicit: `dump` and `Nodes(state)` carry it over a restart, `state` is all there is.
+The state is explicit: `state` is all there is. `births` and `counters` are its slow and its fast part as bytes, `restore` puts them
+together again after a restart.
 """
 
 from __future__ import annotations
@@ -83,12 +84,13 @@ class Heard:
 class Nodes:
     """See the module's rules. All messages of all nodes come here, in the order received.
 
-    `gaps` tells people where messages are missing, one text each; the caller empties it.
+    `gaps` tells people where messages are missing, one text each; the caller empties it. `revision` rises whenever births change.
     """
 
     def __init__(self, state: State | None = None) -> None:
         self.state: State = {} if state is None else state
         self.gaps: list[str] = []
+        self.revision = 0
 
     def hear(self, topic: str, data: bytes, bytes_max: int) -> Heard:
         """Take the next message.
@@ -100,6 +102,7 @@ class Nodes:
         if max(map(len, (address.group, address.node, address.device))) > NAME_CHARACTERS_MAX:
             raise PayloadError(Reason.OVERSIZE, f"a level of the topic has more than {NAME_CHARACTERS_MAX} characters")
         key = f"{address.group}/{address.node}"
+        self.revision += address.kind not in (Kind.NDATA, Kind.DDATA)
         try:
             return self._hear(address, key, data, bytes_max)
         except PayloadError:
@@ -177,6 +180,7 @@ class Nodes:
         node.sequence, node.at_ms = sequence, max(at_ms, node.at_ms)
         if sequence == expected:
             return False
+        self.revision += 1
         for birth in node.births.values():
             birth.sure = False
         self.gaps.append(f"node {shown(key)}: message {expected} expected, {sequence} came; metrics by alias wait for a rebirth")
@@ -245,19 +249,36 @@ def _time(time_ms: int | None, whose: str) -> int:
     return time_ms
 
 
+class _Counter(msgspec.Struct, array_like=True):
+    """How far a node has counted."""
+
+    sequence: int
+    at_ms: int
+
+
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(State).decode
+_decode_births = msgspec.msgpack.Decoder(State).decode
+_decode_counters = msgspec.msgpack.Decoder(dict[str, _Counter]).decode
 
 
-def dump(nodes: Nodes) -> bytes:
-    """The state, to be kept over a restart."""
+def births(nodes: Nodes) -> bytes:
+    """What changes with `revision`."""
     return _encode(nodes.state)
 
 
-def load(data: bytes) -> Nodes:
-    """Nodes as `dump` left them.
+def counters(nodes: Nodes) -> bytes:
+    """What changes with every message."""
+    return _encode({key: _Counter(n.sequence, n.at_ms) for key, n in nodes.state.items()})
+
+
+def restore(births: bytes, counters: bytes) -> Nodes:
+    """Nodes as they were.
 
     Raises:
-        msgspec.MsgspecError: the bytes are no state.
+        msgspec.MsgspecError: the bytes are not theirs.
     """
-    return Nodes(_decode(data))
+    nodes = Nodes(_decode_births(births))
+    for key, counter in _decode_counters(counters).items():
+        if key in nodes.state:
+            nodes.state[key].sequence, nodes.state[key].at_ms = counter.sequence, counter.at_ms
+    return nodes
