@@ -339,7 +339,7 @@ class Uplink:
         link.close()
         del self._links[link.name]
         self._connected.pop(link.name, None)
-        self._outbox.lost(link.name, self._clock())
+        self._outbox.lost(link.name)
         self._notices.lost(link.name)
 
     # What is done about it.
@@ -363,8 +363,10 @@ class Uplink:
                 reason = f"silent for {self._outbox.silent_s(name, now):.2f} s while another endpoint answers"
                 log.warning("endpoint suspected endpoint=%s reason=%s", name, reason)
                 self._router.suspect(name, now, reason)
+                self._outbox.suspected(name)
         for name in self._outbox.dead(now):
             link, reason = self._links[name], f"no PUBACK for {self._outbox.silent_s(name, now):.1f} s"
+            self._outbox.given_up(name)
             link.abort(reason)
             self._lose(link, reason)
 

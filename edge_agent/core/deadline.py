@@ -3,6 +3,7 @@
 - Deadline: SRTT + 4 RTTVAR, at least `floor_s`, at most `ceiling_s`; `first_s` before the first answer.
 - Karn's rule is met by construction: a block that goes again is a new message with an id of its own, so that every answer
   belongs to one sending. A late answer is therefore a sample too, and the deadline follows a link that becomes slow.
+- One sample per round trip (core.pipe sees to it): a hundred answers after one gap are one late answer.
 - Size takes time. Round trips are those of the usual number of bytes under way; more bytes than usual get twice the time that
   they take at the best rate seen of late. So a large block on a slow link is not late, and a small one is not waited for.
 - Silence is judged by the worst round trip of late (`peak_s`, halved every minute): TCP sends a lost packet again after 200 ms
@@ -24,6 +25,7 @@ ALPHA, BETA, K = 1 / 8, 1 / 4, 4  # RFC 6298, 2.3
 PEAK_HALF_LIFE_S = 60.0
 RATE_HALF_LIFE_S = 30.0
 RATE_FIRST = 100_000.0  # bytes/s, before any was seen
+PATIENCE_MAX = 16.0
 MIN_LEAK = 1 / 64  # the least round trip rises by this share of the difference per sample: routes change
 
 
@@ -52,6 +54,7 @@ class RoundTrips:
         self._usual_bytes = 0.0
         self._peak_s, self._peak_at = 0.0, 0.0
         self._rate, self._rate_at = RATE_FIRST, 0.0
+        self._patience = 1.0
 
     def answered(self, waited_s: float, ahead_bytes: int, answered_bytes: int, now: float) -> None:
         """A message was answered after `waited_s`. When it was sent, `ahead_bytes` were under way, itself among them;
@@ -63,15 +66,19 @@ class RoundTrips:
             self.srtt_s += ALPHA * (waited_s - self.srtt_s)
             self._usual_bytes += ALPHA * (ahead_bytes - self._usual_bytes)
             self._min_s = min(waited_s, self._min_s + MIN_LEAK * (waited_s - self._min_s))
-        self.waited(waited_s, now)
+        if waited_s >= self.peak_s(now):
+            self._peak_s, self._peak_at = waited_s, now
         rate = answered_bytes / max(waited_s, 1e-6)
         if rate >= self._rate_now(now):
             self._rate, self._rate_at = rate, now
 
-    def waited(self, silence_s: float, now: float) -> None:
-        """An answer took, or has not come for, so long."""
-        if silence_s >= self.peak_s(now):
-            self._peak_s, self._peak_at = silence_s, now
+    def given_up(self) -> None:
+        """A silent connection was given up. If it was slow and not dead, the next one has twice the time."""
+        self._patience = min(PATIENCE_MAX, 2 * self._patience)
+
+    def block_answered(self) -> None:
+        """There is progress."""
+        self._patience = max(1.0, self._patience / 2)
 
     def peak_s(self, now: float) -> float:
         """The worst round trip of late."""
@@ -93,7 +100,7 @@ class RoundTrips:
         """After this silence the connection is given up."""
         limits = self._limits
         least_s = limits.dead_s if self.srtt_s is not None else limits.unknown_dead_s
-        return max(least_s, limits.dead_peaks * self.peak_s(now)) + 2 * self._extra_s(ahead_bytes)
+        return self._patience * (max(least_s, limits.dead_peaks * self.peak_s(now)) + 2 * self._extra_s(ahead_bytes))
 
     def window_bytes(self, queue_s: float, now: float) -> float:
         """So many bytes under way fill the link and wait no longer than `queue_s` in its queues."""

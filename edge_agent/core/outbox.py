@@ -229,12 +229,21 @@ class Outbox(Generic[B]):
             self._acked_block(*message.key, endpoint, now)
         return True
 
-    def lost(self, endpoint: str, now: float = 0.0) -> None:
+    def lost(self, endpoint: str) -> None:
         """The link is gone: what it had not acknowledged goes elsewhere, first of all."""
         pipe = self._pipes.pop(endpoint, None)
         if pipe is not None:
-            pipe.trips.waited(pipe.silent_s(now), now)
             self._requeue(endpoint, pipe.messages.values())
+
+    def given_up(self, endpoint: str) -> None:
+        """The link is cut because it is silent; `lost` follows."""
+        self.trips(endpoint).given_up()
+
+    def suspected(self, endpoint: str) -> None:
+        """The endpoint is a suspect now."""
+        pipe = self._pipes.get(endpoint)
+        if pipe is not None:
+            pipe.void()
 
     def leave(self, endpoint: str, lane: str) -> None:
         """A lane leaves a suspect: the same for its blocks, but an answer that still comes counts."""

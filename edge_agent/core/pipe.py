@@ -3,6 +3,7 @@
 A state machine without clock or network: times are arguments (seconds, monotonic).
 
 - Every message has a deadline from the moment it is sent (core.deadline).
+- One round trip gives one sample: that of a message sent after the last one. A silence that made the endpoint suspect gives none.
 - An endpoint is silent while something waits for its answer and none comes; an idle one is asked by a heartbeat.
 - `excuse`: time in which this process itself did not run counts against nobody.
 """
@@ -21,7 +22,7 @@ INFINITY = float("inf")
 @dataclass(slots=True)
 class Message:
     """A message under way. `key` names its block (lane, sequence), None for a heartbeat; `late_at` is its deadline, infinite once it
-    was dealt with."""
+    was dealt with; `void`: its answer says nothing about round trips."""
 
     key: tuple[str, int] | None
     size: int
@@ -29,6 +30,7 @@ class Message:
     late_at: float
     ahead_bytes: int
     answered_before: int
+    void: bool = False
 
 
 class Pipe:
@@ -40,7 +42,7 @@ class Pipe:
         self.blocks = self.bytes = 0
         self._answered_bytes = 0
         self._sent_at = self._heard_at = now
-        self._excused_at = -INFINITY
+        self._excused_at = self._sampled_at = -INFINITY
         self._late_at = INFINITY  # no message is late before
         self.answered_sent_at = -INFINITY  # when the newest answered message was sent
 
@@ -63,9 +65,18 @@ class Pipe:
         self._answered_bytes += message.size
         self._heard_at = now
         self.answered_sent_at = max(self.answered_sent_at, message.sent_at)
-        waited_s = max(0.0, now - message.sent_at)
-        self.trips.answered(waited_s, message.ahead_bytes, self._answered_bytes - message.answered_before, now)
+        if message.key is not None:
+            self.trips.block_answered()
+        if message.sent_at >= self._sampled_at and not message.void:
+            self._sampled_at = now
+            answered_bytes = self._answered_bytes - message.answered_before
+            self.trips.answered(max(0.0, now - message.sent_at), message.ahead_bytes, answered_bytes, now)
         return message
+
+    def void(self) -> None:
+        """The endpoint is suspected: what it owes says nothing about round trips, should it answer after all."""
+        for message in self.messages.values():
+            message.void = True
 
     def late(self, now: float) -> Iterator[Message]:
         """Messages past their deadline that nobody has dealt with, the oldest first."""
