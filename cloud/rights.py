@@ -1,8 +1,8 @@
 """Rights on a region's broker: a device writes under its own name only, and only in lanes that this region may hold.
 
-- The lanes of a region are its zones, and the joins of up to ZONES_PER_LANE_MAX of them that an uncertain fix may lie in: zones that are
-  no more than NEAR_DEGREES apart. A lane with one foreign zone in it is not among them. MQTT and NATS have no wildcard for "zones of
-  this region", so the lanes are written out one by one.
+- The lanes of a region are its zones and the joins of them: a fix may be uncertain, or doubted, between any of them. A lane with one
+  foreign zone in it is not among them. MQTT and NATS have no wildcard for "zones of this region", so the lanes are written out
+  one by one: all joins of up to 12 zones, of more zones the joins of few (three of 27), so that they are LANES_MAX at most.
 - A publish to another topic is dropped by the broker. On MQTT 3.1.1 it is acknowledged all the same: the device finds out because no
   receipt comes, and the block waits on its disk.
 - Ingest checks every block again (gate.py): rights are the first fence, not the only one.
@@ -14,46 +14,37 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
-
-from shapely import affinity
-from shapely.geometry.base import BaseGeometry
 
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.topics import ALL_BLOCKS, ALL_EVENTS, ALL_REPORTED, PREFIX, Kind
-from edge_agent.core.zones import Zone, Zones
+from edge_agent.core.zones import Zones
 
-ZONES_PER_LANE_MAX = 4
-NEAR_DEGREES = 5.0
 LANES_MAX = 4_096
 CLOUD = ("ingest-1", "control-1")
 """Certificates of the cloud. One for each process: a client id is one session."""
-TURN_DEGREES = 360.0
-_MAY_WRITE = (Kind.REPORTED, Kind.EVENTS)
+_MAY_WRITE = (Kind.REPORTED, Kind.EVENTS, Kind.BEAT)
 _MAY_READ = (Kind.RECEIPTS, Kind.DESIRED)
 
 
 def lanes_of(zones: Zones, region: str) -> tuple[str, ...]:
-    """The lanes that may be sent to `region`, in order.
+    """The lanes that may be sent to `region`: single zones first, then ever wider joins.
 
     Raises:
-        ConfigError: no zone allows the region, or there are more than LANES_MAX lanes.
+        ConfigError: no zone allows the region.
     """
-    own = sorted((z for z in zones.zones if region in z.endpoints), key=lambda z: z.name)
+    own = sorted(z.name for z in zones.zones if region in z.endpoints)
     if not own:
         known = ", ".join(sorted({e for z in zones.zones for e in z.endpoints}))
         raise ConfigError(f"no zone allows the region {region!r}; zones.geojson names {known or 'no region'}")
-    near = {z.name: {o.name for o in own if o.name > z.name and _near(z, o)} for z in own}
-    wider: list[tuple[str, ...]] = [(z.name,) for z in own]
-    lanes = wider
-    for _ in range(1, ZONES_PER_LANE_MAX):
-        wider = [(*lane, name) for lane in wider for name in sorted(set.intersection(*(near[part] for part in lane)))]
-        lanes = [*lanes, *wider]
-        if len(lanes) > LANES_MAX:
-            raise ConfigError(
-                f"region {region!r} would have more than {LANES_MAX} lanes; draw fewer zones, or share them out to more regions"
-            )
-    return tuple("_".join(lane) for lane in lanes)
+    lanes: list[str] = []
+    for width in range(1, len(own) + 1):
+        if len(lanes) + math.comb(len(own), width) > LANES_MAX:
+            break
+        lanes += map("_".join, itertools.combinations(own, width))
+    return tuple(lanes)
 
 
 def device_writes(device: str, lanes: Iterable[str]) -> list[str]:
@@ -80,12 +71,3 @@ def mosquitto_acl(zones: Zones, region: str, cloud: Sequence[str]) -> str:
         lines += [f"topic read {f}" for f in (ALL_BLOCKS, ALL_REPORTED, ALL_EVENTS)]
         lines += [f"topic write {PREFIX}/+/{kind}" for kind in (*_MAY_READ, Kind.EVENTS)]
     return "\n".join([*lines, ""])
-
-
-def _near(one: Zone, other: Zone) -> bool:
-    """Whether a fix may lie in both; the map is a cylinder, so its edges meet."""
-    return any(_apart(one.area, other.area, turn) <= NEAR_DEGREES for turn in (-TURN_DEGREES, 0.0, TURN_DEGREES))
-
-
-def _apart(one: BaseGeometry, other: BaseGeometry, turn: float) -> float:
-    return float(one.distance(affinity.translate(other, turn)))

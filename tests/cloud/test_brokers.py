@@ -61,7 +61,7 @@ def test_a_device_writes_only_under_its_name_and_only_in_lanes_of_the_region(set
     cloud = connect(settings, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER))
     device = connect(settings, "plane-01", PASSWORDS["plane-01"])
     own, other = DeviceTopics("plane-01"), DeviceTopics("plane-02")
-    good = [own.up("europe", "turbofan"), own.up("atlantic_europe", "losses"), own.reported, own.events]
+    good = [own.up("europe", "turbofan"), own.up("atlantic_europe", "losses"), own.reported, own.beat, own.events]
     bad = [own.up("united-states", "turbofan"), own.up("atlantic_united-states", "turbofan"), own.up("nowhere", "turbofan")]
     bad += [own.receipts, own.desired, *(other.up("europe", "turbofan"), other.reported, other.events)]
     topics, done = collect(cloud, "fenceline/v1/#", last=own.events)
