@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECV_BYTES = 256 * 1024
+SEND_BUFFER_BYTES = 64 * 1024  # in the kernel, for acknowledgements
 BACKLOG = 512
 ACCEPTS_MAX = 64  # per round, so that who is here already is served too
 IDLE_S_MAX = 60.0
@@ -132,6 +133,7 @@ class Listener:
         try:
             family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
             self._server = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+            self._server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by every connection
         except OSError as e:
             if e.errno == errno.EADDRNOTAVAIL:
                 raise UnavailableError(f"sensors.listen {config.host}:{config.port}: {e.strerror}; is the network up?") from e
@@ -389,6 +391,8 @@ class Listener:
             peer.owe(len(cut.acks) // 4, size)
         for packet in cut.packets:
             self._on_packet(peer, packet)
+        if peer.state is State.OPEN:
+            peer.flush()
         self._attend(peer)
         if self._held > self._config.held_bytes_max:
             greedy = max(self._peers.values(), key=lambda other: other.decoder.held)
@@ -407,8 +411,6 @@ class Listener:
                 peer.send(server_frames.unsuback(version, packet))
             case server_frames.Leave():
                 self._leave(peer, b"")
-        if peer.state is State.OPEN:
-            peer.flush()
 
     def _hand_over(self) -> None:
         if not (self._inlet.room and self._open.ready(self._inlet.hungry)):

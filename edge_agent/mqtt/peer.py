@@ -20,7 +20,7 @@ from edge_agent.mqtt.cutter import PACKET_BYTES_MAX
 from edge_agent.mqtt.wire import FrameError
 
 RECEIVE_MAXIMUM_EXCEEDED, KEEPALIVE_TIMEOUT, TAKEN_OVER, SHUTTING_DOWN, QUOTA_EXCEEDED = 0x93, 0x8D, 0x8E, 0x8B, 0x97
-LINGER_S = 2.0
+LINGER_S = 1.0
 KEEPALIVE_GRACE = 1.5  # MQTT: a client is gone after one and a half times its keepalive
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import ipaddress
 import socket
 import struct
 import threading
@@ -12,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paho.mqtt.client import Client
@@ -24,6 +21,7 @@ from edge_agent.mqtt import frames
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
 from edge_agent.mqtt.source import Source, SourceConfig, SourceStatus
 from tests.brokers import Broker, ServerTls, User, free_port, mosquitto_broker, nats_broker
+from tests.edge_agent.mqtt.certificates import make
 
 WAIT_S = 20.0
 
@@ -276,55 +274,7 @@ def test_qos_0_messages_need_no_acknowledgement(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ca.pem, and server and client certificates of it."""
-    pytest.importorskip("cryptography", reason="certificates for the TLS tests are made with it")
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    home = tmp_path_factory.mktemp("certificates")
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key = ec.generate_private_key(ec.SECP256R1())
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test ca")])
-    for name in ("ca", "server", "agent"):
-        key = ca_key if name == "ca" else ec.generate_private_key(ec.SECP256R1())
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(ca_name if name == "ca" else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-            .issuer_name(ca_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(hours=1))
-            .not_valid_after(now + datetime.timedelta(hours=1))
-            .add_extension(x509.BasicConstraints(name == "ca", None), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-            .add_extension(_key_usage(signs=name == "ca"), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
-        (home / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        (home / f"{name}.key").write_bytes(
-            key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        )
-    return home
-
-
-def _key_usage(*, signs: bool) -> Any:
-    """Python 3.13 verifies strictly: a CA must say that it signs."""
-    from cryptography import x509
-
-    return x509.KeyUsage(
-        digital_signature=not signs,
-        key_cert_sign=signs,
-        crl_sign=signs,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
+    return make(tmp_path_factory.mktemp("certificates"), "server", "agent")
 
 
 def test_tls_with_a_client_certificate(tmp_path: Path, certificates: Path) -> None:
