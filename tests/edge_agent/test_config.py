@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_agent.addresses import Subscription
+from edge_agent.addresses import Listen, Subscription, covers
 from edge_agent.cli import main
 from edge_agent.config import load
 from edge_agent.contract.errors import ConfigError
@@ -84,6 +84,93 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
 def test_a_bad_config_says_what_where_and_what_to_do(tmp_path: Path, change: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         load(write(tmp_path, change))
+
+
+LISTEN = 'url = "mqtt://127.0.0.1:1883"\nsubscribe = "sensors/plane-01/#"'
+
+
+@pytest.mark.parametrize(
+    ("sensors", "says"),
+    [
+        ("", "sensors: give url and subscribe .* or listen"),
+        ('url = "mqtt://127.0.0.1"', "sensors: give url and subscribe"),
+        ('listen = "mqtt://127.0.0.1"\nsubscribe = "#"', r"sensors: subscribe belongs to a broker's url.*\[\[sensors\]\] table of its own"),
+        ('listen = "mqtt://0.0.0.0"', "open to the network and asks nobody who he is; give users_file .* or listen on 127.0.0.1"),
+        ('listen = "mqtts://0.0.0.0"\ncert_file = "c"\nkey_file = "c"', "open to the network and asks nobody who he is"),
+        ('listen = "mqtt://192.0.2.1"\nusers_file = "c"', "passwords in the clear over the network; use mqtts://"),
+        ('listen = "mqtt://gateway"\nusers_file = "c"', "passwords in the clear over the network; use mqtts://"),
+        ('listen = "mqtts://0.0.0.0"\nusers_file = "c"', "needs cert_file and key_file"),
+        ('listen = "mqtt://127.0.0.1"\nca_file = "c"', "ca_file, cert_file and key_file need an mqtts:// url"),
+        ('listen = "mqtt://127.0.0.1"\nusers_file = "none"', "none does not exist; make it with: edge-agent passwd .*none USER"),
+        ('listen = "tcp://127.0.0.1"', "listen 'tcp://127.0.0.1' must be mqtt://HOST:PORT"),
+        ('listen = "mqtt://127.0.0.1"\nconnections_max = 0', "connections_max"),
+        ('url = "mqtt://h"\nsubscribe = "#"\nusers_file = "c"', "users_file belongs to listen"),
+        (
+            'url = "mqtt://h"\nsubscribe = "sensors/plane-02/#"',
+            "has the topic 'sensors/plane-01/turbofan', which no subscription",
+        ),
+    ],
+)
+def test_a_side_of_the_sensors_that_cannot_work_says_what_to_do(tmp_path: Path, sensors: str, says: str) -> None:
+    (tmp_path / "c").touch()
+    with pytest.raises(ConfigError, match=says):
+        load(write(tmp_path, f"{LISTEN}=>{sensors}"))
+
+
+def test_listening_to_the_network_needs_a_name_and_tls(tmp_path: Path) -> None:
+    (tmp_path / "c").touch()
+    secure = 'listen = "mqtts://0.0.0.0"\ncert_file = "c"\nkey_file = "c"\n'
+    for who in ('users_file = "c"', 'ca_file = "c"'):
+        (side,) = load(write(tmp_path, f"{LISTEN}=>{secure}{who}")).sensors
+        assert isinstance(side, Listen) and (side.host, side.port, side.connections_max) == ("0.0.0.0", 8883, 512)
+    for host in ("127.0.0.1", "localhost", "[::1]", "127.1.2.3"):
+        (side,) = load(write(tmp_path, f'{LISTEN}=>listen = "mqtt://{host}:1999"')).sensors
+        assert isinstance(side, Listen) and side.port == 1999 and side.users_file is None
+
+
+def test_several_sides_cover_the_topics_together(tmp_path: Path) -> None:
+    two = """url = "mqtt://a"
+subscribe = "sensors/+/turbofan"
+[[sensors]]
+url = "mqtts://b"
+version = 5
+subscribe = "gps/#"
+[[sensors]]
+listen = "mqtt://127.0.0.1"
+"""
+    change = f"[sensors]\n{LISTEN}=>[[sensors]]\n{two}"
+    first, second, third = load(write(tmp_path, change)).sensors
+    assert isinstance(first, Subscription) and isinstance(second, Subscription) and isinstance(third, Listen)
+    assert (first.client_id, second.client_id) == ("fenceline-plane-01", "fenceline-plane-01-1")
+    assert (second.version, second.broker.port, second.broker.tls is not None) == (5, 8883, True)
+    path = write(tmp_path, change.replace('[[sensors]]\nlisten = "mqtt://127.0.0.1"', ""))
+    mqtt = 'source = "mqtt"\ntopic = "{}"'
+    static = 'source = "static"\nlat = 50.0\nlon = 9.0'
+    path.write_text(path.read_text().replace(static, mqtt.format("gps/fix")))
+    assert len(load(path).sensors) == 2
+    path.write_text(path.read_text().replace(mqtt.format("gps/fix"), mqtt.format("sensors/plane-01/position")))
+    with pytest.raises(ConfigError, match=r"the position has the topic 'sensors/plane-01/position'.*add a \[\[sensors\]\] table"):
+        load(path)
+
+
+def test_two_sides_must_not_push_each_other_out(tmp_path: Path) -> None:
+    same = f'[[sensors]]\n{LISTEN}\nclient_id = "x"\n'
+    with pytest.raises(ConfigError, match="same address and client_id"):
+        load(write(tmp_path, f"[sensors]\n{LISTEN}=>{same}{same}"))
+    with pytest.raises(ConfigError, match=r"unknown key sensors\[1\].urll"):
+        load(write(tmp_path, f"[sensors]\n{LISTEN}=>{same}[[sensors]]\nurll = 1"))
+
+
+@pytest.mark.parametrize(
+    ("wide", "narrow", "does"),
+    [
+        ("#", "a/b", True), ("a/#", "a", True), ("a/#", "a/+/c", True), ("a/+/c", "a/+/c", True), ("a/+", "a/b/c", False),
+        ("a/b", "a/+", False), ("a/+/c", "a/#", False), ("a/+/#", "a", False), ("$share/g/a/#", "a/b", True), ("#", "$SYS/x", False),
+        ("a/b/c", "a/b", False),
+    ],
+)  # fmt: skip
+def test_which_filter_covers_which(wide: str, narrow: str, does: bool) -> None:
+    assert covers(wide, narrow) is does
 
 
 def test_a_zone_file_with_an_open_ring_is_refused(tmp_path: Path) -> None:
