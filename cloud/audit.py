@@ -77,10 +77,11 @@ class Audit:
         return [_decode(row[0]) for row in rows]
 
     def counts(self) -> dict[str, int]:
-        """How often each reason was given."""
+        """How often each reason was given; entries that are no refusals have none."""
         query = """
             WITH readable AS (SELECT CAST(entry AS TEXT) AS entry FROM entries WHERE json_valid(CAST(entry AS TEXT)))
-            SELECT json_extract(entry, '$.reason') AS reason, sum(json_extract(entry, '$.count')) FROM readable GROUP BY reason
+            SELECT json_extract(entry, '$.reason') AS reason, sum(json_extract(entry, '$.count')) FROM readable
+            WHERE reason <> '' GROUP BY reason
         """
         with closing(self._connect()) as db:
             return {str(reason): int(count) for reason, count in db.execute(query)}

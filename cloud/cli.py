@@ -67,6 +67,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     _add_data_commands(commands)
     _add_model_commands(commands)
     _add_fleet_commands(commands)
+    _add_policy_commands(commands)
     _add_demo(commands, with_demo)
     return parser
 
@@ -158,6 +159,13 @@ def _add_fleet_commands(commands: Any) -> None:
         metavar="CN",
         help="a certificate of the cloud; may be repeated (default: ingest-1, control-1)",
     )
+
+
+def _add_policy_commands(commands: Any) -> None:
+    policy = _group(commands, "policy", "the zone policy: where records may go")
+    publish = _add(policy, "publish", _policy_publish, "sign a zones document, put it into force, and ask every device for it")
+    publish.add_argument("file", type=Path)
+    _add(policy, "show", _policy_show, "the policy in force, and the devices that do not work under it yet")
 
 
 def _add_demo(commands: Any, wanted: bool) -> None:
@@ -436,6 +444,45 @@ def _device_list(args: argparse.Namespace) -> int:
         _print_json(found)
     else:
         _print_devices(found)
+    return 0
+
+
+def _policy_publish(args: argparse.Namespace) -> int:
+    from cloud import policy
+    from cloud.fleet import Fleet
+
+    settings = config.load(args.project, args.state)
+    ref = policy.publish(settings, Fleet(settings.fleet_path), args.file, now=datetime.now(UTC))
+    if args.json:
+        _print_json(ref)
+    else:
+        print(f"policy version {ref.version} is in force here, and every device is asked for it\nsha256 {ref.sha256}")
+    return 0
+
+
+def _policy_show(args: argparse.Namespace) -> int:
+    from cloud import policy
+    from cloud.fleet import Fleet
+
+    settings = config.load(args.project, args.state)
+    found = policy.show(settings, Fleet(settings.fleet_path))
+    zones = {z.name: z.endpoints for z in found.zones.zones}
+    if args.json:
+        version = found.ref.version if found.ref else None
+        _print_json(
+            {
+                "version": version,
+                "sha256": found.zones.digest,
+                "file": found.path,
+                "zones": zones,
+                "devices": found.devices,
+                "behind": found.behind,
+            }
+        )
+        return 0
+    print(f"policy {f'version {found.ref.version}' if found.ref else 'of the project, never published'} sha256 {found.zones.digest}")
+    _print_table(("zone", "endpoints, the preferred first"), [(name, ", ".join(ends) or "none: held") for name, ends in zones.items()])
+    print(f"devices that work under another policy: {', '.join(found.behind) or 'none'}")
     return 0
 
 

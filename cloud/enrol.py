@@ -16,7 +16,7 @@ from pathlib import Path
 from cloud import brokers, config, keys
 from cloud.config import Settings
 from cloud.fleet import Fleet
-from cloud.gate import load_contracts, load_zones
+from cloud.gate import load_contracts, load_zones, policy_path
 from cloud.parts import broker_part
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ConfigError, ContractError
@@ -59,8 +59,9 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
     document = _agent_toml(settings, device, contracts, home)
     _make_directory(path.parent)  # before the name is taken, for names are for ever
     password = fleet.add(device)
+    published = policy_path(settings)
     files = {
-        "zones.geojson": settings.zones_path.read_bytes(),
+        "zones.geojson": (published if published.exists() else settings.zones_path).read_bytes(),
         "root.json": keys.root_path(settings.releases_dir).read_bytes(),
         f"{device}.password": f"{password}\n".encode(),
         "sensors.password": f"{brokers.password(settings, brokers.SENSOR_USER)}\n".encode(),

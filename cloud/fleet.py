@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.state import BundleRef, Desired, Reported, decode_desired, decode_reported, encode_state
+from edge_agent.contract.state import BundleRef, Desired, Reported, ZonesRef, decode_desired, decode_reported, encode_state
 from edge_agent.contract.topics import check_name
 
 BUSY_TIMEOUT_S = 10.0
@@ -35,6 +35,7 @@ CREATE TABLE IF NOT EXISTS devices (
     name TEXT PRIMARY KEY, password TEXT NOT NULL, added_us INTEGER NOT NULL,
     desired BLOB NOT NULL, reported BLOB, reported_us INTEGER
 ) STRICT;
+CREATE TABLE IF NOT EXISTS policy (one INTEGER PRIMARY KEY CHECK (one = 1), ref BLOB NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at_us INTEGER NOT NULL, device TEXT NOT NULL, body BLOB NOT NULL
 ) STRICT;
@@ -73,7 +74,7 @@ class Fleet:
         except ContractError as e:
             raise ConfigError(str(e)) from e
         password = secrets.token_urlsafe(PASSWORD_BYTES)
-        row = (device, password, _now_us(), encode_state(Desired(version=1)))
+        row = (device, password, _now_us(), encode_state(Desired(version=1, zones=self.zones())))
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM devices WHERE name = ?", (device,)).fetchone():
                 raise ConfigError(f"device {device!r} is there already; names are for ever")
@@ -107,9 +108,25 @@ class Fleet:
             row = db.execute("SELECT desired FROM devices WHERE name = ?", (device,)).fetchone()
             if row is None:
                 raise ConfigError(f"there is no device {device!r}; fenceline device list shows all")
-            desired = Desired(version=decode_desired(row[0]).version + 1, bundle=bundle)
+            before = decode_desired(row[0])
+            desired = Desired(version=before.version + 1, bundle=bundle, zones=before.zones)
             db.execute("UPDATE devices SET desired = ? WHERE name = ?", (encode_state(desired), device))
         return desired
+
+    def zones(self) -> ZonesRef | None:
+        """The zone policy that every device should have; None before the first publication."""
+        rows = self._rows("SELECT ref FROM policy")
+        return msgspec.json.decode(rows[0][0], type=ZonesRef) if rows else None
+
+    def set_zones(self, ref: ZonesRef) -> None:
+        """Ask every device, those to come too, for this zone policy; devices that are asked for it already hear nothing new."""
+        with self._transaction() as db:
+            db.execute("INSERT OR REPLACE INTO policy VALUES (1, ?)", (msgspec.json.encode(ref),))
+            for name, document in db.execute("SELECT name, desired FROM devices").fetchall():
+                before = decode_desired(document)
+                if before.zones != ref:
+                    desired = Desired(version=before.version + 1, bundle=before.bundle, zones=ref)
+                    db.execute("UPDATE devices SET desired = ? WHERE name = ?", (encode_state(desired), name))
 
     def reported(self, device: str) -> Reported | None:
         """What `device` last said it runs; None before its first word."""

@@ -2,7 +2,8 @@
 
 - The device is not trusted. Its header must say what the topic says; the broker lets a device publish under its own name only.
 - The contract must be known, and the columns be the contract's.
-- This region must be one that every zone of the block's lane allows, whatever policy the device sealed it under.
+- This region must be one that every zone of the block's lane allows by the policy in force here, whatever policy the device sealed it
+  under.
 """
 
 from __future__ import annotations
@@ -94,13 +95,19 @@ def load_contracts(settings: Settings) -> Contracts:
     return Contracts([_read(path, parse_contract) for path in settings.contracts])
 
 
+def policy_path(settings: Settings) -> Path:
+    """Where the published policy lies; until one is published, the project's file is in force."""
+    return settings.state_dir / "policy" / "zones.geojson"
+
+
 def load_zones(settings: Settings) -> Zones:
-    """The zone policy of the project.
+    """The zone policy in force: the one that was published last, or the project's.
 
     Raises:
         ConfigError: the file cannot be read, or is not a policy.
     """
-    return _read(settings.zones_path, parse_zones)
+    published = policy_path(settings)
+    return _read(published if published.exists() else settings.zones_path, parse_zones)
 
 
 def _read(path: Path, parse_document: Callable[[bytes, str], T]) -> T:

@@ -39,7 +39,7 @@ from cloud.keys import (
 )
 from edge_agent.contract.bundle import Bundle, Manifest, pack_bundle, read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
-from edge_agent.contract.state import BundleRef
+from edge_agent.contract.state import BundleRef, ZonesRef
 from edge_agent.contract.topics import check_name
 from edge_agent.core.golden import check_golden
 from edge_agent.core.settings import nearest
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ARTIFACT_DIR = "bundle"
+ZONES_TARGET = "zones/zones.geojson"
 SHA256_TAG = "release.sha256"
 REFRESH_SHARE = 0.5
 """Metadata is signed again when less than this share of its lifetime is left."""
@@ -110,17 +111,38 @@ def publish(bundle: Bundle, *, keys_dir: Path, releases_dir: Path, now: datetime
         if known is not None:
             return _same_again(target, known, bundle, releases_dir)
         progress("signing")
-        targets_signer = load_signer(keys_dir, TARGETS)
         file = TargetFile.from_data(target, packed)
-        for path in file.get_prefixed_paths():
-            (releases_dir / "targets" / path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(releases_dir / "targets" / path, packed)
-        repository.targets.targets[target] = file
-        repository.renew(TARGETS, now, targets_signer)
-        repository.publish_snapshot(keys_dir, now)
+        _add(repository, file, packed, keys_dir=keys_dir, releases_dir=releases_dir, now=now)
     ref = _ref(target, file)
     log.info("release published target=%s sha256=%s", ref.target, ref.sha256)
     return ref
+
+
+def publish_zones(document: bytes, *, keys_dir: Path, releases_dir: Path, now: datetime) -> ZonesRef:
+    """Sign a zone policy under the next version and add it to the repository; the newest one again gives the same reference.
+
+    Raises:
+        ConfigError: there are no keys.
+    """
+    with _writing(releases_dir) as repository:
+        known = repository.targets.targets.get(ZONES_TARGET)
+        if known is not None and known.hashes["sha256"] == hashlib.sha256(document).hexdigest():
+            return _zones_ref(known)
+        file = TargetFile.from_data(ZONES_TARGET, document)
+        file.unrecognized_fields["custom"] = {"version": 1 if known is None else _zones_ref(known).version + 1}
+        _add(repository, file, document, keys_dir=keys_dir, releases_dir=releases_dir, now=now)
+    return _zones_ref(file)
+
+
+def _add(repository: _Repository, file: TargetFile, data: bytes, *, keys_dir: Path, releases_dir: Path, now: datetime) -> None:
+    """Write a target, then the metadata that names it."""
+    signer = load_signer(keys_dir, TARGETS)
+    for path in file.get_prefixed_paths():
+        (releases_dir / "targets" / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(releases_dir / "targets" / path, data)
+    repository.targets.targets[file.path] = file
+    repository.renew(TARGETS, now, signer)
+    repository.publish_snapshot(keys_dir, now)
 
 
 def released(releases_dir: Path) -> list[BundleRef]:
@@ -130,7 +152,7 @@ def released(releases_dir: Path) -> list[BundleRef]:
         ConfigError: there is no repository.
     """
     targets = _Repository(releases_dir / "metadata").targets.targets
-    refs = [_ref(path, file) for path, file in targets.items()]
+    refs = [_ref(path, file) for path, file in targets.items() if path.startswith("bundles/")]
     return sorted(refs, key=lambda r: (r.model, len(r.model_version), r.model_version))
 
 
@@ -229,6 +251,10 @@ def _writing(releases_dir: Path) -> Iterator[_Repository]:
     with (releases_dir / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield _Repository(metadata_dir)
+
+
+def _zones_ref(file: TargetFile) -> ZonesRef:
+    return ZonesRef(target=ZONES_TARGET, version=int(file.custom["version"]), sha256=file.hashes["sha256"])
 
 
 def _ref(target: str, file: TargetFile) -> BundleRef:

@@ -1,4 +1,4 @@
-"""The release repository, over TUF: from the name of a bundle to bytes that the release keys have signed.
+"""The release repository, over TUF: from the name of a bundle or a zone policy to bytes that the release keys have signed.
 
 - Trust starts at the embedded root; all else is verified against it (python-tuf's ngclient).
 - HTTPS; plain HTTP only to loopback. Redirects are not followed.
@@ -27,12 +27,13 @@ from urllib.parse import urlsplit
 
 from edge_agent.contract.bundle import BUNDLE_BYTES_MAX
 from edge_agent.contract.errors import BundleError, ConfigError, Reason, UnavailableError
-from edge_agent.contract.state import BundleRef
+from edge_agent.contract.state import BundleRef, ZonesRef
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHUNK_BYTES = 64 * 1024
+ZONES_BYTES_MAX = 16 * 1024 * 1024
 
 
 class RefusedError(BundleError):
@@ -66,7 +67,7 @@ class Repository:
     def __init__(self, config: RepositoryConfig, cache: Path) -> None:
         self._config, self._cache = config, cache
 
-    def fetch(self, ref: BundleRef, destination: Path) -> bytes:
+    def fetch(self, ref: BundleRef | ZonesRef, destination: Path) -> bytes:
         """The signed bytes of `ref`; `destination` keeps them, and is used instead of a download if it holds them already.
 
         Raises:
@@ -86,15 +87,19 @@ class Repository:
         except (tuf.DownloadError, OSError) as e:
             raise UnavailableError(f"release repository {self._config.url}: {_text(e)}") from e
 
-    def _fetch(self, ref: BundleRef, destination: Path) -> bytes:
+    def _fetch(self, ref: BundleRef | ZonesRef, destination: Path) -> bytes:
         self._cache.mkdir(parents=True, exist_ok=True)
         client = self._client()
         client.refresh()
         info = client.get_targetinfo(ref.target)
         if info is None:
             raise RefusedError(Reason.UNSIGNED, f"{ref.target} is not in the signed list of releases")
-        if info.length > self._config.bundle_bytes_max:
-            raise RefusedError(Reason.OVERSIZE, f"{ref.target} has {info.length} bytes; at most {self._config.bundle_bytes_max}")
+        bytes_max = ZONES_BYTES_MAX if isinstance(ref, ZonesRef) else self._config.bundle_bytes_max
+        if info.length > bytes_max:
+            raise RefusedError(Reason.OVERSIZE, f"{ref.target} has {info.length} bytes; at most {bytes_max}")
+        version = (info.custom or {}).get("version")
+        if isinstance(ref, ZonesRef) and version != ref.version:
+            raise RefusedError(Reason.TAMPERED, f"{ref.target} is signed as version {version}; want {ref.version}")
         if info.hashes.get("sha256") != ref.sha256:
             raise RefusedError(Reason.TAMPERED, f"{ref.target} is signed as sha256 {info.hashes.get('sha256')}; want {ref.sha256}")
         if client.find_cached_target(info, str(destination)) is None:

@@ -25,11 +25,20 @@ class BundleRef(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
+class ZonesRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A zone policy by name: TUF target path, the version that the release keys signed with it, SHA-256 of the document."""
+
+    target: str
+    version: int
+    sha256: str
+
+
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
-    """What the cloud wants a device to run; `bundle` None means: no model."""
+    """What the cloud wants a device to run; `bundle` None means: no model. `zones` None means: no other policy than it has."""
 
     version: int
     bundle: BundleRef | None = None
+    zones: ZonesRef | None = None
 
 
 class Phase(StrEnum):
@@ -45,7 +54,7 @@ class Phase(StrEnum):
 
 
 class Reported(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device runs. `desired_version` is the document it answers to, `at_us` wall time."""
+    """What a device runs. `desired_version` is the document it answers to, `at_us` wall time, `policy` the digest of its zones."""
 
     device: str
     agent_version: str
@@ -59,6 +68,7 @@ class Reported(msgspec.Struct, frozen=True, kw_only=True):
     zone: str = ""
     blocks_waiting: int = 0
     readings_stored: int = 0
+    policy: str = ""
 
 
 def encode_state(document: Desired | Reported) -> bytes:

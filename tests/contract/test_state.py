@@ -9,18 +9,20 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.contract.errors import ContractError, Reason
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, decode_desired, decode_reported, encode_state
+from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, ZonesRef, decode_desired, decode_reported, encode_state
 
 REF = BundleRef(target="bundles/m/3.bundle", model="m", model_version="3", sha256="ab")
 REF_JSON = b'{"target":"bundles/m/3.bundle","model":"m","model_version":"3","sha256":"ab"}'
+ZONES = ZonesRef(target="zones/zones.geojson", version=2, sha256="cd")
+ZONES_JSON = b'{"target":"zones/zones.geojson","version":2,"sha256":"cd"}'
 DESIRED = [
-    (b'{"version":1,"bundle":null}', Desired(version=1)),
-    (b'{"version":4,"bundle":' + REF_JSON + b"}", Desired(version=4, bundle=REF)),
+    (b'{"version":1,"bundle":null,"zones":null}', Desired(version=1)),
+    (b'{"version":4,"bundle":' + REF_JSON + b',"zones":' + ZONES_JSON + b"}", Desired(version=4, bundle=REF, zones=ZONES)),
 ]
 REPORTED = [
     (
         b'{"device":"d","agent_version":"0.1.0","desired_version":4,"phase":"rolled_back","active":' + REF_JSON + b',"reason":"probation",'
-        b'"detail":"NaN","at_us":5,"epoch":"e","zone":"europe","blocks_waiting":2,"readings_stored":9}',
+        b'"detail":"NaN","at_us":5,"epoch":"e","zone":"europe","blocks_waiting":2,"readings_stored":9,"policy":"cd"}',
         Reported(
             device="d",
             agent_version="0.1.0",
@@ -34,6 +36,7 @@ REPORTED = [
             zone="europe",
             blocks_waiting=2,
             readings_stored=9,
+            policy="cd",
         ),
     ),
 ]

@@ -17,7 +17,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
 from edge_agent.contract.bundle import Bundle, pack_bundle
-from edge_agent.contract.state import BundleRef
+from edge_agent.contract.state import BundleRef, ZonesRef
 
 ROLES = ("root", "timestamp", "snapshot", "targets")
 
@@ -53,8 +53,15 @@ class TufRepository:
         ref = self.add_bytes(target, pack_bundle(bundle))
         return BundleRef(target=target, model=manifest.model, model_version=manifest.model_version, sha256=ref)
 
-    def add_bytes(self, target: str, data: bytes) -> str:
+    def add_zones(self, document: bytes, version: int) -> ZonesRef:
+        """Sign and publish a zone policy."""
+        target = "zones/zones.geojson"
+        return ZonesRef(target=target, version=version, sha256=self.add_bytes(target, document, {"version": version}))
+
+    def add_bytes(self, target: str, data: bytes, custom: dict[str, Any] | None = None) -> str:
         info = TargetFile.from_data(target, data, ["sha256"])
+        if custom is not None:
+            info.unrecognized_fields["custom"] = custom
         self.targets.targets[target] = info
         folder, _, _name = target.rpartition("/")
         (self.path / "targets" / folder).mkdir(parents=True, exist_ok=True)
