@@ -1,13 +1,15 @@
-"""The durable buffer: blocks on the device's disk, in SQLite (WAL, synchronous=FULL), until the lake holds them.
+"""The durable buffer: blocks on the device's disk, until the lake holds them.
 
 - `append` seals drafts into blocks and returns once they are on disk. Only then may sensor messages be acknowledged.
 - A block leaves when the lake's receipt names it, and no earlier. The newest `history_rows` readings of a stream stay
   even then: after a restart they rebuild the open windows and the filter of redelivered messages.
-- At `bytes_max`, or when the disk has no room, history gives way, the oldest first. When there is none left,
-  `append` refuses with BufferFullError. The caller stops acknowledging and tries again.
-- `append` leaves RESERVE_BYTES of the disk free: with no room at all, SQLite could not even note a receipt.
-- A file that is no database is moved aside, never deleted, and a new buffer (a new epoch) takes its place. A damaged
-  block is left where it is and left out of history.
+- At `bytes_max` (file and log together) history gives way first. Then, with `drop_oldest`, waiting blocks: the lowest priority
+  first, then the oldest, each named in the loss ledger in the same transaction. With `block`, `append` raises BufferFullError.
+- What is older than `age_s_max` goes the same way. Age counts only time that the device saw pass (core.retention.Age).
+- The ledger is a stream of blocks like others, in the lane of what was lost. It is never given up.
+- When the disk has no room, `append` refuses and nothing is dropped; RESERVE_BYTES stay free, so that receipts can be noted.
+- After an I/O error nothing is trusted: the file is opened again, brought to the disk once more and read afresh; then the same
+  blocks are stored again from memory. A damaged file is salvaged (edge_agent.salvage), a damaged block taken out and named.
 
 One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
 """
@@ -16,154 +18,148 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import secrets
+import math
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import apsw
+import msgspec
 import numpy as np
 
+from edge_agent.catalogue import Catalogue
 from edge_agent.clock import Moment
-from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block, encode_block
-from edge_agent.contract.columns import Ints, Table, concat, take
-from edge_agent.contract.errors import ContractError, UnavailableError
+from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block, read_header
+from edge_agent.contract.columns import Table, concat, take
+from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt
+from edge_agent.contract.stream import LOSSES
+from edge_agent.core.ledger import Loss, coalesce, loss_table, read_losses
+from edge_agent.core.retention import FillForecast, Place, choose, portion
 from edge_agent.core.track import FIXES_MAX, Fix, from_text, to_text
+from edge_agent.draft import BufferState, Draft, LaneState, Retention, Sealed, StoredBlock, seal_block
+from edge_agent.opening import load
+from edge_agent.salvage import OWED, SKIP, resume, salvage, skipped
+from edge_agent.sealed import Keys, open_stored
+from edge_agent.store import PAGE_BYTES, BufferFullError, DamagedError, DiskError, log_limit, open_store
+
+__all__ = ["Buffer", "BufferFullError", "BufferState", "Draft", "LaneState", "Retention", "StoredBlock"]
 
 log = logging.getLogger(__name__)
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS lanes (lane TEXT PRIMARY KEY, last_sequence INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS streams (stream TEXT PRIMARY KEY, next_ordinal INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS fixes (time_us INTEGER PRIMARY KEY, lane TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS blocks (
-  id INTEGER PRIMARY KEY, lane TEXT NOT NULL, sequence INTEGER NOT NULL, stream TEXT NOT NULL,
-  last_ordinal INTEGER NOT NULL, rows INTEGER NOT NULL, sealed_us INTEGER NOT NULL,
-  settled INTEGER NOT NULL DEFAULT 0, block BLOB NOT NULL);
-CREATE UNIQUE INDEX IF NOT EXISTS blocks_identity ON blocks (lane, sequence);
-CREATE INDEX IF NOT EXISTS blocks_waiting ON blocks (lane, sequence) WHERE settled = 0;
-CREATE INDEX IF NOT EXISTS blocks_history ON blocks (stream, last_ordinal);
-CREATE INDEX IF NOT EXISTS blocks_settled ON blocks (id) WHERE settled = 1;
-"""
-_DISK_ERRORS = (apsw.IOError, apsw.ReadOnlyError, apsw.CantOpenError, apsw.CorruptError, apsw.BusyError)
 RESERVE_BYTES = 256 * 1024
 SHED_BLOCKS = 64  # history given up at a time
-SETTLE_BLOCKS = 32  # settled in one transaction: what it writes must fit the reserve
-_STORED = "lane, sequence, stream, rows, block"
-
-
-class BufferFullError(UnavailableError):
-    """No room: acknowledge nothing, and try again when receipts have freed some."""
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Readings of one stream and lane, ready to be sealed into a block.
-
-    `order` is the place of each reading among those of its stream in the same `append`; None means: as they come.
-    """
-
-    lane: str
-    stream: str
-    contract_version: str
-    fix: FixQuality
-    policy: str
-    table: Table
-    rows: int
-    first_us: int
-    last_us: int
-    order: Ints | None = None
-    model: str | None = None
-
-
-@dataclass(frozen=True)
-class StoredBlock:
-    """A block that is on disk."""
-
-    lane: str
-    sequence: int
-    stream: str
-    rows: int
-    block: bytes
-
-
-@dataclass(frozen=True)
-class LaneState:
-    """What of one lane waits for a receipt; `oldest_us` is the wall time at which its oldest block was sealed."""
-
-    lane: str
-    blocks: int
-    bytes: int
-    rows: int
-    oldest_us: int
+LEDGER_SHARE = 16  # beyond this part of the limit, a lane's ledger blocks become one
+LEDGER_BLOCKS_MAX = 256
+DAMAGED_BLOCKS_MAX = 64  # kept for study
+EVICT_BLOCKS_MAX = 16_384
+AGE_CHECK_S = 10.0
+_DETAIL = {Reason.EVICTED_FULL: "the buffer was full", Reason.EVICTED_AGE: "older than the buffer keeps", Reason.DAMAGED: "CRC"}
 
 
 class Buffer:
     """Store-and-forward on disk; see the module's rules. `epoch` names this buffer for ever."""
 
-    def __init__(self, path: Path, device: str, boot: str, *, bytes_max: int, history_rows: dict[str, int]) -> None:
-        """Open or create the buffer at `path`; `history_rows` is what to keep per stream after receipts."""
-        self._device, self._boot = device, boot
-        self._path, self._bytes_max, self._history_rows = path, bytes_max, history_rows
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
-        self._writer, self._reader = _open_or_move_aside(path)
-        self.epoch = self._epoch()
-        self._sequences = dict(self._writer.execute("SELECT lane, last_sequence FROM lanes"))
-        self._ordinals = dict(self._writer.execute("SELECT stream, next_ordinal FROM streams"))
+    def __init__(
+        self,
+        path: Path,
+        device: str,
+        boot: str,
+        *,
+        bytes_max: int,
+        history_rows: Mapping[str, int],
+        age_s_max: float | None = None,
+        when_full: Literal["drop_oldest", "block"] = "drop_oldest",
+        priorities: Mapping[str, int] | None = None,
+        keys: Keys | None = None,
+        clock: Callable[[], Moment] | None = None,
+        vfs: str | None = None,
+    ) -> None:
+        """Open or create the buffer at `path`; `history_rows` is what to keep per stream after receipts.
+
+        Raises:
+            ConfigError: it holds blocks sealed under a key that is not in `keys`.
+            UnavailableError: the disk failed, or has no room for an empty buffer.
+        """
+        self._path, self._device, self._boot, self._vfs = path, device, boot, vfs
+        self._history_rows, self._keys = history_rows, keys
+        self._limits = Retention(bytes_max, age_s_max, when_full, priorities or {})
+        self._clock = clock or _clock
+        self._write_lock = threading.RLock()
+        self._fault: BaseException | None = None
+        self._policies: dict[str, str] = {}
+        self._forecast = FillForecast()
+        self._age_due_us = 0
+        self._settled: dict[str, set[tuple[int, int]]] = {}  # by the last receipt
+        self.lost_blocks: Counter[str] = Counter()
+        self.lost_readings: dict[str, float] = {}
+        resume(path)
+        self._open(suspect=False)
+
+    @property
+    def epoch(self) -> str:
+        """The name of this buffer; another one after a file that could not be salvaged."""
+        return self._catalogue.epoch
 
     def close(self) -> None:
-        with self._write_lock, self._read_lock:
-            self._reader.close()
-            self._writer.close()
+        """Write down what is only in memory, and close the file. A disk error then is logged: there is nothing left to lose."""
+        with self._write_lock:
+            try:
+                if self._fault is None:
+                    with self._store.transaction():
+                        self._catalogue.write_tail()
+                        self._catalogue.trim(self._floors())
+                self._store.close(checkpoint=self._fault is None)
+            except UnavailableError as e:
+                log.warning("buffer not closed cleanly error=%s", e)
 
     def append(self, drafts: list[Draft], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
         """Seal and store drafts and position fixes in one transaction; on return they are on disk.
 
+        Returns the blocks stored: those of the drafts, less those given up at once (a full buffer, a low priority), and the
+        blocks of the loss ledger that this call made.
+
         Raises:
-            BufferFullError: the file has reached its limit, or the disk has no room. Nothing was stored.
-            UnavailableError: the disk failed. Nothing of this call may be acknowledged.
+            BufferFullError: the buffer has reached its limit, or the disk has no room. Nothing was stored.
+            UnavailableError: the disk failed. Nothing of this call may be acknowledged; call again.
         """
         if not drafts and not fixes:
             return []
         with self._write_lock:
-            sequences, ordinals = dict(self._sequences), dict(self._ordinals)
-            sealed = []
-            for draft in drafts:
-                sequences[draft.lane] = sequences.get(draft.lane, 0) + 1
-                ordinals.setdefault(draft.stream, 0)
-                header = self._header(draft, sequences[draft.lane], now)
-                sealed.append(_seal(header, draft, self._ordinals.get(draft.stream, 0), ordinals[draft.stream]))
-                ordinals[draft.stream] += draft.rows
-            self._make_room(sum(len(s.stored.block) for s in sealed))
-            with self._transaction():
-                for block in sealed:
-                    self._insert(block)
-                self._write_counters(sequences, ordinals)
-                self._write_fixes(fixes)
-            self._sequences, self._ordinals = sequences, ordinals
-        return [s.stored for s in sealed]
+            self._recover()
+            sealed = self._seal(drafts, now)
+            try:
+                return self._store_sealed(sealed, fixes, now)
+            except (DiskError, DamagedError) as e:
+                log.error("buffer failed, opened again error=%s", e)
+                self._recover()
+            if sealed and self._is_stored(sealed):  # its commit did reach the disk
+                return [s.stored for s in sealed]
+            return self._store_sealed(self._seal(drafts, now), fixes, now)
 
     def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
-        """The next unsettled blocks of a lane, by rising sequence."""
-        rows = self._read(
-            f"SELECT {_STORED} FROM blocks WHERE settled = 0 AND lane = ? AND sequence > ? ORDER BY sequence LIMIT ?",
-            (lane, after_sequence, limit),
-        )
-        return [StoredBlock(*row) for row in rows]
+        """The next unsettled blocks of a lane, by rising sequence. Damaged ones are taken out on the way."""
+        self._recover()
+        with self._noting_faults():
+            places = self._catalogue.waiting(lane, after_sequence, limit)
+            blocks, damaged = self._read_blocks(places)
+        if damaged:
+            self._bury(damaged)
+            if not blocks:
+                return self.pending(lane, after_sequence, limit)
+        return [StoredBlock(lane, p.sequence, self._catalogue.shelves[p.shelf].stream, p.rows, block) for p, block in blocks]
 
     def lanes(self) -> list[LaneState]:
         """Every lane that has blocks waiting for a receipt."""
-        rows = self._read(
-            "SELECT lane, count(*), sum(length(block)), sum(rows), min(sealed_us) FROM blocks WHERE settled = 0 GROUP BY lane",
-            (),
-        )
-        return [LaneState(*row) for row in rows]
+        catalogue = self._catalogue
+        states = []
+        for lane in sorted({s.lane for s in list(catalogue.shelves.values()) if s.waiting}):
+            shelves = catalogue.of_lane(lane)
+            blocks, size, rows = (sum(getattr(s, n) for s in shelves) for n in ("waiting", "waiting_bytes", "waiting_rows"))
+            states.append(LaneState(lane, blocks, size, rows, self._oldest_us(catalogue, lane)))
+        return states
 
     def settle(self, receipt: Receipt) -> int:
         """Forget what the lake holds; returns how many blocks it settled. A receipt for another epoch settles none."""
@@ -171,9 +167,14 @@ class Buffer:
             return 0
         settled = 0
         for lane in receipt.lanes:
-            for first, last in [(0, lane.cumulative), *lane.ranges]:
-                while count := self._settle_some(lane.lane, first, last):
-                    settled += count
+            top = max((lane.cumulative, *(last for _, last in lane.ranges)))
+            if top > self._catalogue.sequences.get(lane.lane, 0):
+                self._skip_names(lane.lane, top)
+            done = self._settled.get(lane.lane, set())
+            ranges = {(1, lane.cumulative), *lane.ranges}
+            for first, last in sorted(ranges - done):
+                settled += self._settle(lane.lane, first, last)
+            self._settled[lane.lane] = ranges
         return settled
 
     def history(self, stream: str, contract_version: str) -> Table | None:
@@ -181,9 +182,13 @@ class Buffer:
 
         Only those of this contract version: others may have other fields.
         """
-        first = self._ordinals.get(stream, 0) - self._history_rows.get(stream, 0)
-        blocks = self._read("SELECT block FROM blocks WHERE stream = ? AND last_ordinal >= ? ORDER BY last_ordinal", (stream, first))
-        tables = [table for (block,) in blocks if (table := _past(block, contract_version)) is not None]
+        self._recover()
+        with self._noting_faults():
+            places = self._catalogue.newest(stream, self._floors().get(stream, 0))
+            blocks, damaged = self._read_blocks(places)
+        if damaged:
+            self._bury(damaged)
+        tables = [table for header, table in (decode_block(b) for _, b in blocks) if header.contract_version == contract_version]
         if not tables:
             return None
         shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
@@ -194,16 +199,76 @@ class Buffer:
 
     def fixes(self) -> list[Fix]:
         """The newest stored position fixes, oldest first."""
-        return [from_text(*row) for row in self._read("SELECT time_us, lane FROM fixes ORDER BY time_us", ())]
+        self._recover()
+        with self._noting_faults():
+            return [from_text(*row) for row in self._store.read("SELECT time_us, lane FROM fixes ORDER BY time_us")]
+
+    def tidy(self, now: Moment) -> list[StoredBlock]:
+        """Housekeeping between two batches: give up what is too old, bring the log into the file; returns new ledger blocks."""
+        with self._write_lock:
+            self._recover()
+            with self._noting_faults():
+                self._forecast.observe(self._store.used_bytes(), now.monotonic_us / 1e6)
+                ledger = self._give_up_old(now)
+                if self._store.log_due(0.5):
+                    self._store.checkpoint()
+        return ledger
 
     def readings_stored(self) -> int:
         """How many readings this buffer has ever stored."""
-        return sum(self._ordinals.values())
+        return sum(self._catalogue.ordinals.values())
 
     def used_bytes(self) -> int:
-        """Bytes in use in the database, free pages left out."""
+        """Bytes in use in the file, free pages left out."""
         with self._write_lock:
-            return self._used_bytes()
+            self._recover()
+            return self._store.used_bytes()
+
+    def state(self, now: Moment) -> BufferState:
+        """Counts for status and metrics."""
+        with self._write_lock:
+            self._recover()
+            lanes, used = self.lanes(), self._store.used_bytes()
+            held = sum(self._catalogue.sequences.values()) - sum(self._catalogue.gone.values())
+            waiting = sum(s.blocks for s in lanes)
+            return BufferState(
+                used_bytes=used,
+                bytes_max=self._limits.bytes_max,
+                file_bytes=used + self._store.spare_bytes(),
+                log_bytes=self._store.log_bytes(),
+                waiting_blocks=waiting,
+                waiting_bytes=sum(s.bytes for s in lanes),
+                history_blocks=held - waiting,
+                oldest_s=max((round((now.monotonic_us - s.oldest_us) / 1e6, 1) for s in lanes), default=0.0),
+                time_to_full_s=self._forecast.time_to_full_s(self._limits.bytes_max),
+                lost_blocks=dict(self.lost_blocks),
+                lost_readings=dict(self.lost_readings),
+            )
+
+    # Storing.
+
+    def _seal(self, drafts: list[Draft], now: Moment) -> list[Sealed]:
+        """Blocks of drafts, named and numbered from what is stored now."""
+        catalogue = self._catalogue
+        sequences, ordinals = dict(catalogue.sequences), dict(catalogue.ordinals)
+        sealed: list[Sealed] = []
+        for draft in drafts:
+            sequences[draft.lane] = sequence = sequences.get(draft.lane, 0) + 1
+            following = ordinals.get(draft.stream, 0)
+            header = self._header(draft, sequence, now)
+            block, last_ordinal = seal_block(header, draft, catalogue.ordinals.get(draft.stream, 0), following)
+            ordinals[draft.stream] = following + draft.rows
+            sealed.append(self._placed(header, block, last_ordinal, catalogue.next_id + len(sealed), now))
+            self._policies[draft.lane] = draft.policy
+        return sealed
+
+    def _placed(self, header: BlockHeader, block: bytes, last_ordinal: int, number: int, now: Moment) -> Sealed:
+        on_disk = block if self._keys is None else self._keys.seal(block)
+        shelf = self._catalogue.shelf(header.lane, header.stream)
+        age_us = self._age.at(now.monotonic_us)
+        span = (header.first_us, header.last_us)
+        place = Place(shelf.number, header.sequence, number, header.rows, len(on_disk), last_ordinal, *span, age_us)
+        return Sealed(StoredBlock(header.lane, header.sequence, header.stream, header.rows, block), on_disk, place)
 
     def _header(self, draft: Draft, sequence: int, now: Moment) -> BlockHeader:
         return BlockHeader(
@@ -225,169 +290,376 @@ class Buffer:
             model=draft.model,
         )
 
-    def _insert(self, sealed: _Sealed) -> None:
-        stored = sealed.stored
-        self._writer.execute(
-            "INSERT INTO blocks (lane, sequence, stream, last_ordinal, rows, sealed_us, block) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (stored.lane, stored.sequence, stored.stream, sealed.last_ordinal, stored.rows, sealed.sealed_us, stored.block),
-        )
+    def _store_sealed(self, sealed: list[Sealed], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
+        size = sum(_bytes_on_disk(len(s.on_disk)) for s in sealed)
+        with self._noting_faults():
+            self._make_room(size)
+            victims = self._victims(sealed, size)
+        given_up = {p.id for p in victims}
+        kept = [s for s in sealed if s.place.id not in given_up]
+        ledger: list[Sealed] = []
+        with self._writing():
+            ledger = self._give_up(victims, sealed, Reason.EVICTED_FULL, now) if victims else []
+            self._insert([*kept, *ledger])
+            self._write_fixes(fixes)
+        self._checkpoint()
+        return [s.stored for s in (*kept, *ledger)]
 
-    def _write_counters(self, sequences: dict[str, int], ordinals: dict[str, int]) -> None:
-        for lane, sequence in sequences.items() - self._sequences.items():
-            self._writer.execute("INSERT OR REPLACE INTO lanes VALUES (?, ?)", (lane, sequence))
-        for stream, ordinal in ordinals.items() - self._ordinals.items():
-            self._writer.execute("INSERT OR REPLACE INTO streams VALUES (?, ?)", (stream, ordinal))
+    def _insert(self, sealed: list[Sealed]) -> None:
+        self._store.execute_many("INSERT INTO blocks VALUES (?, ?)", [(s.place.id, s.on_disk) for s in sealed])
+        if self._catalogue.put([s.place for s in sealed]):
+            self._catalogue.trim(self._floors())
 
     def _write_fixes(self, fixes: list[Fix]) -> None:
         if fixes:
-            self._writer.executemany("INSERT OR REPLACE INTO fixes VALUES (?, ?)", [(f.time_us, to_text(f)) for f in fixes])
-            self._writer.execute(
+            self._store.execute_many("INSERT OR REPLACE INTO fixes VALUES (?, ?)", [(f.time_us, to_text(f)) for f in fixes])
+            self._store.execute(
                 "DELETE FROM fixes WHERE time_us <= (SELECT time_us FROM fixes ORDER BY time_us DESC LIMIT 1 OFFSET ?)", (FIXES_MAX,)
             )
 
-    def _settle_some(self, lane: str, first: int, last: int) -> int:
-        """Settle up to SETTLE_BLOCKS blocks of a range; returns how many it were."""
-        with self._write_lock:
-            self._shrink_log(RESERVE_BYTES)
-            with self._transaction():
-                self._writer.execute(
-                    "UPDATE blocks SET settled = 1 WHERE id IN"
-                    " (SELECT id FROM blocks WHERE settled = 0 AND lane = ? AND sequence BETWEEN ? AND ? LIMIT ?)",
-                    (lane, first, last, SETTLE_BLOCKS),
-                )
-                settled = self._writer.changes()
-                for stream, ordinal in self._ordinals.items() if settled else ():
-                    keep = self._history_rows.get(stream, 0)
-                    self._writer.execute(
-                        "DELETE FROM blocks WHERE stream = ? AND settled = 1 AND last_ordinal < ?", (stream, ordinal - keep)
-                    )
-        return settled
+    def _is_stored(self, sealed: list[Sealed]) -> bool:
+        with self._noting_faults():
+            found = [self._store.execute("SELECT block FROM blocks WHERE id = ?", (s.place.id,)) for s in sealed]
+        return [f[0][0] if f else None for f in found] == [s.on_disk for s in sealed]
+
+    # Room.
 
     def _make_room(self, size: int) -> None:
-        """See to it that blocks of `size` bytes fit, and the reserve beside them.
+        """See to it that `size` bytes fit on the disk, and in the buffer as far as history can give way.
 
         Raises:
-            BufferFullError: they do not, and there is no history left to give up.
+            BufferFullError: the disk has no room.
         """
-        self._shrink_log(2 * size + RESERVE_BYTES)
-        while (lack := self._lack(size)) and self._shed_history():
+        while True:
             self._shrink_log(2 * size + RESERVE_BYTES)
-        if lack:
-            raise BufferFullError(lack)
+            disk = self._disk_lack(size)
+            if not disk and self._lack_bytes(size) <= 0:
+                return
+            if not self._shed_history():
+                break
+        if disk:
+            raise BufferFullError(disk)
 
-    def _lack(self, size: int) -> str:
-        """Why blocks of `size` bytes do not fit; empty if they do. They go to the log first, then to free or new pages."""
-        used = self._used_bytes()
-        if used + size > self._bytes_max:
-            return f"buffer holds {used} bytes, {size} more would pass the limit of {self._bytes_max}"
-        free = self._free_bytes()
-        wanted = size + RESERVE_BYTES
-        if size > self._spare_bytes():  # the file grows and never shrinks: leave room for the log of blocks to come
+    def _lack_bytes(self, size: int) -> int:
+        """How many bytes are too many if `size` come, the log at its largest; not above zero: they fit."""
+        return self._store.used_bytes() + size + self._log_bytes_max - self._limits.bytes_max
+
+    def _disk_lack(self, size: int) -> str:
+        """Why the disk has no room for `size` bytes; empty if it has. They go to the log first, then to free or new pages."""
+        free, wanted = self._store.free_bytes(), 2 * size + RESERVE_BYTES
+        if size > self._store.spare_bytes():  # the file grows and never shrinks: leave room for the log of blocks to come
             wanted *= 2
         return f"disk of {self._path.parent} has {free} bytes free; {wanted} wanted" if free < wanted else ""
 
     def _shed_history(self) -> int:
         """Give up the oldest settled blocks; returns how many."""
-        with self._transaction():
-            query = "DELETE FROM blocks WHERE id IN (SELECT id FROM blocks WHERE settled = 1 ORDER BY id LIMIT ?)"
-            self._writer.execute(query, (SHED_BLOCKS,))
-            return self._writer.changes()
+        with self._writing(durable=False):
+            self._catalogue.write_tail()
+            settled = self._catalogue.settled(SHED_BLOCKS)
+            self._catalogue.remove(settled)
+        return len(settled)
 
     def _shrink_log(self, wanted: int) -> None:
-        """Bring the write-ahead log into the file, unless the disk has room for it once more and for `wanted` bytes."""
-        log_bytes = self._path.with_name(f"{self._path.name}-wal").stat().st_size
-        if log_bytes and self._free_bytes() < log_bytes + wanted:
-            with _translated():
-                self._writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        """Bring the log into the file, unless the disk has room for it once more and for `wanted` bytes."""
+        log_bytes = self._store.log_bytes()
+        if log_bytes and self._store.free_bytes() < log_bytes + wanted:
+            self._store.checkpoint(truncate=True)
 
-    def _free_bytes(self) -> int:
-        disk = os.statvfs(self._path.parent)
-        return disk.f_bavail * disk.f_frsize
+    def _checkpoint(self) -> None:
+        """Bring the log into the file if it has become long. What was committed is safe in it: a failure is noted for the next call."""
+        try:
+            with self._noting_faults():
+                if self._store.log_due():
+                    self._store.checkpoint()
+        except UnavailableError as e:
+            log.error("buffer log not brought into the file error=%s", e)
 
-    def _spare_bytes(self) -> int:
-        return int(self._writer.pragma("freelist_count") * self._writer.pragma("page_size"))
+    # Giving up.
 
-    def _used_bytes(self) -> int:
-        pages = self._writer.pragma("page_count") - self._writer.pragma("freelist_count")
-        return int(pages * self._writer.pragma("page_size"))
+    def _victims(self, sealed: list[Sealed], size: int) -> list[Place]:
+        """What to give up so that sealed blocks fit: stored ones, or some of these themselves.
 
-    def _epoch(self) -> str:
-        with self._transaction():
-            self._writer.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
-        return str(self._writer.execute("SELECT value FROM meta WHERE key = 'epoch'").get)
+        Raises:
+            BufferFullError: nothing may be given up, or not enough.
+        """
+        lack = self._lack_bytes(size)
+        if lack <= 0:
+            return []
+        used, limit = self._store.used_bytes(), self._limits.bytes_max
+        full = f"buffer holds {used} bytes and its log up to {self._log_bytes_max}, {size} more would pass the limit of {limit}"
+        if self._limits.when_full == "block":
+            raise BufferFullError(full)
+        with self._writing(durable=False):
+            self._catalogue.write_tail()
+        victims = choose(self._classes([s.place for s in sealed]), portion(lack, limit))[:EVICT_BLOCKS_MAX]
+        if sum(p.bytes for p in victims) < lack:
+            raise BufferFullError(f"{full}, and only {len(victims)} blocks may be given up")
+        return victims
 
-    def _read(self, query: str, values: tuple[str | int, ...]) -> list[tuple[Any, ...]]:
-        with self._read_lock:
+    def _classes(self, incoming: Iterable[Place] = ()) -> dict[int, list[Iterable[Place]]]:
+        """Blocks that may be given up: by priority, one series per shelf."""
+        classes: dict[int, list[Iterable[Place]]] = {}
+        for shelf in self._catalogue.shelves.values():
+            if shelf.stream != LOSSES.stream:
+                mine = [p for p in incoming if p.shelf == shelf.number]
+                classes.setdefault(self._limits.priority(shelf.stream), []).extend([self._catalogue.evictable(shelf), mine])
+        return classes
+
+    def _give_up(self, victims: list[Place], incoming: list[Sealed], reason: Reason, now: Moment) -> list[Sealed]:
+        """Take victims out, and seal the ledger that names them: inside the transaction, with the tail written."""
+        catalogue = self._catalogue
+        never = {s.place.id for s in incoming}
+        catalogue.remove([p for p in victims if p.id not in never])
+        losses = []
+        for place in victims:
+            shelf = catalogue.shelves[place.shelf]
+            if place.id in never:
+                catalogue.leave(shelf.lane)
+            times = (float(place.first_us), float(place.last_us))
+            names = (self.epoch, shelf.lane, place.sequence, place.sequence)
+            losses.append(Loss(now.wall_us, shelf.stream, *names, 1, float(place.rows), *times, reason.value, _DETAIL[reason]))
+        following = max((s.place.id for s in incoming), default=catalogue.next_id - 1) + 1
+        for s in incoming:
+            catalogue.sequences[s.stored.lane] = max(catalogue.sequences.get(s.stored.lane, 0), s.stored.sequence)
+        return self._seal_ledger(losses, following, now)
+
+    def _seal_ledger(self, losses: list[Loss], number: int, now: Moment) -> list[Sealed]:
+        """Blocks of the ledger, one per lane; a lane whose ledger has become long gets it all in one new block."""
+        self._count_losses(losses)
+        sealed: list[Sealed] = []
+        for lane in sorted({loss.of_lane for loss in losses}):
+            rows = coalesce([*self._old_ledger(lane, now), *(loss for loss in losses if loss.of_lane == lane)])
+            sequence = self._catalogue.sequences.get(lane, 0) + 1
+            ordinal = self._catalogue.ordinals.get(LOSSES.stream, 0) + sum(s.stored.rows for s in sealed)
+            policy, times = self._policies.get(lane, ""), (min(r.lost_at for r in rows), max(r.lost_at for r in rows))
+            draft = Draft(lane, LOSSES.stream, LOSSES.version, FixQuality.NONE, policy, loss_table(rows), len(rows), *times)
+            header = self._header(draft, sequence, now)
+            block, last_ordinal = seal_block(header, draft, ordinal, ordinal)
+            sealed.append(self._placed(header, block, last_ordinal, number + len(sealed), now))
+        return sealed
+
+    def _old_ledger(self, lane: str, now: Moment) -> list[Loss]:
+        """The rows of a lane's waiting ledger, taken out, if it has become long; and rows that name its blocks."""
+        shelf = self._catalogue.shelf(lane, LOSSES.stream)
+        if shelf.waiting < LEDGER_BLOCKS_MAX and shelf.waiting_bytes <= self._limits.bytes_max // LEDGER_SHARE:
+            return []
+        places = list(self._catalogue.evictable(shelf))
+        rows: list[Loss] = []
+        for place in places:
+            stored = self._store.execute("SELECT block FROM blocks WHERE id = ?", (place.id,))
+            name = (self.epoch, lane, place.sequence, place.sequence, 1)
             try:
-                return self._reader.execute(query, values).fetchall()
-            except _DISK_ERRORS as e:
-                raise UnavailableError(f"buffer cannot be read: {e}") from e
+                rows += read_losses(decode_block(open_stored(stored[0][0], self._keys))[1])
+                readings, why = 0.0, "its rows are in a later block of the ledger"
+            except (ContractError, IndexError) as e:
+                readings, why = float("nan"), f"damaged: {e}"
+            times = (float(place.first_us), float(place.last_us))
+            rows.append(Loss(now.wall_us, LOSSES.stream, *name, readings, *times, Reason.EVICTED_FULL.value, why))
+        self._catalogue.remove(places)
+        return rows
+
+    def _give_up_old(self, now: Moment) -> list[StoredBlock]:
+        if self._limits.age_s_max is None or now.monotonic_us < self._age_due_us:
+            return []
+        self._age_due_us = now.monotonic_us + int(AGE_CHECK_S * 1e6)
+        oldest = self._age.at(now.monotonic_us) - int(self._limits.age_s_max * 1e6)
+        ledger: list[Sealed] = []
+        if any(self._age.base_us + s.oldest_us - self._age.monotonic_us < oldest for s in self.lanes()):
+            with self._writing():
+                self._catalogue.write_tail()
+                series = [s for priority in self._classes().values() for s in priority]
+                old = [p for shelf in series for p in _older(shelf, oldest)]
+                if old:
+                    ledger = self._give_up(old, [], Reason.EVICTED_AGE, now)
+                    self._insert(ledger)
+        return [s.stored for s in ledger]
+
+    def _count_losses(self, losses: list[Loss]) -> None:
+        for loss in losses:
+            self.lost_blocks[loss.reason] += loss.blocks
+            self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + (
+                0.0 if loss.readings != loss.readings else loss.readings
+            )
+
+    # Receipts.
+
+    def _settle(self, lane: str, first: int, last: int) -> int:
+        with self._write_lock:
+            self._recover()
+            settled = more = self._catalogue.settle_tail(lane, first, last)
+            while True:
+                with self._noting_faults():
+                    self._shrink_log(RESERVE_BYTES)
+                with self._writing(durable=False):
+                    more = self._catalogue.settle(lane, first, last, self._floors())
+                settled += more
+                self._checkpoint()
+                if not more:
+                    return settled
+
+    def _skip_names(self, lane: str, used: int) -> None:
+        """The lake holds blocks that this file does not know: it has gone back in time. Their names are taken."""
+        now = self._clock()
+        log.error("buffer has gone back, names skipped lane=%s known=%s used=%s", lane, self._catalogue.sequences.get(lane, 0), used)
+        with self._writing():
+            self._catalogue.write_tail()
+            loss = skipped(self.epoch, lane, used, now.wall_us, "the file had gone back in time")
+            self._catalogue.skip(lane, used + SKIP)
+            self._insert(self._seal_ledger([loss], self._catalogue.next_id, now))
+
+    def _floors(self) -> dict[str, int]:
+        """Per stream, the ordinal from which readings are kept as history."""
+        catalogue = self._catalogue
+        return {
+            s.stream: catalogue.ordinals.get(s.stream, 0) - self._history_rows.get(s.stream, 0) for s in list(catalogue.shelves.values())
+        }
+
+    # Damage and faults.
+
+    def _read_blocks(self, places: list[Place]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+        """The blocks of places, and the places whose blocks are damaged.
+
+        Raises:
+            DamagedError: a block is whole, but another one than its place says.
+        """
+        wanted = ",".join(str(p.id) for p in places)
+        found = dict(self._store.read(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
+        whole, damaged = [], []
+        for place in places:
+            try:
+                block = open_stored(found[place.id], self._keys)
+                header = read_header(block)
+            except (ContractError, KeyError):
+                damaged.append(place)
+                continue
+            shelf = self._catalogue.shelves[place.shelf]
+            named = (header.epoch, header.lane, header.sequence, header.stream, header.rows)
+            if named != (self.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
+                raise DamagedError(f"block {header.identity} lies where {shelf.lane} {place.sequence} should")
+            whole.append((place, block))
+        return whole, damaged
+
+    def _bury(self, damaged: list[Place]) -> None:
+        """Take damaged blocks out, keep what can be read of them, and name in the ledger those that the lake does not hold."""
+        now = self._clock()
+        with self._writing():
+            self._catalogue.write_tail()
+            there = self._catalogue.still(damaged)
+            for place in there:
+                shelf = self._catalogue.shelves[place.shelf]
+                log.error("stored block damaged lane=%s sequence=%s stream=%s", shelf.lane, place.sequence, shelf.stream)
+                self._store.execute(
+                    "INSERT INTO damaged (lane, stream, sequence, rows, found_us, block)"
+                    " VALUES (?, ?, ?, ?, ?, (SELECT block FROM blocks WHERE id = ?))",
+                    (shelf.lane, shelf.stream, place.sequence, place.rows, now.wall_us, place.id),
+                )
+            self._store.execute("DELETE FROM damaged WHERE id <= (SELECT max(id) FROM damaged) - ?", (DAMAGED_BLOCKS_MAX,))
+            self._catalogue.remove([p for p in there if p.settled])
+            waiting = [p for p in there if not p.settled]
+            if waiting:
+                self._insert(self._give_up(waiting, [], Reason.DAMAGED, now))
+
+    def _open(self, *, suspect: bool) -> None:
+        """Open the file, salvage it if it is damaged, and settle what a salvage owes to the ledger."""
+        now = self._clock()
+        try:
+            self._open_and_load(suspect, now)
+        except DamagedError as e:
+            self._salvage(e)
+            self._open_and_load(suspect, now)
+        self._fault = None
+        self._settled.clear()
+        owed = self._store.execute("SELECT value FROM meta WHERE key = ?", (OWED,))
+        if owed:
+            with self._writing():
+                losses = msgspec.json.decode(owed[0][0], type=list[Loss])
+                self._insert(self._seal_ledger(losses, self._catalogue.next_id, now))
+                self._store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
+
+    def _open_and_load(self, suspect: bool, now: Moment) -> None:
+        self._store = open_store(self._path, log_bytes_max=self._log_bytes_max, vfs=self._vfs, suspect=suspect)
+        self._load(now)
+
+    def _salvage(self, cause: Exception) -> None:
+        with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
+            self._store.close(checkpoint=False)
+        salvage(self._path, self._device, self._keys, log_bytes_max=self._log_bytes_max, vfs=self._vfs, cause=str(cause))
+
+    def _load(self, now: Moment) -> None:
+        self._catalogue, self._age = load(self._store, self._keys, self._boot, now.monotonic_us)
+
+    @property
+    def _log_bytes_max(self) -> int:
+        return log_limit(self._limits.bytes_max)
+
+    def _recover(self) -> None:
+        """After a fault: open the file again before anything else is done with it.
+
+        Raises:
+            UnavailableError: it cannot be opened yet.
+        """
+        if self._fault is not None:
+            with self._write_lock:
+                self._recover_from(self._fault)
+
+    def _recover_from(self, fault: BaseException | None) -> None:
+        if fault is None:  # another thread was faster
+            return
+        if not isinstance(fault, (DiskError, DamagedError)):  # the file is well: only what memory knows is in doubt
+            self._load(self._clock())
+            self._fault = None
+            return
+        if isinstance(fault, DamagedError):
+            self._salvage(fault)
+        with contextlib.suppress(UnavailableError):  # it may be closed already
+            self._store.close(checkpoint=False)
+        resume(self._path)
+        self._open(suspect=True)
+        log.warning("buffer opened again after=%s", fault)
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with _translated(), self._writer:
+    def _writing(self, *, durable: bool = True) -> Iterator[None]:
+        """A transaction. If it fails, what memory knows is not trusted either."""
+        with self._write_lock:
+            try:
+                with self._store.transaction(durable=durable):
+                    yield
+                    if self._catalogue.lanes_changed:
+                        self._catalogue.write_lanes()
+            except BaseException as e:
+                self._fault = self._fault or e
+                raise
+
+    @contextlib.contextmanager
+    def _noting_faults(self) -> Iterator[None]:
+        try:
             yield
+        except (DiskError, DamagedError) as e:
+            if self._fault is None:
+                self._fault = e
+            raise
+
+    def _oldest_us(self, catalogue: Catalogue, lane: str) -> int:
+        """When the oldest waiting block of a lane was stored, on this boot's monotonic clock."""
+        if self._fault is not None:
+            return self._age.monotonic_us
+        with self._noting_faults():
+            first = catalogue.first_waiting(lane)
+        return self._age.monotonic_us + (0 if first is None else first.stored_us - self._age.base_us)
 
 
-@dataclass(frozen=True)
-class _Sealed:
-    """A block on its way to the disk."""
-
-    stored: StoredBlock
-    last_ordinal: int
-    sealed_us: int
-
-
-def _seal(header: BlockHeader, draft: Draft, base: int, following: int) -> _Sealed:
-    """`base` is the stream's ordinal before this append, `following` after the drafts before this one."""
-    ordinals = np.arange(following, following + draft.rows) if draft.order is None else base + draft.order
-    block = encode_block(header, {**draft.table, ORDINAL: ordinals})
-    stored = StoredBlock(header.lane, header.sequence, header.stream, header.rows, block)
-    return _Sealed(stored, int(ordinals.max()), header.sealed_us)
+def _older(shelf: Iterable[Place], oldest_us: int) -> Iterator[Place]:
+    """The blocks at a shelf's start that were stored before `oldest_us`, at most EVICT_BLOCKS_MAX."""
+    for count, place in enumerate(shelf):
+        if place.stored_us >= oldest_us or count >= EVICT_BLOCKS_MAX:
+            return
+        yield place
 
 
-def _past(block: bytes, contract_version: str) -> Table | None:
-    """The readings of a stored block, if it is whole and of this contract version."""
-    try:
-        header, table = decode_block(block)
-    except ContractError as e:
-        log.error("stored block damaged error=%s", e)
-        return None
-    return table if header.contract_version == contract_version else None
+def _bytes_on_disk(size: int) -> int:
+    """Bytes that a block of `size` takes in the file, at most: whole overflow pages, its leaf, its place."""
+    return (size // (PAGE_BYTES - 4) + 3) * PAGE_BYTES
 
 
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except apsw.FullError as e:
-        raise BufferFullError(f"no room on the disk: {e}") from e
-    except _DISK_ERRORS as e:
-        raise UnavailableError(f"buffer cannot be written: {e}") from e
-
-
-def _open_or_move_aside(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
-    try:
-        return _open(path)
-    except (apsw.CorruptError, apsw.NotADBError) as e:
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        log.error("buffer damaged path=%s error=%s moved_to=%s", path, e, aside)
-        for suffix in ("", "-wal", "-shm"):
-            part = path.with_name(path.name + suffix)
-            if part.exists():
-                part.rename(aside.with_name(aside.name + suffix))
-        return _open(path)
-
-
-def _open(path: Path) -> tuple[apsw.Connection, apsw.Connection]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
-    writer = apsw.Connection(str(path))
-    writer.set_busy_timeout(5_000)
-    writer.pragma("journal_mode", "wal")
-    writer.pragma("synchronous", "full")
-    with writer:
-        writer.execute(_SCHEMA)
-    reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
-    reader.set_busy_timeout(5_000)
-    return writer, reader
+def _clock() -> Moment:
+    return Moment(time.time_ns() // 1_000, time.monotonic_ns() // 1_000, False)

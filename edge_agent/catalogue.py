@@ -57,6 +57,7 @@ class Catalogue:
     ordinals: dict[str, int] = field(default_factory=dict)
     tail: tuple[Place, ...] = ()
     next_id: int = 1
+    lanes_changed: bool = False
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def shelf(self, lane: str, stream: str) -> Shelf:
@@ -94,8 +95,13 @@ class Catalogue:
 
     def skip(self, lane: str, sequence: int) -> None:
         """Give out no name of this lane up to `sequence` any more."""
-        self.gone[lane] += sequence - self.sequences.get(lane, 0)
+        self.leave(lane, sequence - self.sequences.get(lane, 0))
         self.sequences[lane] = sequence
+
+    def leave(self, lane: str, count: int = 1) -> None:
+        """Names of a lane that are not, or no longer, in the file; `write_lanes` must follow in the same transaction."""
+        self.gone[lane] += count
+        self.lanes_changed = True
 
     def write_tail(self) -> None:
         """Write the places of the tail, and the lanes' and streams' numbers."""
@@ -104,7 +110,7 @@ class Catalogue:
         self.store.execute_many("INSERT OR IGNORE INTO shelves VALUES (?, ?, ?)", shelves)
         self.store.execute_many(f"INSERT INTO places ({_PLACE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self.store.execute_many("INSERT OR REPLACE INTO streams VALUES (?, ?)", list(self.ordinals.items()))
-        self._write_lanes()
+        self.write_lanes()
         self.tail = ()
 
     def waiting(self, lane: str, after: int, limit: int) -> list[Place]:
@@ -116,6 +122,19 @@ class Catalogue:
             query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence >= ? AND settled = 0 ORDER BY sequence LIMIT ?"
             found |= {row[1]: _place(row) for row in self.store.read(query, (shelf.number, first, limit))}
         return [found[n] for n in sorted(found)[:limit]]
+
+    def first_waiting(self, lane: str) -> Place | None:
+        """The waiting block of a lane that was stored first."""
+        found = [p for p in self.tail if not p.settled and self.shelves[p.shelf].lane == lane][:1]
+        for shelf in self.of_lane(lane):
+            query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence >= ? AND settled = 0 ORDER BY sequence LIMIT 1"
+            found += [_place(row) for row in self.store.read(query, (shelf.number, shelf.first_waiting))]
+        return min(found, key=attrgetter("id"), default=None)
+
+    def still(self, places: list[Place]) -> list[Place]:
+        """Those of `places` that are in the file; the tail must be written."""
+        query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence = ? AND id = ?"
+        return [_place(row) for p in places for row in self.store.execute(query, (p.shelf, p.sequence, p.id))]
 
     def evictable(self, shelf: Shelf) -> Iterator[Place]:
         """The waiting places of a shelf, oldest first, in portions: inside a transaction, with the tail written."""
@@ -205,8 +224,7 @@ class Catalogue:
             shelf = self.shelves[place.shelf]
             if not place.settled:
                 shelf.count(place, -1)
-            self.gone[shelf.lane] += 1
-        self._write_lanes()
+            self.leave(shelf.lane)
 
     def _mark(self, shelf: Shelf, places: list[Place]) -> None:
         if not places:
@@ -220,9 +238,11 @@ class Catalogue:
         shelf.count(place, -1)
         shelf.first_settled = place.sequence if shelf.first_settled is None else min(shelf.first_settled, place.sequence)
 
-    def _write_lanes(self) -> None:
+    def write_lanes(self) -> None:
+        """Write the lanes' numbers."""
         rows = [(lane, sequence, self.gone[lane]) for lane, sequence in self.sequences.items()]
         self.store.execute_many("INSERT OR REPLACE INTO lanes VALUES (?, ?, ?)", rows)
+        self.lanes_changed = False
 
 
 def _place(row: tuple[Any, ...]) -> Place:

@@ -123,9 +123,7 @@ def _tail(
         shelf = catalogue.shelf(header.lane, header.stream)
         stored_us = age.base_us
         places.append(
-            Place(
-                shelf.number, header.sequence, number, header.rows, len(stored), last_ordinal, header.first_us, header.last_us, stored_us
-            )
+            Place(shelf.number, header.sequence, number, header.rows, len(stored), last_ordinal, header.first_us, header.last_us, stored_us)
         )
     return places, Age.resume(age.base_us, then, age.monotonic_us, boot, monotonic_us)
 

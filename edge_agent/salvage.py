@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ import apsw
 import msgspec
 
 from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
-from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.ledger import Loss, coalesce
+from edge_agent.core.track import from_text
 from edge_agent.opening import last_ordinal
 from edge_agent.sealed import Keys, is_stored_block, open_stored, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
@@ -122,7 +124,7 @@ def _build(
     copy: bool,
 ) -> _New:
     _remove(new_path)
-    store, _ = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs)
+    store = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs)
     try:
         new = _New(old.epoch)
         if copy:
@@ -203,18 +205,25 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
 
 def skipped(epoch: str, lane: str, last: int, now_us: int, detail: str) -> Loss:
     """The row for names that are not given out, because they may be in use already."""
-    return Loss(now_us, UNKNOWN_STREAM, epoch, lane, last + 1, last + SKIP, SKIP, _NAN, _NAN, _NAN, Reason.DAMAGED, f"names skipped; {detail}")
+    return Loss(
+        now_us, UNKNOWN_STREAM, epoch, lane, last + 1, last + SKIP, SKIP, _NAN, _NAN, _NAN, Reason.DAMAGED, f"names skipped; {detail}"
+    )
 
 
 def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[Loss]:
-    """The blocks of a lane that should be there: by the old places, or else every hole between those that were found."""
-    epoch = str(new.epoch)
-    if old.places is not None:
-        gone = [(n, p) for (name, n), p in old.places.items() if name == lane and not p[4] and (name, n) not in new.found]
-        return [Loss(now_us, p[0], epoch, lane, n, n, 1, p[1], p[2], p[3], Reason.DAMAGED, detail) for n, p in gone]
-    found = sorted(n for name, n in new.found if name == lane)
-    holes = [(a + 1, b - 1) for a, b in zip(found, found[1:], strict=False) if b > a + 1]
-    return [Loss(now_us, UNKNOWN_STREAM, epoch, lane, a, b, b - a + 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail) for a, b in holes]
+    """The blocks of a lane that should be there: by the old places, and every hole that those do not reach."""
+    epoch, losses, known = str(new.epoch), [], 0
+    for (name, n), (stream, rows, first_us, last_us, settled) in (old.places or {}).items():
+        if name == lane:
+            known = max(known, n)
+            if not settled and (name, n) not in new.found:
+                losses.append(Loss(now_us, stream, epoch, lane, n, n, 1, rows, first_us, last_us, Reason.DAMAGED, detail))
+    found = sorted(n for name, n in new.found if name == lane and n > known)
+    reached = [known, *found] if known else found
+    for a, b in pairwise(reached):
+        if b > a + 1:
+            losses.append(Loss(now_us, UNKNOWN_STREAM, epoch, lane, a + 1, b - 1, b - a - 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail))
+    return losses
 
 
 def _read_old(path: Path, vfs: str | None) -> _Old:
@@ -228,7 +237,7 @@ def _read_old(path: Path, vfs: str | None) -> _Old:
         db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
         db.pragma("wal_autocheckpoint", 0)
         for read in (_read_epoch, _read_numbers, _read_fixes, _read_places):
-            with contextlib.suppress(apsw.Error, ContractError, TypeError, ValueError):  # as far as it goes
+            with contextlib.suppress(apsw.Error, *UNREADABLE, ContractError, TypeError, ValueError):  # as far as it goes
                 read(db, old)
     finally:
         db.close()
@@ -243,20 +252,29 @@ def _read_epoch(db: apsw.Connection, old: _Old) -> None:
 
 def _read_numbers(db: apsw.Connection, old: _Old) -> None:
     for lane, last in db.execute("SELECT lane, last_sequence FROM lanes").fetchall():
-        old.lanes[check_lane(lane)] = min(max(0, int(last)), 2**52)
+        old.lanes[check_lane(str(lane))] = min(max(0, int(str(last))), 2**52)
     for stream, ordinal in db.execute("SELECT stream, next_ordinal FROM streams").fetchall():
-        old.streams[check_name(stream, "stream")] = min(max(0, int(ordinal)), 2**52)
+        old.streams[check_name(str(stream), "stream")] = min(max(0, int(str(ordinal))), 2**52)
 
 
 def _read_fixes(db: apsw.Connection, old: _Old) -> None:
-    old.fixes = [(int(t), check_lane(lane)) for t, lane in db.execute("SELECT time_us, lane FROM fixes").fetchall()]
+    rows = [(int(str(time_us)), str(text)) for time_us, text in db.execute("SELECT time_us, lane FROM fixes").fetchall()]
+    for time_us, text in rows:
+        from_text(time_us, text)
+    old.fixes = rows
 
 
 def _read_places(db: apsw.Connection, old: _Old) -> None:
     query = "SELECT s.lane, s.stream, p.sequence, p.rows, p.first_us, p.last_us, p.settled = ? FROM places p JOIN shelves s USING (shelf)"
     places = {}
     for lane, stream, sequence, rows, first_us, last_us, settled in db.execute(query, (SETTLED,)):
-        places[check_lane(lane), int(sequence)] = (check_name(stream, "stream"), int(rows), int(first_us), int(last_us), bool(settled))
+        places[check_lane(str(lane)), int(sequence)] = (
+            check_name(str(stream), "stream"),
+            int(rows),
+            int(first_us),
+            int(last_us),
+            bool(settled),
+        )
     for (start,) in db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,)):
         with contextlib.suppress(ContractError):
             h = stored_header(start)

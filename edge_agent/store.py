@@ -36,8 +36,9 @@ PAGE_BYTES = 512
 TAIL_BLOCKS_MAX = 64
 SETTLED = 23_159  # not 1: one flipped bit must not turn a waiting block into a settled one
 LOG_BYTES_MAX = 8 * 1024 * 1024
-LOG_BYTES_MIN = 64 * 1024
+LOG_BYTES_MIN = 16 * 1024
 BUSY_MS = 5_000
+_LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 
 SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -73,6 +74,7 @@ class Store:
         self._log_bytes_max = log_bytes_max
         self._read_lock = threading.Lock()
         self._durable = True
+        self.page_bytes = int(writer.pragma("page_size"))  # PAGE_BYTES, but for files that others have prepared
         self._log_pages = 0
         writer.set_wal_hook(self._note_log)
 
@@ -116,7 +118,7 @@ class Store:
 
     def log_due(self, factor: float = 1.0) -> bool:
         """Whether the log has passed its limit `factor` times."""
-        return self._log_pages * (PAGE_BYTES + 24) >= factor * self._log_bytes_max
+        return self._log_pages * (self.page_bytes + _FRAME_HEADER_BYTES) >= factor * self._log_bytes_max
 
     def checkpoint(self, *, truncate: bool = False) -> None:
         """Bring the log into the file; it starts again from its beginning, or as an empty file."""
@@ -128,12 +130,12 @@ class Store:
     def used_bytes(self) -> int:
         """Bytes of pages in use, free pages left out."""
         with translated("read"):
-            return int(self._writer.pragma("page_count") - self._writer.pragma("freelist_count")) * PAGE_BYTES
+            return int(self._writer.pragma("page_count") - self._writer.pragma("freelist_count")) * self.page_bytes
 
     def spare_bytes(self) -> int:
         """Bytes of free pages in the file."""
         with translated("read"):
-            return int(self._writer.pragma("freelist_count")) * PAGE_BYTES
+            return int(self._writer.pragma("freelist_count")) * self.page_bytes
 
     def log_bytes(self) -> int:
         """Size of the log on disk."""
@@ -161,8 +163,8 @@ def log_path(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False) -> tuple[Store, bool]:
-    """Open or create a buffer file; also says whether its log may have lost commits (see `_cut_short`).
+def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False) -> Store:
+    """Open or create a buffer file.
 
     Raises:
         DamagedError: it is not a buffer file of this version: salvage it.
@@ -177,21 +179,22 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
         log = log_path(path).read_bytes() if log_path(path).exists() else b""
         writer = apsw.Connection(str(path), vfs=vfs)
         try:
+            writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
+            writer.set_busy_timeout(BUSY_MS)
+            if _cut_short(log, writer):
+                raise DamagedError("its log is damaged: there are commits behind a frame that is not whole")
             _set_up(writer, log_bytes_max)
+            if suspect:
+                writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
             reader.set_busy_timeout(BUSY_MS)
-            cut_short = _cut_short(log, writer)
-            if suspect or cut_short:
-                writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
         except BaseException:
-            writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
             writer.close()
             raise
-    return Store(path, writer, reader, log_bytes_max), cut_short
+    return Store(path, writer, reader, log_bytes_max)
 
 
 def _set_up(writer: apsw.Connection, log_bytes_max: int) -> None:
-    writer.set_busy_timeout(BUSY_MS)
     writer.pragma("page_size", PAGE_BYTES)  # of a new file
     writer.pragma("journal_mode", "wal")
     writer.pragma("synchronous", "full")
@@ -205,8 +208,8 @@ def _set_up(writer: apsw.Connection, log_bytes_max: int) -> None:
         for statement in SCHEMA:
             writer.execute(statement)
         writer.execute("COMMIT")
-    elif found != list(SCHEMA) or writer.pragma("page_size") != PAGE_BYTES:
-        raise DamagedError(f"its tables are not those of this version: {len(found)} tables, pages of {writer.pragma('page_size')} bytes")
+    elif found != list(SCHEMA):
+        raise DamagedError(f"its {len(found)} tables are not those of this version")
 
 
 def _cut_short(log: bytes, writer: apsw.Connection) -> bool:
@@ -215,9 +218,12 @@ def _cut_short(log: bytes, writer: apsw.Connection) -> bool:
     They may have been acknowledged, and sent. Their names must not be given to other blocks. Frames of an earlier round
     of the log share neither half of its salt.
     """
-    taken = int(writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)[0])
-    frame_bytes = PAGE_BYTES + 24
-    for start in range(32 + max(0, taken) * frame_bytes, len(log) - 23, frame_bytes):
+    if len(log) <= _LOG_HEADER_BYTES:
+        return False
+    writer.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # it takes the log in when it reads
+    taken = int(writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0])
+    frame_bytes = int(writer.pragma("page_size")) + _FRAME_HEADER_BYTES
+    for start in range(_LOG_HEADER_BYTES + max(0, taken) * frame_bytes, len(log) - 23, frame_bytes):
         ours = log[start + 8 : start + 12] == log[16:20] or log[start + 12 : start + 16] == log[20:24]
         if ours and log[start + 4 : start + 8] != bytes(4):  # a commit
             return True

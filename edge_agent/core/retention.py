@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
-PORTION = 64  # at least this part of the limit is given up at a time
+PORTION = 256  # at least this part of the limit is given up at a time,
+PORTION_BYTES_MIN = 64 * 1024  # or this much,
+PORTION_MAX = 16  # but of a small limit no more than this part
 HALF_LIFE_S = 120.0
 HORIZON_S = 10 * 365 * 86_400.0
 
@@ -54,7 +56,7 @@ def choose(shelves: Mapping[int, list[Iterable[Place]]], wanted_bytes: int) -> l
 
 def portion(lack_bytes: int, bytes_max: int) -> int:
     """How many bytes to give up when `lack_bytes` are wanted."""
-    return lack_bytes + bytes_max // PORTION
+    return lack_bytes + max(bytes_max // PORTION, min(PORTION_BYTES_MIN, bytes_max // PORTION_MAX))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import subprocess
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,8 +21,8 @@ from edge_agent.core.track import FIXES_MAX, Fix
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
 
 
-def open_buffer(path: Path, *, bytes_max: int = 1 << 30, history_rows: int = 0) -> Buffer:
-    return Buffer(path / "buffer.db", "plane-01", "boot", bytes_max=bytes_max, history_rows={"pump": history_rows})
+def open_buffer(path: Path, *, bytes_max: int = 1 << 30, history_rows: int = 0, **more: Any) -> Buffer:
+    return Buffer(path / "buffer.db", "plane-01", "boot", bytes_max=bytes_max, history_rows={"pump": history_rows}, **more)
 
 
 def draft(values: list[float], lane: str = "europe") -> Draft:
@@ -81,7 +82,7 @@ def test_history_comes_in_the_order_seen_across_lanes(tmp_path: Path) -> None:
 
 
 def test_a_full_buffer_refuses_and_takes_again_after_a_receipt(tmp_path: Path) -> None:
-    buffer = open_buffer(tmp_path, bytes_max=200_000)
+    buffer = open_buffer(tmp_path, bytes_max=200_000, when_full="block")
     noise = np.random.default_rng(1).normal(size=2_000)
     stored = 0
     with pytest.raises(BufferFullError, match="limit of 200000"):
@@ -149,6 +150,6 @@ def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path:
         buffer.append([replace(draft([value]), contract_version=version)], [], NOW)
     buffer.close()
     with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
-        db.execute("UPDATE blocks SET block = zeroblob(100) WHERE sequence = 3")
+        db.execute("UPDATE blocks SET block = zeroblob(100) WHERE id = 3")
     history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [2.0]
