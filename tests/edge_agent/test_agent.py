@@ -75,8 +75,9 @@ def test_a_moving_device_stamps_each_reading_where_it_was_captured(bench: Bench)
     bench.start()
     bench.publish(reading(1))  # no fix yet: it waits
     for cycle, (lat, lon) in enumerate([(50.0, 9.0), (46.8, 8.2), (50.0, 9.0)], 2):
-        bench.publish(json.dumps({"ts": START_S + cycle, "lat": lat, "lon": lon}).encode(), "position")
-        bench.publish(reading(cycle))
+        ts = START_S + 3_600 * cycle  # time enough to get there
+        bench.publish(json.dumps({"ts": ts, "lat": lat, "lon": lon}).encode(), "position")
+        bench.publish(reading(cycle, ts=ts))
     wait_for(lambda: len(bench.cloud.readings()) == 3, bench.log)
     assert sorted(bench.cloud.readings()) == [("europe", 2), ("europe", 4), ("switzerland", 3)]
     assert bench.status()["lanes"]["nowhere"]["held"] == "not_allowed"
