@@ -214,7 +214,7 @@ def _agent_toml(site: Site, home: Path) -> Path:
     lines = [f'device = "{DEVICE}"', 'state_dir = "state"', f'zones = "{site.zones}"', "[sensors]"]
     lines += [f'url = "mqtt://127.0.0.1:{SENSOR_PORT}"', f'subscribe = "sensors/{DEVICE}/#"']
     lines += ["[[streams]]", f'contract = "{STREAM}.odcs.yaml"', "[position]", 'source = "static"', "lat = 50.0", "lon = 9.0"]
-    lines += ["[uplink]", f"failback_s = {FAILBACK_S}", f"receipt_timeout_s = {RECEIPT_TIMEOUT_S}"]
+    lines += ["[uplink]", f"failback_s = {FAILBACK_S}", f"receipt_timeout_s = {RECEIPT_TIMEOUT_S}", f"backoff_s_max = {BACKOFF_S_MAX}"]
     for name in (*ALLOWED, FOREIGN):
         lines += ["[[endpoints]]", f'name = "{name}"', f'url = "mqtts://{site.brokers[name].host}:{PORT}"']
         lines += [f'ca_file = "{identity.ca}"', f'cert_file = "{identity.certificate}"', f'key_file = "{identity.key}"']
