@@ -99,6 +99,10 @@ def _add_data_commands(commands: Any) -> None:
     replay.add_argument("--device", action="append", default=[], help="the gateway; repeat it to share the entities out (default: all)")
     replay.add_argument("--rate", type=float, default=0.0, metavar="ROWS_PER_S", help="default: as fast as the broker takes them")
     replay.add_argument("--limit", type=int, metavar="ROWS", help="stop after that many rows")
+    bring = _add(commands, "import-buffer", _import_buffer, "bring the buffer of a dead device into the lake, as its uplink would have")
+    bring.add_argument("file", type=Path, metavar="FILE", help="its buffer.db, with buffer.db-wal beside it")
+    bring.add_argument("--key-file", type=Path, metavar="FILE", help="the device's keys, if its blocks are encrypted")
+    bring.add_argument("--region", action="append", default=[], help="only this region may store; may be repeated (default: all)")
     labels = _group(commands, "labels", "what models learn to say")
     add = _add(labels, "add", _labels_add, "add or replace labels")
     add.add_argument("file", type=Path)
@@ -286,6 +290,21 @@ def _replay(args: argparse.Namespace) -> int:
     else:
         print(f"{done.acknowledged} of {done.rows} rows acknowledged in {done.seconds:.1f} s")
     return 0 if done.acknowledged == done.rows else 1
+
+
+def _import_buffer(args: argparse.Namespace) -> int:
+    from cloud.buffer_import import BufferImport, document
+
+    done = BufferImport(config.load(args.project, args.state), args.region).run(args.file, args.key_file)
+    if args.json:
+        _print_json(document(done))
+    else:
+        print(f"{done.stored_blocks} of {done.blocks} blocks stored ({done.stored_rows} rows), {done.duplicates} were in the lake already")
+        for reason, blocks in done.refused.items():
+            print(f"{blocks} blocks refused: {reason}; fenceline status and the audit trail say more")
+        if done.damaged:
+            print(f"{done.damaged} blocks are damaged; copy the file again if you can")
+    return 0 if done.complete else 1
 
 
 def _labels_add(args: argparse.Namespace) -> int:

@@ -46,11 +46,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--config", type=Path, default=Path("agent.toml"), help="default: agent.toml")
         if name != "run":
             command.add_argument("--json", action="store_true", help="print JSON")
+    _add_buffer_commands(commands)
     passwd = commands.add_parser("passwd", help="let a user connect to the sensor listener: add, or change, a line of its users_file")
     passwd.set_defaults(command=_passwd)
     passwd.add_argument("file", type=Path, metavar="FILE", help="the users_file of [sensors]; made if missing")
     passwd.add_argument("user", metavar="USER")
     return parser
+
+
+def _add_buffer_commands(commands: Any) -> None:
+    fsck = commands.add_parser("fsck", help="check the buffer of an agent that does not run, or a copy; exit code 1 if it is damaged")
+    fsck.set_defaults(command=_fsck)
+    fsck.add_argument("--json", action="store_true", help="print JSON")
+    fsck.add_argument("--repair", action="store_true", help="rebuild a damaged file from its whole blocks; the old one stays beside it")
+    export = commands.add_parser("export", help="write the readings that a buffer still holds, of a dead device too")
+    export.set_defaults(command=_export)
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--csv", action="store_true")
+    form.add_argument("--jsonl", action="store_true", help="one JSON document per line")
+    export.add_argument("--stream", metavar="NAME", help="only this stream (needed with --csv if there are several)")
+    export.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
+    for command in (fsck, export):
+        command.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a buffer.db (default: the one of --config)")
+        command.add_argument("--config", type=Path, default=Path("agent.toml"), help="default: agent.toml")
+        command.add_argument("--key-file", type=Path, metavar="FILE", help="the keys, if the blocks of FILE are encrypted")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -105,6 +124,49 @@ def _status(args: argparse.Namespace) -> int:
         raise ConfigError(f"cannot read state_dir from {args.config}: {e}; `edge-agent check` tells more") from e
     _print(ask(args.config.resolve().parent / state_dir), args.json)
     return 0
+
+
+def _fsck(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
+    from edge_agent.inspection import alone, inspect, repair
+
+    path, keys, _ = _buffer(args)
+    if args.repair:
+        found = repair(path, keys)
+    else:
+        with nullcontext() if args.file else alone(path.parent):
+            found = inspect(path, keys)
+    _print(found.document(), args.json)
+    return 0 if found.clean else 1
+
+
+def _export(args: argparse.Namespace) -> int:
+    from edge_agent.buffer_file import BufferFile
+    from edge_agent.export import export
+
+    path, keys, contracts = _buffer(args)
+    file = BufferFile(path, keys)
+    if args.output:
+        with args.output.open("w", newline="", encoding="utf-8") as out:
+            readings = export(file, out, as_csv=args.csv, stream=args.stream, contracts=contracts)
+    else:
+        readings = export(file, sys.stdout, as_csv=args.csv, stream=args.stream, contracts=contracts)
+    print(f"{readings} readings" + (f"; {file.damaged} blocks are damaged" if file.damaged else ""), file=sys.stderr)
+    return 1 if file.damaged else 0
+
+
+def _buffer(args: argparse.Namespace) -> tuple[Path, Any, tuple[Any, ...]]:
+    """The buffer's file, its keys, and the contracts as far as they are known."""
+    from edge_agent.sealed import load_keys
+
+    if args.file and not args.config.exists():
+        return args.file, load_keys(args.key_file), ()
+    from edge_agent.config import load
+
+    config = load(args.config)
+    key_file = args.key_file or config.settings.buffer.key_file
+    return args.file or config.state_dir / "buffer.db", load_keys(key_file), config.contracts
 
 
 def _print(document: dict[str, Any], as_json: bool) -> None:

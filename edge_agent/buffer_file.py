@@ -1,0 +1,158 @@
+"""Reads a buffer's file without changing it: of a running agent, of a dead device, a copy, or a damaged one.
+
+- The file is opened read-only, with its write-ahead log beside it (`buffer.db`, `buffer.db-wal`: copy both). Where SQLite needs to
+  write for that (a read-only medium, a log without its index), a copy in the temporary directory is read instead.
+- A file whose tables cannot be followed is carved (core.carve): every whole block that is still in its pages is found.
+- Nothing is trusted: a block is given out when its CRC is right, or its AES-GCM tag; else it is counted as damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import mmap
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import apsw
+
+from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
+from edge_agent.contract.columns import Table
+from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.core.carve import carve, page_bytes_of
+from edge_agent.sealed import Keys, is_stored_block, open_stored
+from edge_agent.store import PAGE_BYTES, SETTLED, log_path
+
+log = logging.getLogger(__name__)
+
+BUSY_MS = 5_000
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole block of the file. `block` is as it goes on the wire; `settled`: the lake has said that it holds it."""
+
+    header: BlockHeader
+    table: Table
+    block: bytes
+    settled: bool
+
+
+@dataclass
+class BufferFile:
+    """A file to read. After `blocks`, `damaged` says how many could not be read, and `carved` that its tables were beyond following."""
+
+    path: Path
+    keys: Keys | None = None
+    damaged: int = 0
+    carved: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """ConfigError: there is no such file, or it is none."""
+        try:
+            with self.path.open("rb") as file:
+                file.read(1)
+        except OSError as e:
+            raise ConfigError(f"cannot read {self.path}: {e.strerror}") from e
+
+    def blocks(self) -> Iterator[Found]:
+        """Every whole block once, in the order stored as far as that is known.
+
+        Raises:
+            ConfigError: blocks are sealed under a key that is not here.
+        """
+        self.damaged, self.carved = 0, False
+        seen: set[tuple[str, str, str, int]] = set()
+        try:
+            with connect(self.path) as db:
+                settled = _settled_ids(db)
+                for number, stored in db.execute("SELECT id, block FROM blocks ORDER BY id"):
+                    found = self._open(stored, number in settled)
+                    if found is None:
+                        self.damaged += 1
+                    elif found.header.identity not in seen:
+                        seen.add(found.header.identity)
+                        yield found
+        except apsw.Error as e:
+            log.warning("buffer file carved path=%s error=%s", self.path, e)
+            self.carved = True
+            yield from self._carve(seen)
+
+    def _carve(self, seen: set[tuple[str, str, str, int]]) -> Iterator[Found]:
+        """What is still in the pages; whether it was settled nobody can say."""
+        damaged: set[bytes] = set()
+        with _mapped(self.path) as file, _mapped(log_path(self.path)) as write_ahead:
+            for _, stored in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
+                if not is_stored_block(stored):
+                    continue
+                found = self._open(stored, settled=False)
+                if found is None:
+                    damaged.add(hashlib.sha256(stored).digest())
+                elif found.header.identity not in seen:
+                    seen.add(found.header.identity)
+                    yield found
+        self.damaged += len(damaged)
+
+    def _open(self, stored: object, settled: bool) -> Found | None:
+        if not isinstance(stored, bytes):
+            return None
+        try:
+            block = open_stored(stored, self.keys)
+            header, table = decode_block(block)
+        except ContractError:
+            return None
+        return Found(header, table, block, settled)
+
+
+@contextlib.contextmanager
+def connect(path: Path) -> Iterator[apsw.Connection]:
+    """A read-only connection to a buffer file.
+
+    Raises:
+        apsw.Error: it is no database, or is damaged where SQLite looks first.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            db = _read_only(path)
+        except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError):
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fenceline-")))
+            for part in (path, log_path(path)):
+                if part.exists():
+                    shutil.copyfile(part, folder / part.name)
+            db = apsw.Connection(str(folder / path.name))
+            _look(db)
+        stack.callback(db.close)
+        yield db
+
+
+def _read_only(path: Path) -> apsw.Connection:
+    db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
+    try:
+        _look(db)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def _look(db: apsw.Connection) -> None:
+    db.set_busy_timeout(BUSY_MS)
+    db.pragma("cell_size_check", True)
+    db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+
+
+def _settled_ids(db: apsw.Connection) -> set[int]:
+    return {number for (number,) in db.execute("SELECT id FROM places WHERE settled = ?", (SETTLED,))}
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[bytes | memoryview]:
+    if not path.exists() or path.stat().st_size == 0:
+        yield b""
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+        yield view
