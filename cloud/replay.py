@@ -25,7 +25,7 @@ from paho.mqtt.reasoncodes import ReasonCode
 
 from cloud.mapping import Chunk, ColumnMapping, count_rows, read_rows
 from edge_agent.contract.errors import ConfigError, UnavailableError
-from edge_agent.contract.stream import Encoding, FieldType, StreamContract
+from edge_agent.contract.stream import Compression, Encoding, FieldType, StreamContract
 from edge_agent.contract.topics import check_name
 
 WINDOW = 1_000
@@ -133,6 +133,8 @@ def messages(
     chunks: Iterator[Chunk], mapping: ColumnMapping, contract: StreamContract, assignment: Assignment
 ) -> Iterator[tuple[str, bytes]]:
     """Topic and payload of every row."""
+    if contract.encoding not in _ENCODE or contract.compression is not Compression.NONE or contract.shape.names:
+        raise ConfigError(f"stream {contract.stream!r}: replay writes {', '.join(_ENCODE)}, uncompressed, to topics without named levels")
     encode = _ENCODE[contract.encoding]
     topics = {d: contract.topic.replace("{device}", d) for d in assignment.devices}
     names = list(mapping.fields)
