@@ -196,7 +196,7 @@ def load(path: Path) -> AgentConfig:
         raise ConfigError(f"{path}: streams must be distinct, at least one, and none of {taken}; they are {streams}")
     sensors = read_sensors(settings.sensors if isinstance(settings.sensors, list) else [settings.sensors], base, settings.device)
     position = [("the position", settings.position.topic)] if settings.position.source == "mqtt" and settings.position.topic else []
-    check_covered(sensors, [(f"stream {c.stream}", c.topic) for c in contracts] + position)
+    check_covered(sensors, [(f"stream {c.stream}", f) for c in contracts for f in c.filters] + position)
     endpoints = {e.name: read_broker(e, base, f"endpoint {e.name!r}") for e in settings.endpoints}
     known = {name for z in zones.zones for name in z.endpoints}
     for name in endpoints:

@@ -94,7 +94,7 @@ class Intake:
         self._contracts = {c.stream: c for c in contracts}
         self._decoders = {c.stream: _decoder(c, self.nodes) for c in contracts}
         self._shapes = {c.stream: c.shape for c in contracts}
-        self._nodes = [parse_shape("/".join(c.shape.filter.split("/")[:4])) for c in contracts if c.encoding is Encoding.SPARKPLUG]
+        self._nodes = [parse_shape(c.filters[-1]) for c in contracts if c.encoding is Encoding.SPARKPLUG]
         self._named = {c.stream: _named(c) for c in contracts if c.encoding is not Encoding.VALUE}
         self._recent = {stream: RecentKeys(recent_rows) for stream in self._named}
         self._position_topic = position_topic

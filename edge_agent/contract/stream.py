@@ -106,6 +106,13 @@ class StreamContract:
         """The topic's filter and named levels."""
         return parse_shape(self.topic)
 
+    @property
+    def filters(self) -> tuple[str, ...]:
+        """What an agent must be subscribed to: in Sparkplug also the births and deaths of the node that a device is on."""
+        whole = self.shape.filter
+        node = "/".join(whole.split("/")[:4])
+        return (whole, node) if self.encoding is Encoding.SPARKPLUG and node != whole else (whole,)
+
     def field(self, name: str) -> Field:
         """The field called `name`, or ContractError."""
         for field in self.fields:

@@ -106,3 +106,9 @@ def test_what_topic_and_payload_cannot_fill_is_refused(custom: dict[str, str], c
     with pytest.raises(ContractError) as caught:
         parse_contract(yaml.safe_dump(document))
     assert words in str(caught.value)
+
+
+def test_a_sparkplug_device_needs_the_births_of_its_node_too() -> None:
+    assert parse_contract(yaml.safe_dump(tree(**SPARKPLUG))).filters == ("spBv1.0/g/+/n/+", "spBv1.0/g/+/n")
+    assert parse_contract(yaml.safe_dump(tree(**SPARKPLUG | {"topic": "spBv1.0/g/+/{pump}"}))).filters == ("spBv1.0/g/+/+",)
+    assert parse_contract(yaml.safe_dump(tree())).filters == ("plant/+/+",)
