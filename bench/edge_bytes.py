@@ -1,6 +1,6 @@
 """Bytes per reading on the uplink, counted at TCP level with TLS, both directions: the whole agent, and two usual ways to send.
 
-- The agent reads a real broker and sends blocks of ROWS readings (five minutes at 1 Hz) over TLS to another, through a proxy that
+- The agent reads a real Mosquitto and sends blocks of ROWS readings (five minutes at 1 Hz) over TLS to another, through a proxy that
   counts what TCP carries. Receipts come back the same way and count too. Every float64 is compared with what was published.
 - One JSON message per reading, and zstd batches of ROWS JSON messages, go by paho, QoS 1, over the same TLS and proxy.
 - Not counted, for nobody: TCP's own headers, the handshake, and the heartbeat of idle links (it is off here, see `heartbeat_s`).

@@ -1,4 +1,4 @@
-"""From sensor to PUBACK and to the lake at 1,000 readings a second: the whole agent, with fsync, a real broker, ingest and Delta lake.
+"""From sensor to PUBACK and to the lake at 1,000 readings a second: the whole agent, with fsync, real Mosquitto, ingest and Delta lake.
 
 Sensors connect to the agent itself, so a PUBACK means: on the disk of the agent. A row has arrived when the commit that holds it is in the
 Delta log. Everything runs on this machine, on one clock.

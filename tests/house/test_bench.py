@@ -14,8 +14,10 @@ MODULES = sorted(p for p in (ROOT / "bench").glob("*.py") if "main(__doc__, meas
 
 
 def needs(module: Path) -> list[pytest.MarkDecorator]:
-    """A benchmark that breaks networks says so."""
-    return [pytest.mark.needs_root, pytest.mark.needs_mosquitto] if "Needs root" in module.read_text() else []
+    """A benchmark that breaks networks, or has real brokers, says so."""
+    text = module.read_text()
+    marks = {"Needs root": pytest.mark.needs_root, "Mosquitto": pytest.mark.needs_mosquitto}
+    return [mark for words, mark in marks.items() if words in text]
 
 
 @pytest.mark.parametrize("name", [pytest.param(m.stem, marks=needs(m)) for m in MODULES])
