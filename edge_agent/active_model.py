@@ -1,13 +1,18 @@
 """The model in use: the updater's thread makes one ready, the data path takes it between two batches.
 
-A model that fails is dropped at once and rolled back; the readings of that batch are stored without scores. The data path never waits
-for a model longer than its limits allow.
+- The data path never waits long for a model (`scoring.PATIENCE_S`). Readings without scores are stored all the same and can be told
+  apart: their block names no model (`model` None in its header, no `score` column), so both are null in the lake.
+- A model that fails is dropped at once and rolled back. Only a proved one whose worker died or hung gets another worker, made beside the
+  data path, up to RESTARTS_MAX times within RESTARTS_S: a worker can also fall victim to somebody else, such as the kernel's OOM killer.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 from edge_agent.contract.columns import Floats, Table
@@ -21,6 +26,10 @@ from edge_agent.scoring import Scoring
 from edge_agent.updater import Activation, Updater
 
 log = logging.getLogger(__name__)
+
+RESTARTS_MAX = 3
+RESTARTS_S = 600.0
+_RESTARTABLE = (Reason.WORKER_DIED, Reason.WORKER_TIMEOUT)
 
 
 class ActiveModel:
@@ -43,6 +52,8 @@ class ActiveModel:
         self._history, self._metrics, self._tell = history, metrics, tell
         self._scoring: Scoring | None = None
         self._swaps: queue.SimpleQueue[Scoring | None] = queue.SimpleQueue()
+        self._started: queue.SimpleQueue[tuple[Scoring, ModelWorker | WorkerError]] = queue.SimpleQueue()
+        self._restarts: deque[float] = deque(maxlen=RESTARTS_MAX)
 
     def activate(self, activation: Activation | None) -> None:
         """Make a model ready, or ask for none; called by the updater in its own thread, or while the agent starts.
@@ -60,20 +71,22 @@ class ActiveModel:
         foreign = sorted({f.field for f in manifest.features.features} - numeric)
         if foreign:
             raise RefusedError(Reason.FOREIGN, f"bundle needs the fields {foreign}, which are no numbers of stream {contract.stream}")
-        worker = ModelWorker(activation.bundle.model, len(manifest.features.features), manifest.limits)
-        self._swaps.put(Scoring(activation, worker, contract))
+        self._swaps.put(Scoring(activation, contract))
 
     def swap(self) -> None:
-        """Take the model made ready last, if there is a new one."""
+        """Take the model made ready last, if there is a new one, and the worker started again, if there is one."""
         while not self._swaps.empty():
             old, self._scoring = self._scoring, self._swaps.get()
             if self._scoring is not None:
                 self._scoring.warm(self._history(self._scoring.stream, self._scoring.contract_version))
+            self._restarts.clear()
             if old is not None:
                 old.close()
+        while not self._started.empty():
+            self._take_worker(*self._started.get())
 
     def score(self, readings: Readings) -> tuple[Floats | None, str | None]:
-        """Scores and the digest of the bundle that made them; (None, None) without a working model."""
+        """Scores and the digest of the bundle that made them; (None, None) if there are none, for whatever reason."""
         scoring = self._scoring
         if scoring is None or scoring.stream != readings.contract.stream:
             return None, None
@@ -81,7 +94,10 @@ class ActiveModel:
         try:
             scores = scoring.score(readings.table)
         except WorkerError as e:
-            self._drop(scoring, e)
+            self._failed(scoring, e)
+            scores = None
+        if scores is None:
+            self._metrics.unscored.labels(readings.contract.stream).inc(len(readings))
             return None, None
         if scoring.proved and not was_proved and self.updater is not None:
             self.updater.confirm(scoring.sha256)
@@ -92,6 +108,36 @@ class ActiveModel:
         """End the active model and those not taken yet."""
         self._swaps.put(None)
         self.swap()
+
+    def _failed(self, scoring: Scoring, error: WorkerError) -> None:
+        now = time.monotonic()
+        often = len(self._restarts) == RESTARTS_MAX and now - self._restarts[0] < RESTARTS_S
+        if not scoring.proved or error.reason not in _RESTARTABLE or often:
+            self._drop(scoring, error)
+            return
+        self._restarts.append(now)
+        log.warning("model worker lost sha256=%s reason=%s restart=%d detail=%s", scoring.sha256, error.reason, len(self._restarts), error)
+        self._tell("model_restarted", sha256=scoring.sha256, reason=error.reason.value, detail=str(error))
+        self._metrics.model_failures.labels(error.reason.value).inc()
+        scoring.use(None)
+        threading.Thread(target=self._start_worker, args=(scoring,), name="model-restart", daemon=True).start()
+
+    def _start_worker(self, scoring: Scoring) -> None:
+        """In a thread of its own: loading a model takes seconds."""
+        try:
+            self._started.put((scoring, scoring.start_worker()))
+        except WorkerError as e:
+            self._started.put((scoring, e))
+
+    def _take_worker(self, scoring: Scoring, worker: ModelWorker | WorkerError) -> None:
+        if isinstance(worker, WorkerError):
+            if scoring is self._scoring:
+                self._failed(scoring, worker)
+        elif scoring is self._scoring:
+            scoring.use(worker)
+            log.info("model worker started again sha256=%s", scoring.sha256)
+        else:  # another model has been taken meanwhile
+            worker.close()
 
     def _drop(self, scoring: Scoring, error: WorkerError) -> None:
         log.error("model failed sha256=%s reason=%s detail=%s", scoring.sha256, error.reason, error)

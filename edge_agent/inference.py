@@ -3,6 +3,8 @@
 - Whole batches of float32 features go in, one score per row comes out, over a socket pair; see worker.py.
 - A score that takes longer than the limit, a worker that dies or asks for more memory than its limit, or an answer
   that is not one finite number per row raises WorkerError. The worker is ended then; it does not come back by itself.
+- Who cannot wait that long asks with `try_score`: without an answer in time there is none, and while the worker is still busy with it,
+  none is waited for.
 - Memory: the kernel refuses what goes beyond `memory_mb` above the bare runtime (RLIMIT_DATA; RLIMIT_AS would count
   the gigabytes that the runtime only reserves).
 
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -35,6 +39,7 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 60.0
 ROWS_MAX = 8_192
 ERROR_BYTES_MAX = 64 * 1024
+RECV_BYTES = 256 * 1024
 
 
 class WorkerError(FencelineError):
@@ -51,7 +56,7 @@ class ModelWorker:
     Args:
         model: the ONNX file.
         features: columns of its input.
-        limits: memory, and time for one `score` of up to ROWS_MAX rows.
+        limits: memory, and time for up to ROWS_MAX rows.
 
     Raises:
         WorkerError: the model does not load within the limits.
@@ -60,10 +65,13 @@ class ModelWorker:
     def __init__(self, model: bytes, features: int, limits: Limits) -> None:
         self._features, self._limits = features, limits
         self.resident_bytes = 0
+        self._asked: _Request | None = None
         self._peer, other = socket.socketpair()
+        self._peer.setblocking(False)
         with other:
             self._process = _start(other)
-        payload = self._ask(b"L", limits.memory_mb.to_bytes(4, "little") + model, b"R", START_TIMEOUT_S, 8)
+        payload = self._ask(_Request(b"L", limits.memory_mb.to_bytes(4, "little") + model, b"R", START_TIMEOUT_S, 8), math.inf)
+        assert payload is not None
         self.resident_bytes = int.from_bytes(payload, "little")
 
     def __enter__(self) -> ModelWorker:
@@ -86,9 +94,27 @@ class ModelWorker:
         Raises:
             WorkerError: see the module's rules.
         """
+        scores = self.try_score(features, math.inf)
+        assert scores is not None
+        return scores
+
+    def try_score(self, features: Floats, patience_s: float) -> Floats | None:
+        """The same, or None if there is no answer within `patience_s`. An answer that comes later is thrown away.
+
+        Raises:
+            WorkerError: see the module's rules; the limits count from when the worker was asked.
+        """
         if features.ndim != 2 or features.shape[1] != self._features:
             raise ContractError(f"features of shape {features.shape}; the model takes (rows, {self._features})")
-        parts = [self._score(features[i : i + ROWS_MAX]) for i in range(0, len(features), ROWS_MAX)]
+        give_up = time.monotonic() + patience_s
+        if self._asked is not None and self._answer(give_up if patience_s == math.inf else 0.0) is None:
+            return None
+        parts = []
+        for first in range(0, len(features), ROWS_MAX):
+            part = self._score(features[first : first + ROWS_MAX], give_up)
+            if part is None:
+                return None
+            parts.append(part)
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def close(self) -> None:
@@ -97,12 +123,14 @@ class ModelWorker:
         self._process.kill()
         self._process.wait()
 
-    def _score(self, features: Floats) -> Floats:
+    def _score(self, features: Floats, give_up: float) -> Floats | None:
         rows = len(features)
         head = rows.to_bytes(4, "little") + self._features.to_bytes(4, "little")
         with np.errstate(over="ignore"):  # beyond float32 is infinity there, and the model's answer to it is judged below
             request = head + features.astype("<f4").tobytes()
-        payload = self._ask(b"S", request, b"S", self._limits.score_timeout_s, 8 + 4 * rows)
+        payload = self._ask(_Request(b"S", request, b"S", self._limits.score_timeout_s, 8 + 4 * rows), give_up)
+        if payload is None:
+            return None
         self.resident_bytes = int.from_bytes(payload[:8], "little")
         scores = np.frombuffer(payload, "<f4", offset=8).astype(np.float64)
         bad = ~np.isfinite(scores)
@@ -110,46 +138,76 @@ class ModelWorker:
             self._fail(Reason.BAD_SCORES, f"{int(bad.sum())} of {len(scores)} scores are not finite, for {rows} rows")
         return scores
 
-    def _ask(self, kind: bytes, request: bytes, expected: bytes, timeout_s: float, reply_bytes: int) -> bytes:
-        """Send a frame and return the payload of the reply, or fail."""
-        deadline = time.monotonic() + timeout_s
+    def _ask(self, request: _Request, give_up: float) -> bytes | None:
+        """Send a frame and return the payload of the reply; None if it has not come by `give_up`, or fail."""
+        assert self._asked is None, "the worker is busy"
+        self._asked = request
+        return self._answer(give_up)
+
+    def _answer(self, give_up: float) -> bytes | None:
+        """Wait for the reply to what was asked, until `give_up` or its limit."""
+        request = self._asked
+        assert request is not None
         try:
-            self._peer.settimeout(timeout_s)
-            self._peer.sendall(worker.HEAD.pack(kind, len(request)))
-            self._peer.sendall(request)
-            got, length = worker.HEAD.unpack(self._read(worker.HEAD.size, deadline))
-            if length > max(reply_bytes, ERROR_BYTES_MAX):
-                self._fail(Reason.BAD_SCORES, f"worker answered {length} bytes; want {reply_bytes}")
-            payload = self._read(length, deadline)
-        except TimeoutError:
-            self._fail(Reason.WORKER_TIMEOUT, f"worker did not answer within {timeout_s:g} s")
+            while not (reply := self._reply(request)):
+                now = time.monotonic()
+                if now >= request.due:
+                    self._fail(Reason.WORKER_TIMEOUT, f"worker did not answer within {request.timeout_s:g} s")
+                if now >= give_up:
+                    return None
+                self._wait(request, min(request.due, give_up) - now)
         except OSError as e:
             self._fail(Reason.WORKER_DIED, f"worker is gone: {e}")
-        if got == b"E":
+        self._asked = None
+        kind, payload = reply
+        if kind == b"E":
             self._fail(*_sort_out(payload.decode(errors="replace")))
-        if got != expected or length != reply_bytes:
-            self._fail(Reason.BAD_SCORES, f"worker answered {got!r} with {length} bytes; want {expected!r} with {reply_bytes}")
+        if kind != request.expected or len(payload) != request.reply_bytes:
+            want = f"want {request.expected!r} with {request.reply_bytes}"
+            self._fail(Reason.BAD_SCORES, f"worker answered {kind!r} with {len(payload)} bytes; {want}")
         return payload
 
-    def _read(self, count: int, deadline: float) -> bytes:
-        data = bytearray(count)
-        view, done = memoryview(data), 0
-        while done < count:
-            self._peer.settimeout(max(0.001, deadline - time.monotonic()))
-            got = self._peer.recv_into(view[done:])
-            if not got:
-                raise ConnectionResetError(f"it ended with code {self._exit_code()}")
-            done += got
-        return bytes(data)
-
-    def _exit_code(self) -> int | None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self._process.wait(1.0)
+    def _reply(self, request: _Request) -> tuple[bytes, bytes] | None:
+        """Send and receive what goes without waiting; kind and payload of the reply once it is whole."""
+        with contextlib.suppress(BlockingIOError):
+            while request.unsent:
+                request.unsent = request.unsent[self._peer.send(request.unsent) :]
+        with contextlib.suppress(BlockingIOError):
+            while (more := self._peer.recv(RECV_BYTES)) or self._ended():
+                request.received += more
+                if len(request.received) >= worker.HEAD.size:
+                    kind, length = worker.HEAD.unpack_from(request.received)
+                    if length > max(request.reply_bytes, ERROR_BYTES_MAX):
+                        self._fail(Reason.BAD_SCORES, f"worker answers {length} bytes; want {request.reply_bytes}")
+                    if len(request.received) == worker.HEAD.size + length:
+                        return kind, bytes(request.received[worker.HEAD.size :])
         return None
+
+    def _wait(self, request: _Request, timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(self._peer, select.POLLIN | (select.POLLOUT if request.unsent else 0))
+        poll.poll(timeout_s * 1_000 + 1)
+
+    def _ended(self) -> bool:
+        """Called when the worker has closed its end."""
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(1.0)
+        raise ConnectionResetError(f"it ended with code {code}")
 
     def _fail(self, reason: Reason, detail: str) -> NoReturn:
         self.close()
         raise WorkerError(reason, detail)
+
+
+class _Request:
+    """A frame on its way to the worker, and the reply to it as far as it has come."""
+
+    def __init__(self, kind: bytes, payload: bytes, expected: bytes, timeout_s: float, reply_bytes: int) -> None:
+        self.unsent = memoryview(worker.HEAD.pack(kind, len(payload)) + payload)
+        self.received = bytearray()
+        self.expected, self.reply_bytes = expected, reply_bytes
+        self.timeout_s, self.due = timeout_s, time.monotonic() + timeout_s
 
 
 def _start(stdin: socket.socket) -> subprocess.Popen[bytes]:

@@ -22,6 +22,9 @@ class Metrics:
         self.positions_refused = Counter("fenceline_positions_refused_total", "Positions that were not believed.", ["reason"], registry=r)
         self.gaps = Counter("fenceline_sparkplug_gaps_total", "Times that messages of a Sparkplug node were missing.", registry=r)
         self.scored = Counter("fenceline_readings_scored_total", "Readings scored by the model.", ["stream"], registry=r)
+        self.unscored = Counter(
+            "fenceline_readings_unscored_total", "Readings stored unscored beside an active model.", ["stream"], registry=r
+        )
         self.model_failures = Counter("fenceline_model_failures_total", "Failures of the model worker.", ["reason"], registry=r)
         self.block_bytes = Counter("fenceline_block_bytes_total", "Bytes of sealed blocks.", ["stream"], registry=r)
         self.settled = Counter("fenceline_blocks_settled_total", "Blocks the lake has acknowledged.", registry=r)

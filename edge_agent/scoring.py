@@ -1,9 +1,11 @@
 """The active model at work: windows, worker and probation of one bundle.
 
 - Windows are warmed from the buffer's history, so that the first readings after a swap or a restart have the windows
-  that they would have had without it.
-- Every score must be a number within the manifest's bounds. One that is not, and any failure of the worker, ends this bundle: the
-  caller stores the readings unscored and rolls back.
+  that they would have had without it. Readings that get no score pass through the windows all the same.
+- Every score must be a number within the manifest's bounds. One that is not, and any failure of the worker, is a WorkerError: the
+  caller stores the readings unscored.
+- The data path waits PATIENCE_S for the scores of a batch and no longer; without them its readings are stored unscored. The worker has
+  until the manifest's limit to answer, then it counts as hanging.
 - After `probation_rows` good scores the bundle is proved.
 """
 
@@ -18,18 +20,24 @@ from edge_agent.core.features import Windows
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.updater import Activation
 
+PATIENCE_S = 0.5
+
 
 class Scoring:
-    """One activated bundle. `sha256` names its file; `worker` runs its model."""
+    """One activated bundle; `sha256` names its file.
 
-    def __init__(self, activation: Activation, worker: ModelWorker, contract: StreamContract) -> None:
+    Raises:
+        WorkerError: the model does not load within the limits.
+    """
+
+    def __init__(self, activation: Activation, contract: StreamContract) -> None:
         self.sha256 = activation.sha256
         self.stream, self.contract_version = contract.stream, contract.version
-        self._manifest = activation.bundle.manifest
+        self._manifest, self._model = activation.bundle.manifest, activation.bundle.model
         self._contract = contract
-        self._worker = worker
         self._windows = Windows(self._manifest.features)
         self._good_rows = 0 if activation.on_probation else self._manifest.probation_rows
+        self._worker: ModelWorker | None = self.start_worker()
 
     @property
     def proved(self) -> bool:
@@ -41,14 +49,19 @@ class Scoring:
         if history is not None:
             self._windows.warm(*self._columns(history), history)
 
-    def score(self, table: Table) -> Floats:
-        """Score fresh readings in the order seen.
+    def score(self, table: Table) -> Floats | None:
+        """Score fresh readings in the order seen; None if there are no scores in time, or no worker now.
 
         Raises:
-            WorkerError: the worker failed, or a score is out of bounds.
+            WorkerError: the worker failed and is ended, or a score is out of bounds.
         """
+        if self._worker is None:
+            self._windows.warm(*self._columns(table), table)
+            return None
         features = self._windows.push(*self._columns(table), table)
-        scores = self._worker.score(features)
+        scores = self._worker.try_score(features, PATIENCE_S)
+        if scores is None:
+            return None
         low, high = self._manifest.score_min, self._manifest.score_max
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
@@ -58,8 +71,23 @@ class Scoring:
         self._good_rows += len(scores)
         return scores
 
+    def start_worker(self) -> ModelWorker:
+        """Another worker for the same model, not yet at work; takes as long as the model needs to load.
+
+        Raises:
+            WorkerError: the model does not load within the limits.
+        """
+        return ModelWorker(self._model, len(self._manifest.features.features), self._manifest.limits)
+
+    def use(self, worker: ModelWorker | None) -> None:
+        """Go on with this worker instead of the one before, which is ended; None: without one for now."""
+        self.close()
+        self._worker = worker
+
     def close(self) -> None:
-        self._worker.close()
+        """End the worker."""
+        if self._worker is not None:
+            self._worker.close()
 
     def _columns(self, table: Table) -> tuple[Strings, np.ndarray[tuple[int], np.dtype[np.int64]]]:
         entity, event_us = table[self._contract.entity], table[self._contract.event_time]

@@ -93,6 +93,26 @@ def test_frozen_worker_is_ended_though_it_does_not_read() -> None:
     assert caught.value.reason is Reason.WORKER_TIMEOUT
 
 
+def test_who_does_not_wait_gets_no_scores_until_the_worker_is_free_again() -> None:
+    with worker(models.linear([1.0, 2.0]), score_timeout_s=60.0) as running:
+        os.kill(running.pid, signal.SIGSTOP)
+        assert running.try_score(np.ones((30_000, 2)), 0.05) is None
+        assert running.try_score(np.ones((1, 2)), 0.05) is None
+        os.kill(running.pid, signal.SIGCONT)
+        scores = None
+        while scores is None:
+            scores = running.try_score(np.array([[5.0, 6.0]]), 0.05)
+        assert scores.tolist() == [17.0]  # not those that came too late
+        assert running.score(np.array([[1.0, 2.0]])).tolist() == [5.0]
+
+
+def test_limit_counts_from_the_question_however_often_one_looks() -> None:
+    with worker(models.endless(), score_timeout_s=0.5) as running, pytest.raises(WorkerError) as caught:
+        while running.try_score(np.ones((1, 2)), 0.01) is None:
+            pass
+    assert caught.value.reason is Reason.WORKER_TIMEOUT
+
+
 def test_memory_beyond_the_limit_is_refused_and_within_it_given() -> None:
     assert failure(models.hog(100_000_000), [[1.0, 0.0]]).reason is Reason.WORKER_DIED
     with worker(models.hog(10_000_000)) as running:
