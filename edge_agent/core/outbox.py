@@ -30,7 +30,7 @@ from edge_agent.core.pipe import BEAT_BYTES, INFINITY, Message, Pipe
 
 MIB = 1024 * 1024
 LOST, LIVE, OVERDUE, BACKLOG = "lost", "live", "overdue", "backlog"
-RECHECK_S = 0.05  # a late block that cannot be hedged now
+RECHECK_S = 0.025  # a late block that cannot be hedged now
 HEDGES_STEP_MAX = 64
 READ_AHEAD_BLOCKS = 32
 
@@ -122,7 +122,7 @@ class Outbox(Generic[B]):
         self._hedge_bytes_left = float(limits.hedge_burst_bytes)
         self._replay_bytes_left, self._replay_at = 0.0, 0.0
         self.sent_again = 0
-        self.hedges = self.hedges_denied = self.duplicate_bytes = 0
+        self.hedges = self.hedges_denied = self.hedge_bytes = self.duplicate_bytes = 0
 
     # What waits: from the buffer, and just stored.
 
@@ -205,6 +205,7 @@ class Outbox(Generic[B]):
         self._pipe(endpoint, now).sent(mid, (block.lane, block.sequence), len(block.block), now)
         self._hedge_bytes_left -= len(block.block)
         self.hedges += 1
+        self.hedge_bytes += len(block.block)
         self.duplicate_bytes += len(block.block)
 
     def beat(self, endpoint: str, mid: int, now: float) -> None:
@@ -302,7 +303,7 @@ class Outbox(Generic[B]):
                 if block is None:
                     message.late_at = INFINITY
                     continue
-                message.late_at = now + RECHECK_S
+                message.late_at = (now // RECHECK_S + 2) * RECHECK_S  # together with the others: one timer for all
                 standby = standbys.get(block.lane)
                 if standby is None or standby == endpoint or not self._may_hedge(block, standby, now):
                     continue
