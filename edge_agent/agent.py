@@ -26,7 +26,7 @@ from edge_agent import __version__, metrics, systemd
 from edge_agent.active_model import ActiveModel
 from edge_agent.buffer import Buffer
 from edge_agent.clock import Clock
-from edge_agent.config import AgentConfig
+from edge_agent.config import AgentConfig, gpsd_address
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
 from edge_agent.core.deadline import DeadlineLimits
@@ -34,6 +34,7 @@ from edge_agent.core.outbox import OutboxLimits
 from edge_agent.core.track import Precision, Rules, Track
 from edge_agent.datapath import DataPath
 from edge_agent.fence import Fence
+from edge_agent.gpsd import Gpsd
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.node_state import NodeState
@@ -62,6 +63,7 @@ class Agent:
         """Make what needs no state directory and no network; ConfigError for settings that cannot work."""
         self._config = config
         self._sensors = Sensors(config)
+        self._gpsd = _gpsd(config)
         self._uplink_config = _uplink_config(config)
         self._repository = _repository(config)
         self._metrics_address = metrics.parse_listen(config.settings.metrics.listen)
@@ -93,7 +95,8 @@ class Agent:
                         self._path.process(batch)
                         self._stay()
                     else:
-                        self._path.refresh()
+                        self._path.idle()
+                        self._stay()
                     self._tick()
             systemd.notify("STOPPING=1")
         log.info("agent stopped device=%s", self._config.device)
@@ -190,6 +193,7 @@ class Agent:
             metrics=self.metrics,
             tell=self._tell,
             pause=self._pause,
+            positions=tuple if self._gpsd is None else self._gpsd.take,
             node_state=node_state,
         )
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
@@ -199,6 +203,9 @@ class Agent:
         if self._updater is not None:
             self._updater.start()
             stack.callback(self._updater.stop)
+        if self._gpsd is not None:
+            self._gpsd.start()
+            stack.callback(self._gpsd.stop)
         self._sensors.start()
         stack.callback(self._sensors.stop)
         status = StatusServer(config.state_dir, self.describe)
@@ -227,7 +234,7 @@ class Agent:
         Raises:
             UnavailableError: another thread of the agent has failed.
         """
-        for part in (self._uplink, self._updater):
+        for part in (self._uplink, self._updater, self._gpsd):
             if part is not None and not part.alive:
                 raise UnavailableError(f"{type(part).__name__.lower()} failed: {part.failure!r}")
         systemd.notify("WATCHDOG=1")
@@ -264,6 +271,7 @@ class Agent:
             "epoch": self._buffer.epoch,
             "zone": self._track.lane_now(),
             "policy": {"digest": self._fence.policy, "version": self._policy.ref.version if self._policy.ref else None},
+            "gpsd": None if self._gpsd is None else asdict(self._gpsd.status),
             "sensors": self._sensors.describe(),
             "buffer": {
                 "readings_stored": self._buffer.readings_stored(),
@@ -319,6 +327,11 @@ def _rules(config: AgentConfig) -> Rules:
 
 def _locations(config: AgentConfig) -> dict[str, Precision]:
     return {c.stream: s.location for c, s in zip(config.contracts, config.settings.streams, strict=True)}
+
+
+def _gpsd(config: AgentConfig) -> Gpsd | None:
+    position = config.settings.position
+    return Gpsd(*gpsd_address(position.url), accuracy_m=position.accuracy_m) if position.source == "gpsd" else None
 
 
 def _repository(config: AgentConfig) -> RepositoryConfig | None:

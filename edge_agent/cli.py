@@ -91,7 +91,9 @@ def _check(args: argparse.Namespace) -> int:
             "device": config.device,
             "state_dir": str(config.state_dir),
             "streams": {c.stream: f"{c.version}, {c.encoding} on {c.topic}" for c in config.contracts},
-            "position": f"in {config.fixed_lane}" if config.fixed_lane else f"from {position.topic}, home {position.home or 'none'}",
+            "position": f"in {config.fixed_lane}"
+            if config.fixed_lane
+            else f"from {position.url if position.source == 'gpsd' else position.topic}, home {position.home or 'none'}",
             "zones": {z.name: list(z.endpoints) for z in config.zones.zones},
             "endpoints": {name: f"{e.host}:{e.port}{' (TLS)' if e.tls else ''}" for name, e in config.endpoints.items()},
             "releases": config.settings.releases.url if config.settings.releases else None,

@@ -32,6 +32,8 @@ from edge_agent.uplink import Uplink
 
 log = logging.getLogger(__name__)
 
+LOCATE_S = 5.0
+
 Tell = Callable[..., None]
 """Tells the operator: the name of an event, and its fields as text."""
 
@@ -54,6 +56,7 @@ class DataPath:
     tell: Tell
     pause: Callable[[], None]
     positions: Callable[[], Sequence[Position]] = tuple
+    _located_s: float = float("-inf")
     node_state: NodeState | None = None
 
     def process(self, batch: Batch) -> None:
@@ -71,9 +74,17 @@ class DataPath:
         self._count(batch, taken, stored, time.perf_counter() - started)
 
     def refresh(self) -> None:
-        """Take a new model or policy; between two batches, and while there are none."""
+        """Take a new model or policy, between two batches."""
         self.model.swap()
         self.fence.swap(lambda: [lane.lane for lane in self.buffer.lanes()])
+
+    def idle(self) -> None:
+        """While there are no batches: take a new model or policy, and now and then the positions."""
+        self.refresh()
+        if time.monotonic() - self._located_s >= LOCATE_S and (positions := self.positions()):
+            self._located_s = time.monotonic()
+            now = self.clock.now()
+            self._store([], self.intake.take([], [], now.wall_us, synced=now.synced, positions=positions).fixes)
 
     def _seal(self, readings: Readings) -> list[Draft]:
         """Score readings and part them by lane."""

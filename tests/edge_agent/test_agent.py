@@ -12,10 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.brokers import nats_broker
 from tests.edge_agent.gateway import START_S, Bench, reading, wait_for
+from tests.edge_agent.test_gpsd import FIX_3D, POSITION_3D, Server
 
 
 @pytest.fixture
@@ -81,6 +83,21 @@ def test_a_moving_device_stamps_each_reading_where_it_was_captured(bench: Bench)
     wait_for(lambda: len(bench.cloud.readings()) == 3, bench.log)
     assert sorted(bench.cloud.readings()) == [("europe", 2), ("europe", 4), ("switzerland", 3)]
     assert bench.status()["lanes"]["nowhere"]["held"] == "not_allowed"
+
+
+def test_a_device_with_gpsd_stamps_readings_and_rounds_their_places(bench: Bench) -> None:
+    server = Server([FIX_3D])
+    bench.replace('source = "static"\nlat = 50.0\nlon = 9.0', f'source = "gpsd"\nurl = "gpsd://127.0.0.1:{server.port}"')
+    bench.replace('contract = "turbofan.odcs.yaml"', 'contract = "turbofan.odcs.yaml"\nlocation = "rounded"')
+    bench.start()
+    wait_for(lambda: bench.status()["gpsd"]["fixes"] == 1, bench.log)
+    bench.publish(reading(1, ts=POSITION_3D.time_us / 1e6 + 1.0))
+    bench.publish(reading(2, ts=POSITION_3D.time_us / 1e6 - 1.0))  # before the first fix: it waits
+    wait_for(lambda: bench.cloud.readings(), bench.log)
+    assert bench.cloud.readings() == [("switzerland", 1)]
+    (table,) = bench.cloud.tables.values()
+    assert (np.array(table["latitude"]).tolist(), np.array(table["longitude"]).tolist()) == ([47.46], [8.56])
+    server.close()
 
 
 def test_a_full_buffer_holds_the_source_and_goes_on_after_receipts(bench: Bench) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from edge_agent.addresses import Listen, Subscription, covers
 from edge_agent.cli import main
-from edge_agent.config import load
+from edge_agent.config import gpsd_address, load
 from edge_agent.contract.errors import ConfigError
+from edge_agent.core.track import Precision
 
 CONTRACTS = Path(__file__).parents[2] / "contracts"
 
@@ -60,6 +61,16 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
     assert config.state_dir == tmp_path / "state"
 
 
+def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
+    config = load(write(tmp_path, 'source = "static"\nlat = 50.0\nlon = 9.0=>source = "gpsd"\nspeed_m_s_max = 40.0'))
+    position = config.settings.position
+    assert (config.fixed_lane, gpsd_address(position.url), position.speed_m_s_max) == (None, ("127.0.0.1", 2947), 40.0)
+    assert gpsd_address("gpsd://[::1]:99") == ("::1", 99)
+    assert config.settings.streams[0].location is Precision.ZONE_ONLY
+    rounded = load(write(tmp_path, 'odcs.yaml"=>odcs.yaml"\nlocation = "rounded"'))
+    assert rounded.settings.streams[0].location is Precision.ROUNDED
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -76,6 +87,11 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
         ('name = "eu"=>name = "eu"\npassword_file = "p"', "endpoint 'eu': password_file needs username too"),
         ('name = "eu"=>name = "eu"\nca_file = "ca.pem"', "file .*ca.pem does not exist"),
         ('source = "static"=>source = "mqtt"', "needs position.topic"),
+        ('source = "static"=>source = "gpsd"\nurl = "tcp://127.0.0.1"', "position.url 'tcp://127.0.0.1' must be gpsd://HOST:PORT"),
+        ('source = "static"=>source = "gpsd"\nurl = "gpsd://127.0.0.1:x"', "position.url 'gpsd://127.0.0.1:x': Port could not be cast"),
+        ("lat = 50.0=>lat = 50.0\nspeed_m_s_max = 0", r"Expected `float` > 0(.0)? - at `\$.position.speed_m_s_max`"),
+        ("lat = 50.0=>lat = 50.0\nhome = 'mars'", "position.home 'mars' is not a zone"),
+        ('contract = "turbofan.odcs.yaml"=>contract = "turbofan.odcs.yaml"\nlocation = "near"', "Invalid enum value 'near'"),
         ("[sensors]=>[sensors", "not TOML"),
         ("[position]=>[flush]\nrows_max = 100000\n[position]", r"Expected `int` <= 65536 - at `\$.flush.rows_max`"),
         ("[position]=>[buffer]\nhistory_rows = 0\n[position]", r"Expected `int` >= 1 - at `\$.buffer.history_rows`"),
