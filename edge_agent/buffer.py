@@ -55,6 +55,7 @@ LEDGER_SHARE = 16  # beyond this part of the limit, a lane's ledger blocks becom
 LEDGER_BLOCKS_MAX = 256
 DAMAGED_BLOCKS_MAX = 64  # kept for study
 EVICT_BLOCKS_MAX = 16_384
+READ_ATTEMPTS = 3
 AGE_CHECK_S = 10.0
 _DETAIL = {Reason.EVICTED_FULL: "the buffer was full", Reason.EVICTED_AGE: "older than the buffer keeps", Reason.DAMAGED: "CRC"}
 
@@ -108,7 +109,7 @@ class Buffer:
         with self._write_lock:
             try:
                 if self._fault is None:
-                    with self._store.transaction():
+                    with self._writing():
                         self._catalogue.write_tail()
                         self._catalogue.trim(self._floors())
                 self._store.close(checkpoint=self._fault is None)
@@ -141,14 +142,11 @@ class Buffer:
 
     def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
         """The next unsettled blocks of a lane, by rising sequence. Damaged ones are taken out on the way."""
-        self._recover()
-        with self._noting_faults():
-            places = self._catalogue.waiting(lane, after_sequence, limit)
-            blocks, damaged = self._read_blocks(places)
-        if damaged:
-            self._bury(damaged)
-            if not blocks:
-                return self.pending(lane, after_sequence, limit)
+        for _ in range(READ_ATTEMPTS):
+            blocks, damaged = self._look(lambda: self._catalogue.waiting(lane, after_sequence, limit))
+            if not damaged:
+                break
+            self._bury(damaged)  # a block of the ledger has come instead: look again
         return [StoredBlock(lane, p.sequence, self._catalogue.shelves[p.shelf].stream, p.rows, block) for p, block in blocks]
 
     def lanes(self) -> list[LaneState]:
@@ -182,10 +180,7 @@ class Buffer:
 
         Only those of this contract version: others may have other fields.
         """
-        self._recover()
-        with self._noting_faults():
-            places = self._catalogue.newest(stream, self._floors().get(stream, 0))
-            blocks, damaged = self._read_blocks(places)
+        blocks, damaged = self._look(lambda: self._catalogue.newest(stream, self._floors().get(stream, 0)))
         if damaged:
             self._bury(damaged)
         tables = [table for header, table in (decode_block(b) for _, b in blocks) if header.contract_version == contract_version]
@@ -353,7 +348,7 @@ class Buffer:
 
     def _shed_history(self) -> int:
         """Give up the oldest settled blocks; returns how many."""
-        with self._writing(durable=False):
+        with self._writing():
             self._catalogue.write_tail()
             settled = self._catalogue.settled(SHED_BLOCKS)
             self._catalogue.remove(settled)
@@ -389,7 +384,7 @@ class Buffer:
         full = f"buffer holds {used} bytes and its log up to {self._log_bytes_max}, {size} more would pass the limit of {limit}"
         if self._limits.when_full == "block":
             raise BufferFullError(full)
-        with self._writing(durable=False):
+        with self._writing():
             self._catalogue.write_tail()
         victims = choose(self._classes([s.place for s in sealed]), portion(lack, limit))[:EVICT_BLOCKS_MAX]
         if sum(p.bytes for p in victims) < lack:
@@ -477,9 +472,8 @@ class Buffer:
     def _count_losses(self, losses: list[Loss]) -> None:
         for loss in losses:
             self.lost_blocks[loss.reason] += loss.blocks
-            self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + (
-                0.0 if loss.readings != loss.readings else loss.readings
-            )
+            if not math.isnan(loss.readings):
+                self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + loss.readings
 
     # Receipts.
 
@@ -490,7 +484,7 @@ class Buffer:
             while True:
                 with self._noting_faults():
                     self._shrink_log(RESERVE_BYTES)
-                with self._writing(durable=False):
+                with self._writing():
                     more = self._catalogue.settle(lane, first, last, self._floors())
                 settled += more
                 self._checkpoint()
@@ -516,6 +510,18 @@ class Buffer:
 
     # Damage and faults.
 
+    def _look(self, find: Callable[[], list[Place]]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+        """What `find` finds, read; after a fault of the file once more, when it is open again."""
+        try:
+            self._recover()
+            with self._noting_faults():
+                return self._read_blocks(find())
+        except (DiskError, DamagedError) as e:
+            log.error("buffer cannot be read, opened again error=%s", e)
+            self._recover()
+            with self._noting_faults():
+                return self._read_blocks(find())
+
     def _read_blocks(self, places: list[Place]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
         """The blocks of places, and the places whose blocks are damaged.
 
@@ -540,7 +546,14 @@ class Buffer:
         return whole, damaged
 
     def _bury(self, damaged: list[Place]) -> None:
-        """Take damaged blocks out, keep what can be read of them, and name in the ledger those that the lake does not hold."""
+        """Take damaged blocks out; if the file does not even let that be done, it will be salvaged before it is read again."""
+        try:
+            self._take_out(damaged)
+        except (DiskError, DamagedError) as e:
+            log.error("damaged blocks not taken out blocks=%s error=%s", len(damaged), e)
+
+    def _take_out(self, damaged: list[Place]) -> None:
+        """Keep what can be read of damaged blocks, and name in the ledger those that the lake does not hold."""
         now = self._clock()
         with self._writing():
             self._catalogue.write_tail()
@@ -572,7 +585,7 @@ class Buffer:
         owed = self._store.execute("SELECT value FROM meta WHERE key = ?", (OWED,))
         if owed:
             with self._writing():
-                losses = msgspec.json.decode(owed[0][0], type=list[Loss])
+                losses = msgspec.msgpack.decode(owed[0][0], type=list[Loss])
                 self._insert(self._seal_ledger(losses, self._catalogue.next_id, now))
                 self._store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
 
@@ -587,6 +600,7 @@ class Buffer:
 
     def _load(self, now: Moment) -> None:
         self._catalogue, self._age = load(self._store, self._keys, self._boot, now.monotonic_us)
+        self._committed = dict(self._catalogue.sequences)
 
     @property
     def _log_bytes_max(self) -> int:
@@ -614,21 +628,26 @@ class Buffer:
         with contextlib.suppress(UnavailableError):  # it may be closed already
             self._store.close(checkpoint=False)
         resume(self._path)
+        known = dict(self._committed) if isinstance(fault, DiskError) else {}
         self._open(suspect=True)
+        behind = {lane: last for lane, last in known.items() if last > self._catalogue.sequences.get(lane, 0)}
+        for lane, last in behind.items():
+            self._skip_names(lane, last)
         log.warning("buffer opened again after=%s", fault)
 
     @contextlib.contextmanager
-    def _writing(self, *, durable: bool = True) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         """A transaction. If it fails, what memory knows is not trusted either."""
         with self._write_lock:
             try:
-                with self._store.transaction(durable=durable):
+                with self._store.transaction():
                     yield
                     if self._catalogue.lanes_changed:
                         self._catalogue.write_lanes()
             except BaseException as e:
                 self._fault = self._fault or e
                 raise
+            self._committed = dict(self._catalogue.sequences)
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:

@@ -246,4 +246,4 @@ class Catalogue:
 
 
 def _place(row: tuple[Any, ...]) -> Place:
-    return Place(*row[:9], row[9] != 0)
+    return Place._make((*row[:9], row[9] != 0))

@@ -126,7 +126,7 @@ def _build(
     _remove(new_path)
     store = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs)
     try:
-        new = _New(old.epoch)
+        new = _New()
         if copy:
             for batch in _batches(_blocks(path, device, keys)):
                 with store.transaction():
@@ -186,6 +186,7 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
 
 def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> None:
     """Numbers, names and the ledger's rows."""
+    new.epoch = new.epoch or old.epoch  # the blocks' own word counts for more
     if new.epoch is None:
         return  # nothing to go on from: a new epoch begins, and no name can be used twice
     losses = []
@@ -200,7 +201,7 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
     store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
     store.execute_many("INSERT INTO fixes VALUES (?, ?)", list(old.fixes))
     store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
-    store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.json.encode(coalesce(losses)).decode()))
+    store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.msgpack.encode(coalesce(losses))))
 
 
 def skipped(epoch: str, lane: str, last: int, now_us: int, detail: str) -> Loss:
@@ -219,7 +220,7 @@ def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[
             if not settled and (name, n) not in new.found:
                 losses.append(Loss(now_us, stream, epoch, lane, n, n, 1, rows, first_us, last_us, Reason.DAMAGED, detail))
     found = sorted(n for name, n in new.found if name == lane and n > known)
-    reached = [known, *found] if known else found
+    reached = [known, *found] if known or old.places is None else found  # what was settled long ago is named too: the lake knows better
     for a, b in pairwise(reached):
         if b > a + 1:
             losses.append(Loss(now_us, UNKNOWN_STREAM, epoch, lane, a + 1, b - 1, b - a - 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail))

@@ -73,7 +73,6 @@ class Store:
         self.path, self._writer, self._reader = path, writer, reader
         self._log_bytes_max = log_bytes_max
         self._read_lock = threading.Lock()
-        self._durable = True
         self.page_bytes = int(writer.pragma("page_size"))  # PAGE_BYTES, but for files that others have prepared
         self._log_pages = 0
         writer.set_wal_hook(self._note_log)
@@ -86,13 +85,10 @@ class Store:
             self._writer.close()
 
     @contextlib.contextmanager
-    def transaction(self, *, durable: bool = True) -> Iterator[None]:
-        """One transaction, on disk when this returns. `durable=False`: a power cut may undo it (for what can be had again)."""
+    def transaction(self) -> Iterator[None]:
+        """One transaction, on disk when this returns: all of them are, so that only the last in the log can be torn by a power cut."""
         writer = self._writer
         with translated("written"):
-            if durable is not self._durable:
-                writer.pragma("synchronous", "full" if durable else "normal")
-                self._durable = durable
             writer.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -181,7 +177,7 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
         try:
             writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
             writer.set_busy_timeout(BUSY_MS)
-            if _cut_short(log, writer):
+            if not suspect and _lost_commits(log, writer):
                 raise DamagedError("its log is damaged: there are commits behind a frame that is not whole")
             _set_up(writer, log_bytes_max)
             if suspect:
@@ -212,22 +208,31 @@ def _set_up(writer: apsw.Connection, log_bytes_max: int) -> None:
         raise DamagedError(f"its {len(found)} tables are not those of this version")
 
 
-def _cut_short(log: bytes, writer: apsw.Connection) -> bool:
-    """Whether the log holds commits behind the last frame that SQLite took: a frame before them, or the log's head, is damaged.
+def _lost_commits(log: bytes, writer: apsw.Connection) -> bool:
+    """Whether the log holds commits that SQLite does not take because a frame in front of them, or the log's head, is damaged.
 
-    They may have been acknowledged, and sent. Their names must not be given to other blocks. Frames of an earlier round
-    of the log share neither half of its salt.
+    They may have been acknowledged, and sent: their names must not be given to other blocks. A commit that was under way when the
+    power failed looks much like it, but only the last one can be such, and what never arrived shows: as zeros, or as frames of
+    an earlier round of the log, which share neither half of its salt.
     """
     if len(log) <= _LOG_HEADER_BYTES:
         return False
     writer.execute("SELECT count(*) FROM sqlite_schema").fetchall()  # it takes the log in when it reads
-    taken = int(writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0])
-    frame_bytes = int(writer.pragma("page_size")) + _FRAME_HEADER_BYTES
-    for start in range(_LOG_HEADER_BYTES + max(0, taken) * frame_bytes, len(log) - 23, frame_bytes):
-        ours = log[start + 8 : start + 12] == log[16:20] or log[start + 12 : start + 16] == log[20:24]
-        if ours and log[start + 4 : start + 8] != bytes(4):  # a commit
-            return True
-    return False
+    taken = max(0, int(writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]))
+    sizes = {PAGE_BYTES, int(writer.pragma("page_size")), int.from_bytes(log[8:12], "big")}
+    return any(_commits_behind(log, taken, size) for size in sizes if 512 <= size <= 65_536)
+
+
+def _commits_behind(log: bytes, taken: int, page_bytes: int) -> bool:
+    step = page_bytes + _FRAME_HEADER_BYTES
+    commits, whole = 0, True
+    for start in range(_LOG_HEADER_BYTES + taken * step, len(log) - _FRAME_HEADER_BYTES + 1, step):
+        head, page = log[start : start + _FRAME_HEADER_BYTES], log[start + _FRAME_HEADER_BYTES : start + step]
+        ours = head[8:12] == log[16:20] or head[12:16] == log[20:24]
+        arrived = ours and len(page) == page_bytes and any(page)
+        whole &= arrived or commits > 0
+        commits += ours and any(head[4:8])
+    return commits > 1 or (commits == 1 and whole)
 
 
 def sync_directory(directory: Path) -> None:
