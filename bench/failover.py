@@ -49,7 +49,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=int, help=f"runs of each fault under load (default {RUNS}; --quick {RUNS_QUICK})")
     parser.add_argument("--idle-runs", type=int, help="runs of each fault when idle (default: a quarter of --runs, at least 1)")
     parser.add_argument(
-        "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of two faults)"
+        "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of one fault)"
     )
     parser.add_argument("--faults", default=",".join(ALL), metavar="NAME,…", help=f"of {', '.join(ALL)}")
     parser.add_argument(
@@ -68,25 +68,28 @@ def measure(arguments: argparse.Namespace) -> Report:
     runs = arguments.runs or (RUNS_QUICK if arguments.quick else RUNS)
     idle_runs = max(1, runs // 4) if arguments.idle_runs is None else arguments.idle_runs
     bridge_runs = (int(not arguments.quick) * BRIDGE_RUNS or 1) if arguments.bridge_runs is None else arguments.bridge_runs
-    bridge_faults = ["kill", "reset"] if arguments.quick and arguments.bridge_runs is None else faults
+    bridge_faults = faults if arguments.bridge_runs is not None else [f for f in faults if f == "kill" or not arguments.quick]
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder, Site(Path(folder) / "site", arguments.broker) as site:
         offsets = site.puback_offset_ms(ALLOWED[1])
         for name in ALLOWED:
             site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
-        loaded, idle = with_agent(site, faults, runs, idle_runs, seed)
-        bridged = with_bridge(site, [f for f in bridge_faults if f in faults], bridge_runs, seed)
+        idle_faults = [f for f in faults if f in FAULTS and (f == "stop" or not arguments.quick)]
+        loaded, idle = with_agent(site, faults, runs, idle_faults if idle_runs else [], idle_runs, seed)
+        bridged = with_bridge(site, bridge_faults, bridge_runs, seed)
     return _report(arguments.broker, seed, offsets, loaded, idle, bridged)
 
 
-def with_agent(site: Site, faults: Sequence[str], runs: int, idle_runs: int, seed: int) -> tuple[dict[str, Series], dict[str, Series]]:
+def with_agent(
+    site: Site, faults: Sequence[str], runs: int, idle_faults: Sequence[str], idle_runs: int, seed: int
+) -> tuple[dict[str, Series], dict[str, Series]]:
     """The agent's runs, under load and idle."""
     agent, sensors = Agent(site), Sensors(site, DEVICE)
     try:
         trial = Trial(site, agent, sensors, seed)
         loaded = {fault: trial.series(fault, runs) for fault in faults if fault in FAULTS}
-        idle = {fault: trial.series(fault, idle_runs, idle=True) for fault in faults if idle_runs and fault in FAULTS}
+        idle = {fault: trial.series(fault, idle_runs, idle=True) for fault in idle_faults}
         # Last: after a slow link deadlines are longer for a while, as they should be.
         loaded |= {fault: trial.series(fault, runs) for fault in faults if fault not in FAULTS}
     except Exception:

@@ -13,6 +13,7 @@ What a run measures, in milliseconds:
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from typing import Any
 from bench.failover_device import Agent, Forwarder, Sensors, wait_for
 from bench.failover_faults import heal, strike
 from bench.failover_site import ALLOWED, Site
+
+log = logging.getLogger(__name__)
 
 RATE = 500.0
 HOLD_S_MAX = 60.0
@@ -97,6 +100,7 @@ class Trial:
         found.lost = self._drain(range(before, len(self._sensors.published)))
         found.duplicates, found.copies = lake.duplicates - duplicates, lake.copies - copies
         found.foreign_bytes, found.memory_kib = self._site.foreign_bytes() - foreign, (memory, self._memory_kib())
+        log.info("series measured device=%s fault=%s idle=%s %s", self._forwarder.name, fault, idle, found.numbers())
         return found
 
     def _one_gone(self, fault: str, run: int, found: Series, idle: bool) -> None:
