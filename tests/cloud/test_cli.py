@@ -46,7 +46,8 @@ def test_help_is_fast_and_names_every_command() -> None:
     started = time.monotonic()
     said = subprocess.run([sys.executable, "-m", "cloud.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     seconds = time.monotonic() - started
-    for command in ("up", "status", "ui", "replay", "labels", "train", "release", "rollout", "keys", "device", "demo"):
+    data = ("replay", "import-buffer", "labels", "clock")
+    for command in ("up", "status", "ui", *data, "train", "release", "rollout", "keys", "device", "demo"):
         assert f"    {command} " in said
     imported = subprocess.run(
         [sys.executable, "-c", "import sys, cloud.cli; print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True, check=True

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from edge_agent.contract.stream import LOSSES
+from edge_agent.core.ledger import Loss, read_losses
 from tests.edge_agent.gateway import Bench
-from tests.faults.oracle import Loss, read_losses
 
 QUIET_S = 3.0  # the sensors' broker delivers again what was not acknowledged
 PATIENCE_S = 90.0
@@ -27,7 +27,7 @@ def losses(bench: Bench) -> list[Loss]:
     """The ledger as the cloud has it."""
     cloud = bench.cloud
     ledgers = [name for name, header in list(cloud.headers.items()) if header.stream == LOSSES.stream]
-    return [loss for name in ledgers for loss in read_losses(cloud.headers[name], cloud.tables[name])]
+    return [loss for name in ledgers for loss in read_losses(cloud.tables[name])]
 
 
 def settle_accounts(bench: Bench, published: int) -> Account:
@@ -40,6 +40,6 @@ def settle_accounts(bench: Bench, published: int) -> Account:
     doubled = sorted(cycle for cycle, count in counts.items() if count > 1)
     assert not doubled, f"{len(doubled)} readings arrived twice: {doubled[:20]}\n{bench.log()[-3000:]}"
     missing = sorted(set(range(1, published + 1)) - counts.keys())
-    named = sum(loss.readings for loss in losses(bench) if loss.stream == "turbofan")
+    named = sum(loss.readings for loss in losses(bench) if loss.of_stream == "turbofan")
     assert len(missing) == named, f"{len(missing)} of {published} readings missing, {named} named: {missing[:20]}\n{bench.log()[-3000:]}"
     return Account(len(counts), len(missing), len(bench.cloud.tables))

@@ -13,16 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_agent.buffer import Buffer, Draft
+from edge_agent.buffer import Buffer, Draft, StoredBlock
 from edge_agent.clock import Moment
-from edge_agent.contract.block import BlockHeader, FixQuality, decode_block
+from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.columns import Table
+from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.stream import LOSSES
+from edge_agent.core.ledger import Loss, read_losses
+from edge_agent.salvage import SKIP
 
 DEVICE = "plane-01"
 STREAM = "pump"
 LANES = ("europe", "switzerland")
-BLOCKS_MAX = 1_000_000
+BLOCKS_AT_ONCE = 64
+ATTEMPTS_MAX = 3
 
 Name = tuple[str, str, int]  # epoch, lane, sequence
 
@@ -43,24 +47,6 @@ def draft(number: int, rows: int = 3) -> Draft:
 
 
 @dataclass
-class Loss:
-    """A row of the ledger."""
-
-    stream: str
-    epoch: str
-    lane: str
-    first: int
-    last: int
-    blocks: int
-    readings: float
-    detail: str
-
-    def names(self, name: Name) -> bool:
-        epoch, lane, sequence = name
-        return self.epoch == epoch and self.lane == lane and self.first <= sequence <= self.last
-
-
-@dataclass
 class Found:
     """What a buffer holds and what it says it lost."""
 
@@ -70,27 +56,52 @@ class Found:
 
 
 def look(buffer: Buffer) -> Found:
-    """Everything that the buffer would send. Raises ContractError if it gives out a damaged block."""
-    found = Found()
-    for state in buffer.lanes():
-        for stored in buffer.pending(state.lane, 0, BLOCKS_MAX):
-            header, table = decode_block(stored.block)
-            assert (header.lane, header.sequence, header.stream, header.rows) == (stored.lane, stored.sequence, stored.stream, stored.rows)
-            name = (header.epoch, header.lane, header.sequence)
-            assert name not in found.blocks, f"two blocks are called {name}"
-            found.blocks[name] = stored.block
-            if header.stream == LOSSES.stream:
-                found.losses += read_losses(header, table)
-            else:
-                found.readings.update(np.asarray(table["t"]).tolist())
+    """Everything that the buffer would send, as the uplink asks for it: what cannot be read now is asked for again.
+
+    Raises:
+        ContractError: it gives out a damaged block.
+    """
+    for _ in range(ATTEMPTS_MAX):
+        try:
+            return _look(buffer)
+        except UnavailableError as e:
+            error = e
+    raise error
+
+
+def _look(buffer: Buffer) -> Found:
+    found, last = Found(), dict.fromkeys((state.lane for state in buffer.lanes()), 0)
+    while last:
+        for lane, after in list(last.items()):
+            blocks = buffer.pending(lane, after, BLOCKS_AT_ONCE)
+            if not blocks:
+                del last[lane]  # the ledger of what was found damaged on the way is at its end
+            for stored in blocks:
+                _take(found, stored)
+                last[lane] = stored.sequence
     return found
 
 
-def read_losses(header: BlockHeader, table: Table) -> list[Loss]:
-    """The rows of a ledger block."""
+def _take(found: Found, stored: StoredBlock) -> None:
+    header, table = decode_block(stored.block)
+    assert (header.lane, header.sequence, header.stream, header.rows) == (stored.lane, stored.sequence, stored.stream, stored.rows)
+    name = (header.epoch, header.lane, header.sequence)
+    assert name not in found.blocks, f"two blocks are called {name}"
+    found.blocks[name] = stored.block
+    if header.stream == LOSSES.stream:
+        found.losses += read_losses(table)
+    else:
+        found.readings.update(np.asarray(table["t"]).tolist())
 
-    names = ("of_stream", "of_epoch", "of_lane", "first_sequence", "last_sequence", "blocks", "readings", "detail")
-    return [Loss(*row) for row in zip(*(table[n].tolist() for n in names), strict=True)]  # type: ignore[arg-type]
+
+def names(loss: Loss, name: Name) -> bool:
+    """Whether a row of the ledger is about a block."""
+    return (loss.of_epoch, loss.of_lane) == name[:2] and loss.first_sequence <= name[2] <= loss.last_sequence
+
+
+def is_skip(loss: Loss) -> bool:
+    """Whether a row of the ledger only says that names are not given out: nothing had them."""
+    return loss.blocks == SKIP and loss.detail.startswith("names skipped")
 
 
 def check(buffer: Buffer, acknowledged: dict[Name, bytes], settled: Collection[Name] = ()) -> Found:
@@ -102,5 +113,5 @@ def check(buffer: Buffer, acknowledged: dict[Name, bytes], settled: Collection[N
         if name in found.blocks:
             assert found.blocks[name] == block, f"{name} was altered"
         elif name not in settled:
-            assert any(loss.names(name) for loss in found.losses), f"{name} is gone and in no ledger: {found.losses}"
+            assert any(names(loss, name) for loss in found.losses), f"{name} is gone and in no ledger: {found.losses}"
     return found

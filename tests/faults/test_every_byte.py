@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import apsw
 import numpy as np
 import pytest
 
 from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
 
-PAGE = 512  # a small file has the same structures in fewer bytes
 SMALL_APPENDS = 4
 FLIPS_SAMPLED = 300
 CUTS_SAMPLED = 120
@@ -48,11 +46,10 @@ def memory_disk() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3, page: int = PAGE) -> Image:
+def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3) -> Image:
     """A buffer of that many appends, all in the database file, or the later half only in the write-ahead log."""
     folder.mkdir()
     path = folder / "buffer.db"
-    with_page_size(path, page)
     acknowledged: dict[Name, bytes] = {}
     buffer = open_buffer(path)
     for number in range(1, appends + 1):
@@ -69,14 +66,6 @@ def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3, page: int =
         files = read(folder)
     shutil.rmtree(folder)
     return Image(files, acknowledged)
-
-
-def with_page_size(path: Path, page: int) -> None:
-    connection = apsw.Connection(str(path))
-    connection.pragma("page_size", page)
-    connection.pragma("journal_mode", "wal")
-    connection.execute("VACUUM")
-    connection.close()
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -142,7 +131,7 @@ def test_a_small_buffer_survives_being_cut_off(memory_disk: Path, seed: int) -> 
 
 
 def test_a_large_buffer_survives_many_bit_flips_at_once(memory_disk: Path, seed: int) -> None:
-    image = make(memory_disk / "make", LARGE_APPENDS // 4, in_log=True, rows=200, page=4096)
+    image = make(memory_disk / "make", LARGE_APPENDS // 4, in_log=True, rows=200)
     flips(memory_disk, image, random.Random(seed), 10)
 
 
@@ -172,7 +161,7 @@ def test_a_small_buffer_survives_being_cut_off_at_every_byte(memory_disk: Path) 
 
 @pytest.mark.long
 def test_a_large_buffer_survives_a_hundred_thousand_bit_flips(memory_disk: Path, seed: int) -> None:
-    image = make(memory_disk / "make", LARGE_APPENDS, in_log=True, rows=200, page=4096)
+    image = make(memory_disk / "make", LARGE_APPENDS, in_log=True, rows=200)
     flips(memory_disk, image, random.Random(seed), LARGE_FLIPS // FLIPS_AT_ONCE)
 
 

@@ -1,0 +1,220 @@
+"""fsck and export on real buffer files: whole, damaged, encrypted, of a running agent, of a dead device."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import apsw
+import numpy as np
+import pytest
+
+from edge_agent.buffer import Buffer, Draft
+from edge_agent.buffer_file import BufferFile
+from edge_agent.cli import main
+from edge_agent.clock import Moment
+from edge_agent.contract.block import SCORE, FixQuality
+from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.export import export
+from edge_agent.inspection import alone, inspect, repair
+from edge_agent.sealed import Keys
+from tests.edge_agent.test_config import write
+
+NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
+KEY = bytes(range(32))
+
+
+def open_buffer(path: Path, keys: Keys | None = None) -> Buffer:
+    return Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={"pump": 10}, keys=keys)
+
+
+def draft(values: list[float], lane: str = "europe", stream: str = "pump", **columns: Any) -> Draft:
+    table: Any = {"t": np.array(values), **columns}
+    return Draft(lane, stream, "1.0.0", FixQuality.STATIC, "policy", table, len(values), 1, 2)
+
+
+def settle(buffer: Buffer, cumulative: int) -> None:
+    buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=cumulative, ranges=[])]))
+
+
+def made(path: Path, keys: Keys | None = None, blocks: int = 6) -> Path:
+    buffer = open_buffer(path, keys)
+    for number in range(blocks):
+        buffer.append([draft([number + 0.25, float("nan")]), draft([number + 0.5], "switzerland")], [], NOW)
+    buffer.close()
+    return path
+
+
+def damage(path: Path, number: int) -> None:
+    """One flipped bit in the middle of a stored block."""
+    db = apsw.Connection(str(path))
+    block = bytearray(db.execute("SELECT block FROM blocks WHERE id = ?", (number,)).get)
+    block[len(block) // 2] ^= 4
+    db.execute("UPDATE blocks SET block = ? WHERE id = ?", (bytes(block), number))
+    db.close()
+
+
+def lines(path: Path, **how: Any) -> list[dict[str, Any]]:
+    out = io.StringIO()
+    export(BufferFile(path, how.pop("keys", None)), out, as_csv=False, stream=how.get("stream"))
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_a_whole_buffer_is_clean_before_and_after_receipts(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db")
+    found = inspect(path, None)
+    assert found.clean and found.devices == ["plane-01"] and found.blocks == 12, found.problems
+    assert {name: (lane.blocks, lane.waiting, lane.readings) for name, lane in found.lanes.items()} == {
+        "europe": (6, 6, 12),
+        "switzerland": (6, 6, 6),
+    }
+    buffer = open_buffer(path)
+    settle(buffer, 4)
+    buffer.close()
+    found = inspect(path, None)
+    assert found.clean and found.lanes["europe"].waiting == 2, found.problems
+
+
+def test_a_log_that_is_not_in_the_file_yet_is_read_too(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path / "buffer.db")
+    buffer.append([draft([1.0])], [], NOW)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for part in ("buffer.db", "buffer.db-wal"):
+        shutil.copy(tmp_path / part, copy)
+    buffer.append([draft([2.0])], [], NOW)
+    assert inspect(copy / "buffer.db", None).blocks == 1
+    assert [row["t"] for row in lines(tmp_path / "buffer.db")] == [1.0, 2.0]  # of a running agent
+    buffer.close()
+
+
+def test_a_damaged_block_is_found_and_a_repair_names_it_in_the_ledger(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db")
+    damage(path, 3)
+    found = inspect(path, None)
+    assert not found.clean and found.damaged_blocks == 1 and found.blocks == 11
+    before = path.read_bytes()
+    assert inspect(path, None).problems == found.problems and path.read_bytes() == before, "it only looks"
+
+    assert repair(path, None).repaired
+    again = inspect(path, None)
+    assert again.clean and again.blocks == 11, again.problems
+    assert len([p for p in tmp_path.glob("buffer.db.damaged-*") if not p.name.endswith(("-wal", "-shm"))]) == 1
+    buffer = open_buffer(path)
+    buffer.append([draft([9.0])], [], NOW)
+    buffer.close()
+    found = inspect(path, None)
+    assert found.clean, found.problems
+    assert sum(lane.named for lane in found.lanes.values()) > 0
+    assert sorted(row["t"] for row in lines(path, stream="pump") if row["t"] == 9.0) == [9.0]
+
+
+def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db")
+    db = apsw.Connection(str(path))
+    db.execute("DELETE FROM blocks WHERE id = 5")
+    db.close()
+    found = inspect(path, None)
+    assert not found.clean and any("amiss" in problem for problem in found.problems), found.problems
+
+
+def test_a_file_that_sqlite_cannot_follow_is_carved(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db")
+    data = bytearray(path.read_bytes())
+    data[:512] = os.urandom(512)
+    path.write_bytes(bytes(data))
+    found = inspect(path, None)
+    assert not found.clean and found.blocks == 12
+    assert len(lines(path)) == 18
+
+
+def test_no_file_and_no_database_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*nothing.db: No such file"):
+        inspect(tmp_path / "nothing.db", None)
+    (tmp_path / "text.db").write_text("not a database" * 1_000)
+    found = inspect(tmp_path / "text.db", None)
+    assert not found.clean and found.blocks == 0
+
+
+def test_an_encrypted_buffer_needs_its_key(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db", Keys([KEY]))
+    with pytest.raises(ConfigError, match="set buffer.key_file"):
+        inspect(path, None)
+    assert inspect(path, Keys([KEY])).clean
+    assert len(lines(path, keys=Keys([KEY]))) == 18
+
+
+def test_a_read_only_medium_is_read_from_a_copy(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path / "buffer.db")
+    buffer.append([draft([1.0])], [], NOW)
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    for part in ("buffer.db", "buffer.db-wal"):
+        shutil.copy(tmp_path / part, dead)
+    buffer.close()
+    before = {p.name: p.read_bytes() for p in dead.iterdir()}
+    dead.chmod(0o500)
+    assert [row["t"] for row in lines(dead / "buffer.db")] == [1.0]
+    assert {p.name: p.read_bytes() for p in dead.iterdir() if not p.name.endswith("-shm")} == before
+
+
+def test_fsck_waits_for_no_agent_but_refuses_beside_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path)
+    (tmp_path / "state").mkdir()
+    path = made(tmp_path / "state" / "buffer.db")
+    assert main(["fsck", "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["clean"] is True
+    with alone(tmp_path / "state"):
+        assert main(["fsck", "--config", str(config)]) == 2
+        assert "stop it first" in capsys.readouterr().err
+        assert main(["fsck", str(path), "--config", str(tmp_path / "none.toml")]) == 0  # as it is on disk, by its path
+    damage(path, 2)
+    assert main(["fsck", "--config", str(config)]) == 1
+    assert main(["fsck", "--config", str(config), "--repair"]) == 1  # it was damaged
+    assert main(["fsck", "--config", str(config)]) == 0
+
+
+def test_export_gives_every_reading_with_its_name_and_null_for_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.db"
+    buffer = open_buffer(path)
+    scored: Any = {SCORE: np.array([0.5, np.nan])}
+    buffer.append([draft([1.0, float("nan")], **scored), draft([float("inf")], "switzerland")], [], NOW)
+    settle(buffer, 1)
+    buffer.close()
+    rows = lines(path)
+    assert [(r["lane"], r["sequence"], r["row"], r["t"], r.get("score"), r["settled"]) for r in rows] == [
+        ("europe", 1, 0, 1.0, 0.5, True),
+        ("europe", 1, 1, None, None, True),
+        ("switzerland", 1, 0, "inf", None, False),
+    ]
+    assert rows[0]["device"] == "plane-01" and rows[0]["epoch"] == buffer.epoch and rows[0]["sealed_at"].startswith("2023-11-14T22:13:20")
+
+
+def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "buffer.db"
+    buffer = open_buffer(path)
+    scored: Any = {SCORE: np.array([0.5])}
+    buffer.append([draft([1.0]), draft([2.0], stream="fan")], [], NOW)
+    buffer.append([draft([3.0], **scored)], [], NOW)
+    buffer.close()
+    none = ["--config", str(tmp_path / "none.toml")]
+    assert main(["export", str(path), "--csv", *none]) == 2
+    assert "give --stream: the buffer holds fan, pump" in capsys.readouterr().err
+    assert main(["export", str(path), "--csv", "--stream", "bump", *none]) == 2
+    assert main(["export", str(path), "--csv", "--stream", "pump", "-o", str(tmp_path / "out.csv"), *none]) == 0
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [(r["t"], r["score"], r["sequence"]) for r in rows] == [("1.0", "", "1"), ("3.0", "0.5", "3")]
+
+
+def test_export_gives_what_is_whole_of_a_damaged_buffer_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made(tmp_path / "buffer.db")
+    damage(path, 1)
+    assert main(["export", str(path), "--jsonl", "--config", str(tmp_path / "none.toml")]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 16 and "1 blocks are damaged" in captured.err
