@@ -50,7 +50,7 @@ class Pipe:
         """Message `mid` was handed to the link."""
         self.bytes += size
         self.blocks += key is not None
-        late_at = now + self.trips.deadline_s(self.bytes)
+        late_at = now + self.trips.deadline_s(0 if self.is_late(now) else self.bytes)  # a silent endpoint gets no time for its queue
         self.messages[mid] = Message(key, size, now, late_at, self.bytes, self._answered_bytes)
         self._sent_at = now
         self._late_at = min(self._late_at, late_at)

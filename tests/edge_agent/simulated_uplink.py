@@ -201,7 +201,7 @@ class SimLink:
         self._site = world.endpoints[config.name]
         self._mids = itertools.count(1)
         self._ended = False
-        self._up_free_at = self._down_free_at = world.now
+        self._up_free_at = self._up_last = self._down_last = world.now
 
     @property
     def name(self) -> str:
@@ -225,8 +225,8 @@ class SimLink:
         sequence = int(payload[:8]) if lane else 0
         site, world = self._site, self._world
         self._up_free_at = max(self._up_free_at, world.now) + (len(payload) + 60) / site.bytes_per_s
-        self._up_free_at += self._retransmissions()
-        world.at(self._up_free_at + site.round_trip_s / 2, lambda: self._pass(lambda: self._arrive(mid, lane, sequence), 1))
+        self._up_last = max(self._up_last, self._up_free_at + site.round_trip_s / 2 + self._retransmissions())
+        world.at(self._up_last, lambda: self._pass(lambda: self._arrive(mid, lane, sequence), 1))
         return mid
 
     def close(self) -> None:
@@ -245,8 +245,8 @@ class SimLink:
     def send_down(self, event: Callable[[], Any]) -> None:
         """The broker sends; `event` is what the device gets."""
         site, world = self._site, self._world
-        self._down_free_at = max(self._down_free_at, world.now) + self._retransmissions()
-        world.at(self._down_free_at + site.round_trip_s / 2, lambda: self._pass(lambda: self._inbox.put(event()), 1, down=True))
+        self._down_last = max(self._down_last, world.now + site.round_trip_s / 2 + self._retransmissions())
+        world.at(self._down_last, lambda: self._pass(lambda: self._inbox.put(event()), 1, down=True))
 
     def _accept(self) -> None:
         if self._ended or self._site.mode in (Mode.DEAD, Mode.BLACK_HOLE):
