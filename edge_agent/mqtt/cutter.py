@@ -55,6 +55,7 @@ class Cutter(Generic[P]):
 
     _FIRST: int
     _PUBLISH_PROPERTIES: Collection[int]
+    _TOPICS_KNOWN_BYTES_MAX = TOPICS_KNOWN_BYTES_MAX
 
     def __init__(self, version: Version, packet_bytes_max: int) -> None:
         self._version: Version = version
@@ -225,7 +226,7 @@ class Cutter(Generic[P]):
             raise FrameError(f"PUBLISH before {wire.TYPE_NAMES[self._FIRST]}")
         new = set(topics).difference(self._topics_known)
         self._topics_bytes += sum(len(topic) + 200 for topic in new)  # 200: what an entry costs besides
-        if self._topics_bytes > TOPICS_KNOWN_BYTES_MAX:
+        if self._topics_bytes > self._TOPICS_KNOWN_BYTES_MAX:
             self._topics_known.clear()
             self._topics_bytes, new = 0, set(topics)
         self._topics_known.update((topic, _topic(topic, self._version)) for topic in new)

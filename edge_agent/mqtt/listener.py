@@ -49,12 +49,13 @@ ACCEPTS_MAX = 64  # per round, so that who is here already is served too
 IDLE_S_MAX = 60.0
 CHECK_S = 0.25  # how often deadlines are looked at
 STOP_S_MAX = 10.0
+CHECKS_MAX = 256  # passwords that wait for their hash
 LOG_S = 1.0  # at most one line about clients in this time
 ACCEPT_RETRY_S = 1.0
 DESCRIPTORS_ELSEWHERE = 256  # what the rest of the agent may need
 
-_BAD_PASSWORD, _CLIENT_ID, _BAD_METHOD, _RETAIN, _QOS = 0x86, 0x85, 0x8C, 0x9A, 0x9B
-_CODES_4 = {_BAD_PASSWORD: 4, _CLIENT_ID: 2}
+_BAD_PASSWORD, _CLIENT_ID, _BAD_METHOD, _RETAIN, _QOS, _BUSY = 0x86, 0x85, 0x8C, 0x9A, 0x9B, 0x89
+_CODES_4 = {_BAD_PASSWORD: 4, _CLIENT_ID: 2, _BUSY: 3}
 _Part = tuple[Peer, bytes, int]  # whose messages, their PUBACKs, their bytes
 
 
@@ -79,10 +80,11 @@ class ListenerConfig:
 
 @dataclass(frozen=True)
 class ListenerStatus:
-    """How the listener stands. `connected`: it listens. `error`: why a client was last sent away or lost, empty while all is well."""
+    """How the listener stands. `connected`: it listens. `last_lost`: which client was last sent away or lost, and why."""
 
     connected: bool = False
     error: str = ""
+    last_lost: str = ""
     connections: int = 0
     accepted: int = 0
     refused: int = 0
@@ -114,6 +116,7 @@ class Listener:
         self._released: deque[list[_Part]] = deque()
         self._checked: deque[tuple[Peer, bool]] = deque()
         self._held = 0  # bytes in all decoders
+        self._checking = 0  # passwords that are being checked, or wait for it
         self._made = 0  # client ids given out
         self._buffer = memoryview(bytearray(RECV_BYTES))
         self._next_check = self._next_log = self._accept_again = self._paused_at = 0.0
@@ -231,11 +234,21 @@ class Listener:
                 self._poll.unregister(self._server.fileno())
                 self._accept_again = time.monotonic() + ACCEPT_RETRY_S
                 return
-            if len(self._peers) >= self._config.connections_max:
+            if len(self._peers) >= self._config.connections_max and not self._make_room():
                 sock.close()
                 self._refused(f"{address[0]}:{address[1]}: there are {len(self._peers)} connections already (connections_max)")
                 continue
             self._greet(sock, f"{address[0]}:{address[1]}")
+
+    def _make_room(self) -> bool:
+        """Close the oldest connection that has not got as far as a password; False if there is none."""
+        early = (State.TLS, State.CONNECTING, State.LEAVING)
+        oldest = next((peer for peer in self._peers.values() if peer.state in early), None)
+        if oldest is None:
+            return False
+        self._refused(f"{oldest}: {oldest.state.value}, closed for a newer connection (connections_max)")
+        self._drop(oldest)
+        return True
 
     def _greet(self, sock: socket.socket, address: str) -> None:
         try:
@@ -266,7 +279,10 @@ class Listener:
             self._reject(peer, _BAD_PASSWORD)
         elif self._users.known(packet.username, packet.password):
             self._admit(peer)
+        elif self._checking >= CHECKS_MAX:
+            self._reject(peer, _BUSY)
         else:
+            self._checking += 1
             asked = self._passwords.submit(self._users.verify, packet.username, packet.password)
             asked.add_done_callback(functools.partial(self._on_checked, peer))
 
@@ -283,6 +299,7 @@ class Listener:
     def _admit_checked(self) -> None:
         while self._checked:
             peer, right = self._checked.popleft()
+            self._checking -= 1
             if peer.state is State.CHECKING:
                 self._guarded(peer, functools.partial(self._admit, peer) if right else functools.partial(self._reject, peer, _BAD_PASSWORD))
 
@@ -509,7 +526,7 @@ class Listener:
 
     def _say(self, why: str) -> None:
         """Into the status; into the log too, but no client can fill it."""
-        self._status = replace(self._status, error=why)
+        self._status = replace(self._status, last_lost=why)
         now = time.monotonic()
         if now < self._next_log:
             self._unsaid += 1

@@ -27,7 +27,7 @@ from edge_agent.contract.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-LOG2_N, BLOCK, PARALLEL = 14, 8, 5  # 16 MiB and some 0.2 s each (OWASP's smallest in memory)
+LOG2_N, BLOCK, PARALLEL = 14, 8, 1  # 16 MiB and some 40 ms here: hundreds of sensors come back at once after a restart
 LOG2_N_MAX, BLOCK_MAX, PARALLEL_MAX = 17, 16, 16
 SALT_BYTES, HASH_BYTES = 16, 32
 FILE_BYTES_MAX = 4 * 1024 * 1024

@@ -34,7 +34,7 @@ class PeerLimits:
     keepalive_s_max: int = 600
     unacked_messages_max: int = 16_384
     unacked_bytes_max: int = 4 * 1024 * 1024
-    outbox_bytes_max: int = 256 * 1024
+    outbox_bytes_max: int = 128 * 1024
 
 
 class State(enum.Enum):

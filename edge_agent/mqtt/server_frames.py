@@ -89,6 +89,7 @@ class Decoder(cutter.Cutter[Packet]):
 
     _FIRST = CONNECT
     _PUBLISH_PROPERTIES = frozenset(_MESSAGE)
+    _TOPICS_KNOWN_BYTES_MAX = 64 * 1024  # there may be hundreds of clients, each with a few topics
 
     def __init__(self, packet_bytes_max: int = PACKET_BYTES_MAX) -> None:
         super().__init__(4, CONNECT_BYTES_MAX)

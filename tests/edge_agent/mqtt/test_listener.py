@@ -145,7 +145,7 @@ def test_two_hundred_real_clients_of_both_versions() -> None:
             assert info.is_published()
         assert sorted(bench.messages) == sorted((f"sensors/{n}/t", b"%d" % i) for n in range(200) for i in range(5))
         assert bench.listener.status.connections == 200
-    assert bench.listener.status.error == ""
+    assert bench.listener.status.last_lost == ""
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -192,7 +192,7 @@ def test_passwords(users: Path) -> None:
                     evil = publish_packet(b"evil", None, version)
                     sensor.send(connect_packet("x", version, username=name, password=password) + evil)
                     assert sensor.packet()[3] == code and sensor.packet() == b""
-        assert bench.listener.status.refused == 8 and "bad user name or password" in bench.listener.status.error
+        assert bench.listener.status.refused == 8 and "bad user name or password" in bench.listener.status.last_lost
         assert len(bench.messages) == 3  # what came behind a refused CONNECT is not taken
 
 
@@ -248,7 +248,7 @@ def test_tls_with_and_without_client_certificates(certificates: Path, users: Pat
         context = ssl.create_default_context(cafile=certificates / "ca.pem")
         with pytest.raises((ssl.SSLError, ConnectionError, AssertionError)), RawSensor(bench.port, context) as nobody:
             nobody.connect("x")
-        assert "certificate" in bench.listener.status.error.lower()
+        assert "certificate" in bench.listener.status.last_lost.lower()
 
 
 def test_connack_of_mqtt_5_says_what_there_is_not() -> None:
@@ -383,7 +383,7 @@ def test_who_is_slow_to_connect_is_closed_and_others_are_served() -> None:
             assert good.acks(1) == [1]
             for loris in lorises:
                 assert loris.packet() == b""
-            assert "not done in time" in bench.listener.status.error
+            assert "not done in time" in bench.listener.status.last_lost
             good.publish(b"2", 2)
             assert good.acks(1) == [2]
 
@@ -395,7 +395,7 @@ def test_a_packet_that_never_gets_whole_ends_its_connection() -> None:
             for _ in range(100):
                 slow.send(b"x")
                 time.sleep(0.01)
-        assert slow.packet() == b"\xe0\x01\x8d" and "not whole after 0.3 s" in bench.listener.status.error
+        assert slow.packet() == b"\xe0\x01\x8d" and "not whole after 0.3 s" in bench.listener.status.last_lost
         good.publish(b"1", 1)
         assert good.acks(1) == [1]
 
@@ -435,7 +435,7 @@ def test_who_reads_no_answers_is_closed() -> None:
             assert time.monotonic() < deadline
             with contextlib.suppress(OSError):
                 flood.socket.send(frames.PINGREQ * 30_000)
-        assert "takes no acknowledgements" in bench.listener.status.error
+        assert "takes no acknowledgements" in bench.listener.status.last_lost
         flood.close()
         good.publish(b"1", 1)
         assert good.acks(1) == [1]
@@ -483,10 +483,21 @@ def test_more_connections_than_allowed() -> None:
         with RawSensor(bench.port) as late, contextlib.suppress(OSError):
             late.send(connect_packet("late"))
             assert late.packet() == b""
-        until(lambda: "connections_max" in bench.listener.status.error)
+        until(lambda: "connections_max" in bench.listener.status.last_lost)
         sensors.pop().close()
         until(lambda: bench.listener.status.connections == 2)
         bench.sensor("late").close()
+
+
+def test_connections_that_say_nothing_keep_nobody_out() -> None:
+    with listening(connections_max=3) as bench, contextlib.ExitStack() as stack:
+        good = stack.enter_context(bench.sensor("good"))
+        silent = [stack.enter_context(RawSensor(bench.port)) for _ in range(5)]
+        with bench.sensor("late") as late:
+            for sensor in (good, late):
+                sensor.publish(b"1", 1)
+                assert sensor.acks(1) == [1]
+        assert sum(s.packet(0.2) == b"" for s in silent[:3]) == 3 and "for a newer connection" in bench.listener.status.last_lost
 
 
 def test_rubbish_from_many_disturbs_nobody(seed: int) -> None:
