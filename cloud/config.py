@@ -26,11 +26,15 @@ SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
 
 @dataclass(frozen=True)
 class Region:
-    """A region's broker; `name` is the endpoint name that zones.geojson uses."""
+    """A region's broker; `name` is the endpoint name that zones.geojson uses.
+
+    `broker_log` is where that broker writes what it refuses; None: the log of the embedded one.
+    """
 
     name: str
     host: str
     port: int
+    broker_log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,7 @@ class _Region(msgspec.Struct, frozen=True):
     name: str
     port: int
     host: str = HOST
+    broker_log: str | None = None
 
 
 class _Lake(msgspec.Struct, frozen=True):
@@ -211,7 +216,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
     settings = Settings(
         project=root,
         state_dir=chosen.absolute(),
-        regions=tuple(Region(r.name, r.host, r.port) for r in read.regions),
+        regions=tuple(Region(r.name, r.host, r.port, root / r.broker_log if r.broker_log else None) for r in read.regions),
         sensors=Address(read.sensors.host, read.sensors.port),
         release=Address(read.release.host, read.release.port),
         mlflow=Address(read.mlflow.host, read.mlflow.port),

@@ -110,6 +110,31 @@ def load_zones(settings: Settings) -> Zones:
     return _read(published if published.exists() else settings.zones_path, parse_zones)
 
 
+class PolicyWatch:
+    """Notices a published policy."""
+
+    def __init__(self, settings: Settings, known: Zones) -> None:
+        self._settings, self._digest = settings, known.digest
+        self._seen: tuple[int, int] | None = None
+
+    def changed(self) -> Zones | None:
+        """The policy in force, if it is another one than at the last call.
+
+        Raises:
+            ConfigError: the published file is not a policy.
+        """
+        try:
+            status = policy_path(self._settings).stat()
+        except FileNotFoundError:
+            return None
+        seen = (status.st_ino, status.st_mtime_ns)
+        if seen == self._seen:
+            return None
+        zones = load_zones(self._settings)
+        self._seen, before, self._digest = seen, self._digest, zones.digest
+        return None if zones.digest == before else zones
+
+
 def _read(path: Path, parse_document: Callable[[bytes, str], T]) -> T:
     try:
         return parse_document(path.read_bytes(), str(path))

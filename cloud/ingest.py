@@ -4,6 +4,9 @@
   broker or by the device, and stored once.
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
+- What the broker refused by itself (a topic that is not the device's, or not of this region's zones) is read from its log, and is
+  written down and raised in the same way.
+- A zone policy that was published is taken between two batches.
 - paho's callbacks only put messages on a queue. The broker's limit of unacknowledged messages bounds the queue.
 - While the lake cannot commit, nothing is acknowledged and nothing is lost.
 """
@@ -16,7 +19,8 @@ import os
 import queue
 import signal
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,22 +28,24 @@ import msgspec
 
 from cloud import brokers, config
 from cloud.audit import Audit
-from cloud.config import IngestLimits, Settings
-from cloud.gate import Gate, Refusal, load_contracts, load_zones
+from cloud.broker_log import BrokerLog, Denial
+from cloud.config import IngestLimits, Region, Settings
+from cloud.gate import Gate, PolicyWatch, Refusal, load_contracts, load_zones
 from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
-from edge_agent.contract.errors import Reason, UnavailableError
+from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import encode_receipt
-from edge_agent.contract.topics import DeviceTopics
+from edge_agent.contract.topics import DeviceTopics, check_name, parse
+from edge_agent.core.zones import Zones
 
 log = logging.getLogger(__name__)
 
 RETRY_S = (0.1, 5.0)  # the first and the longest wait while the lake is away
 IDLE_S = 0.25
 STATUS_S = 0.5
-REFUSED = "block_refused"
+REFUSED, DENIED = "block_refused", "denied_by_broker"
 ALARMS_MAX = 10_000
 ALARM_S = 10.0  # refusals of one kind are written down once in this time, with their number
 
@@ -75,8 +81,9 @@ def read_status(settings: Settings, region: str) -> Status | None:
 
 
 class AlarmKey(NamedTuple):
-    """Refusals that are written down together."""
+    """Refusals that are written down together. `kind` says by whom: REFUSED by the gate, DENIED by the broker."""
 
+    kind: str
     device: str
     lane: str
     stream: str
@@ -103,13 +110,15 @@ class Ingest:
     limits: IngestLimits
     status_file: Path
     small_files_max: int
+    broker_log: BrokerLog | None = None
+    policy: Callable[[], Zones | None] = lambda: None
     stop: bool = False
     status: Status = field(init=False)
 
     def __post_init__(self) -> None:
         self.status = Status(self.gate.region, os.getpid())
         self._alarms: dict[AlarmKey, _Alarm] = {}
-        self._status_due = 0.0
+        self._status_due = self._look_due = 0.0
 
     def run(self) -> None:
         """Work until `stop`."""
@@ -120,9 +129,32 @@ class Ingest:
             else:
                 self.lake.compact(self.small_files_max)
                 self.lake.correct_clocks()
+            self._look_around(time.monotonic())
             self._raise_alarms(time.monotonic())
             self._write_status(time.monotonic())
         self._raise_alarms(float("inf"))
+
+    def _look_around(self, now: float) -> None:
+        """Now and then: a new policy, and what the broker has refused."""
+        if now < self._look_due:
+            return
+        self._look_due = now + STATUS_S
+        zones = self.policy()
+        if zones is not None:
+            self.gate = replace(self.gate, zones=zones)
+            log.info("policy taken region=%s digest=%s", self.gate.region, zones.digest)
+        for denial in self.broker_log.read() if self.broker_log is not None else ():
+            self._deny(denial)
+
+    def _deny(self, denial: Denial) -> None:
+        detail = f"the broker of {self.gate.region} refused to let {denial.client!r} {denial.action} {denial.topic!r} {denial.address}"
+        log.warning("denied by broker %s", detail)
+        try:
+            topic = parse(denial.topic)
+            lane, stream = topic.lane, topic.stream
+        except ContractError:
+            lane = stream = ""
+        self._alarm(AlarmKey(DENIED, denial.client, lane, stream, Reason.DENIED), detail)
 
     def _handle(self, batch: list[Received]) -> None:
         accepted: list[tuple[BlockHeader, Table]] = []
@@ -174,12 +206,15 @@ class Ingest:
 
     def _refuse(self, refusal: Refusal) -> None:
         log.warning("block refused device=%s lane=%s reason=%s detail=%s", refusal.device, refusal.lane, refusal.reason, refusal.detail)
-        self.status.refused[refusal.reason] = self.status.refused.get(refusal.reason, 0) + 1
-        key = AlarmKey(refusal.device, refusal.lane, refusal.stream, refusal.reason)
+        self._alarm(AlarmKey(REFUSED, refusal.device, refusal.lane, refusal.stream, refusal.reason), refusal.detail)
+
+    def _alarm(self, key: AlarmKey, detail: str) -> None:
+        """Count one refusal; it is written down when its alarm is due."""
+        self.status.refused[key.reason] = self.status.refused.get(key.reason, 0) + 1
         if key not in self._alarms and len(self._alarms) >= ALARMS_MAX:
-            key = AlarmKey("", "", "", refusal.reason)
+            key = AlarmKey(key.kind, "", "", "", key.reason)
         alarm = self._alarms.setdefault(key, _Alarm(time.monotonic()))
-        alarm.count, alarm.detail = alarm.count + 1, refusal.detail
+        alarm.count, alarm.detail = alarm.count + 1, detail
 
     def _raise_alarms(self, now: float) -> None:
         """Write down refusals: the first of a kind at once, then at most one entry in ALARM_S."""
@@ -187,9 +222,9 @@ class Ingest:
             if not alarm.count:
                 del self._alarms[key]
                 continue
-            self.audit.add(REFUSED, region=self.gate.region, subject=key.device, reason=key.reason, detail=alarm.detail, count=alarm.count)
-            if key.device:
-                event = {"event": REFUSED, "region": self.gate.region, "reason": key.reason, "detail": alarm.detail, "count": alarm.count}
+            self.audit.add(key.kind, region=self.gate.region, subject=key.device, reason=key.reason, detail=alarm.detail, count=alarm.count)
+            if _is_device(key.device):
+                event = {"event": key.kind, "region": self.gate.region, "reason": key.reason, "detail": alarm.detail, "count": alarm.count}
                 self.intake.publish(DeviceTopics(key.device).events, msgspec.json.encode(event))
             alarm.due, alarm.count = now + ALARM_S, 0
 
@@ -213,20 +248,34 @@ class Ingest:
         temporary.replace(self.status_file)
 
 
+def _is_device(name: str) -> bool:
+    try:
+        check_name(name, "device")
+    except ContractError:
+        return False
+    return True
+
+
 def build(settings: Settings, region_name: str) -> Ingest:
     """The ingest of a region, its intake not yet connected."""
     region = settings.region(region_name)
-    contracts = load_contracts(settings)
+    contracts, zones = load_contracts(settings), load_zones(settings)
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     return Ingest(
-        gate=Gate(region.name, contracts, load_zones(settings)),
+        gate=Gate(region.name, contracts, zones),
         lake=Lake(settings.lake_dir, contracts),
         intake=Intake(region, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER)),
         audit=Audit(settings.audit_path),
         limits=settings.ingest,
         status_file=status_path(settings, region.name),
         small_files_max=settings.small_files_max,
+        broker_log=BrokerLog(_broker_log_path(settings, region), settings.run_dir / f"broker-log-{region.name}.json"),
+        policy=PolicyWatch(settings, zones).changed,
     )
+
+
+def _broker_log_path(settings: Settings, region: Region) -> Path:
+    return region.broker_log or settings.logs_dir / f"broker-{region.name}.log"
 
 
 def main() -> None:

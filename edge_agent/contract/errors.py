@@ -55,6 +55,7 @@ class Reason(StrEnum):
     CORRUPT = "corrupt"
     WRONG_DEVICE = "wrong_device"  # header and topic name different devices, lanes or streams
     UNKNOWN_STREAM = "unknown_stream"
+    DENIED = "denied"  # the broker refused a topic that is not this device's, or not of this region's zones
     WRONG_REGION = "wrong_region"  # this region may not hold the block's zone
     # A bundle is refused by the device.
     UNSIGNED = "unsigned"
