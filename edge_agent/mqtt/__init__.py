@@ -1,1 +1,1 @@
-"""MQTT on the device: `frames` (packets, no I/O), `source` (from the sensors), `link` (to the cloud)."""
+"""MQTT on the device: packets (`wire`, `cutter`, `frames`, `server_frames`), from sensors (`source`, `listener`), to the cloud (`link`)."""

@@ -372,6 +372,25 @@ def test_late_acknowledgements_do_not_reach_the_next_connection() -> None:
             assert again.is_silent()
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_real_client_sends_again_what_was_not_acknowledged(version: Version) -> None:
+    with listening(consume=False) as bench:
+        protocol = MQTTProtocolVersion.MQTTv5 if version == 5 else MQTTProtocolVersion.MQTTv311
+        more = {} if version == 5 else {"clean_session": False}
+        client = Client(CallbackAPIVersion.VERSION2, "x", protocol=protocol, **more)  # type: ignore[arg-type]
+        client.reconnect_delay_set(0.05, 0.1)
+        client.connect("127.0.0.1", bench.port, **({"clean_start": False} if version == 5 else {}))
+        client.loop_start()
+        info = client.publish("sensors/a/t", b"1", qos=1)
+        lost = bench.take(1, release=False)
+        client.socket().shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+        bench.take(1)
+        info.wait_for_publish(WAIT_S)
+        assert info.is_published() and lost[0].payloads == [b"1"]
+        client.disconnect()
+        client.loop_stop()
+
+
 def test_who_is_slow_to_connect_is_closed_and_others_are_served() -> None:
     limits = PeerLimits(handshake_s=0.4)
     with listening(limits, connections_max=20) as bench, contextlib.ExitStack() as stack:
