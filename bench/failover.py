@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.failover_delta import DeltaLake
 from bench.failover_device import BACKOFF_S_MAX, RECEIPT_TIMEOUT_S, Agent, Bridge, Sensors
 from bench.failover_faults import FAULTS
 from bench.failover_runs import LOSSY_S, RATE, SLOW_LOSS, SLOW_MS, Series, Trial
@@ -27,6 +28,7 @@ from bench.report import Cell, Report, main
 
 RUNS, RUNS_QUICK = 20, 1
 BRIDGE_RUNS = 3
+DELTA_RUNS = 2
 ALL = (*FAULTS, "lossy", "foreign_only")
 COLUMNS = (
     "fault",
@@ -51,6 +53,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of one fault)"
     )
+    parser.add_argument("--delta-runs", type=int, help=f"runs of each fault with a Delta lake behind (default {DELTA_RUNS}; --quick: none)")
     parser.add_argument("--faults", default=",".join(ALL), metavar="NAME,…", help=f"of {', '.join(ALL)}")
     parser.add_argument(
         "--broker", choices=["mosquitto", "nats"], default="mosquitto", help="the regions' brokers (nats: the embedded one)"
@@ -68,6 +71,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     runs = arguments.runs or (RUNS_QUICK if arguments.quick else RUNS)
     idle_runs = max(1, runs // 4) if arguments.idle_runs is None else arguments.idle_runs
     bridge_runs = (int(not arguments.quick) * BRIDGE_RUNS or 1) if arguments.bridge_runs is None else arguments.bridge_runs
+    delta_runs = (0 if arguments.quick else DELTA_RUNS) if arguments.delta_runs is None else arguments.delta_runs
     bridge_faults = faults if arguments.bridge_runs is not None else [f for f in faults if f == "kill" or not arguments.quick]
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr)
@@ -78,7 +82,8 @@ def measure(arguments: argparse.Namespace) -> Report:
         idle_faults = [f for f in faults if f in FAULTS and (f == "stop" or not arguments.quick)]
         loaded, idle = with_agent(site, faults, runs, idle_faults if idle_runs else [], idle_runs, seed)
         bridged = with_bridge(site, bridge_faults, bridge_runs, seed)
-    return _report(arguments.broker, seed, offsets, loaded, idle, bridged)
+    delta = with_delta_lake(arguments.broker, [f for f in faults if f in FAULTS], delta_runs, seed)
+    return _report(arguments.broker, seed, offsets, loaded, idle, delta, bridged)
 
 
 def with_agent(
@@ -98,10 +103,28 @@ def with_agent(
     finally:
         sensors.close()
         agent.close()
-    for name, series in (*loaded.items(), *idle.items()):
+    _check({**loaded, **{f"idle {name}": series for name, series in idle.items()}}, seed)
+    return loaded, idle
+
+
+def with_delta_lake(kind: str, faults: Sequence[str], runs: int, seed: int) -> dict[str, Series]:
+    """The agent's runs under load with the real lake, which two ingests write to."""
+    if not runs or not faults:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder:
+        lake = DeltaLake(Path(folder) / "lake")
+        with Site(Path(folder) / "site", kind, lake.writer) as site:
+            found, _ = with_agent(site, faults, runs, [], 0, seed)
+            readings = len(site.lake.committed)
+        if lake.rows() != (readings, readings):
+            raise RuntimeError(f"the Delta lake has {lake.rows()} rows and different readings, {readings} were stored; seed {seed}")
+    return found
+
+
+def _check(found: dict[str, Series], seed: int) -> None:
+    for name, series in found.items():
         if series.lost or series.duplicates or series.foreign_bytes:
             raise RuntimeError(f"a promise is broken, fault {name}, seed {seed}: {series.numbers()}")
-    return loaded, idle
 
 
 def with_bridge(site: Site, faults: Sequence[str], runs: int, seed: int) -> dict[str, Series]:
@@ -119,15 +142,22 @@ def with_bridge(site: Site, faults: Sequence[str], runs: int, seed: int) -> dict
 
 
 def _report(
-    kind: str, seed: int, offsets: Sequence[float], loaded: dict[str, Series], idle: dict[str, Series], bridged: dict[str, Series]
+    kind: str,
+    seed: int,
+    offsets: Sequence[float],
+    loaded: dict[str, Series],
+    idle: dict[str, Series],
+    delta: dict[str, Series],
+    bridged: dict[str, Series],
 ) -> Report:
-    groups = (("", loaded), ("idle: ", idle), ("bridge: ", bridged))
+    groups = (("", loaded), ("idle: ", idle), ("delta: ", delta), ("bridge: ", bridged))
     rows = [_row(f"{group}{name}", series.numbers()) for group, all_ in groups for name, series in all_.items()]
     middle = offsets[len(offsets) // 2]
     notes = [
         f"p50, p99, max: from the fault to the first PUBACK on the standby, at {RATE:,.0f} readings/s; idle: from the capture of the first",
         "reading after the fault. lossy: a reading's age at its commit. foreign_only: from the return of an allowed endpoint.",
-        "gap: longest time without a commit at the lake. copies: blocks (bridge: readings are stored again) that came more than once.",
+        "gap: longest time without a commit at the lake, which is in memory; delta: two ingests on one Delta table, counted afterwards.",
+        "copies: blocks that came more than once (bridge: readings, and they are stored again).",
         f"lossy: {2 * SLOW_MS:g} ms round trip and {100 * SLOW_LOSS:g} % loss each way, a run is {LOSSY_S:g} s.",
         f"Times are a subscriber's at the standby: {middle:+.2f} ms (median; {offsets[0]:+.2f} to {offsets[-1]:+.2f}) after the PUBACK.",
         f"Agent: backoff at most {BACKOFF_S_MAX:g} s, receipts awaited {RECEIPT_TIMEOUT_S:g} s. Bridge: keepalive 5 s, restart after 1 s.",
@@ -140,6 +170,7 @@ def _report(
         "subscriber_after_puback_ms": {"min": round(offsets[0], 3), "p50": round(middle, 3), "max": round(offsets[-1], 3)},
         "faults": {name: series.numbers() for name, series in loaded.items()},
         "idle": {name: series.numbers() for name, series in idle.items()},
+        "delta_lake": {name: series.numbers() for name, series in delta.items()},
         "mosquitto_bridge": {name: series.numbers() for name, series in bridged.items()},
     }
     return Report("Failover: from a fault to the first PUBACK on the standby", COLUMNS, rows, numbers, notes)

@@ -44,7 +44,7 @@ FAILBACK_S = 60.0
 BACKOFF_S_MAX = 0.5
 RECEIPT_TIMEOUT_S = 5.0
 FRESH_S = 0.25
-_CONTRACT = f"""
+CONTRACT = f"""
 apiVersion: v3.1.0
 kind: DataContract
 version: 1.0.0
@@ -209,7 +209,7 @@ def wait_for(done: Callable[[], bool], explain: Callable[[], str], timeout_s: fl
 
 
 def _agent_toml(site: Site, home: Path) -> Path:
-    (home / f"{STREAM}.odcs.yaml").write_text(_CONTRACT)
+    (home / f"{STREAM}.odcs.yaml").write_text(CONTRACT)
     identity = site.identity(DEVICE)
     lines = [f'device = "{DEVICE}"', 'state_dir = "state"', f'zones = "{site.zones}"', "[sensors]"]
     lines += [f'url = "mqtt://127.0.0.1:{SENSOR_PORT}"', f'subscribe = "sensors/{DEVICE}/#"']

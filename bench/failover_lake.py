@@ -12,6 +12,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ import numpy as np
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edge_agent.contract.block import decode_block
+from edge_agent.contract.block import BlockHeader, decode_block
+from edge_agent.contract.columns import Table
 from edge_agent.contract.receipt import LaneReceipt, Receipt, SequenceSet, encode_receipt
 from edge_agent.contract.topics import ALL_BLOCKS, DeviceTopics, parse
 from tests.certificates import Identity
@@ -29,6 +31,10 @@ from tests.faults.network import Place
 READING = "n"
 RECONNECT_S = (0.05, 0.2)
 KEEPALIVE_S = 60
+
+Confirm = Callable[[Receipt], None]
+Store = Callable[[BlockHeader, Table, Confirm], None]
+"""Takes a block, and confirms it when it is stored."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +62,27 @@ class Lake:
     _settled: dict[tuple[str, str], SequenceSet] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take_block(self, endpoint: str, payload: bytes, now: float) -> bytes:
-        """Store a block unless it is there already; returns the receipt."""
-        header, table = decode_block(payload)
+    def arrived(self, endpoint: str, header: BlockHeader, now: float) -> None:
+        """A block came from an endpoint."""
         with self._lock:
             self.arrivals.append(Arrival(now, endpoint, header.identity))
-            if header.identity in self._blocks:
-                self.copies += 1
-            else:
-                self._blocks.add(header.identity)
-                numbers = table[READING] if READING in table else np.empty(0, np.int64)
-                assert isinstance(numbers, np.ndarray)
-                self._commit(numbers.tolist(), now)
+            self.copies += header.identity in self._blocks
+            self._blocks.add(header.identity)
+
+    def store(self, header: BlockHeader, table: Table, now: float) -> Receipt:
+        """Store a block unless it is there already."""
+        with self._lock:
             settled = self._settled.setdefault((header.epoch, header.lane), SequenceSet())
-            settled.add(header.sequence)
+            if settled.add(header.sequence):
+                self._commit(numbers_of(table), now)
             lane = LaneReceipt(lane=header.lane, cumulative=settled.cumulative, ranges=settled.ranges)
-        return encode_receipt(Receipt(device=header.device, epoch=header.epoch, lanes=[lane]))
+        return Receipt(device=header.device, epoch=header.epoch, lanes=[lane])
+
+    def stored(self, tables: list[Table], now: float) -> None:
+        """Blocks were stored elsewhere, once."""
+        with self._lock:
+            for table in tables:
+                self._commit(numbers_of(table), now)
 
     def take_reading(self, endpoint: str, payload: bytes, now: float) -> None:
         """Store a reading that came without a block: each time it comes."""
@@ -109,8 +120,11 @@ class Lake:
 class Ingest:
     """A subscriber in the place of its broker; it connects again by itself."""
 
-    def __init__(self, lake: Lake, endpoint: str, place: Place, port: int, identity: Identity, bridges: frozenset[str]) -> None:
+    def __init__(
+        self, lake: Lake, endpoint: str, place: Place, port: int, identity: Identity, bridges: frozenset[str], store: Store | None = None
+    ) -> None:
         self._lake, self._endpoint, self._bridges = lake, endpoint, bridges
+        self._store: Store = store or self._store_at_once
         self.ready = threading.Event()
         self._client = client = new_client(identity)
         client.on_connect = self._on_connect
@@ -135,8 +149,22 @@ class Ingest:
         if topic.device in self._bridges:
             self._lake.take_reading(self._endpoint, payload, now)
         else:
-            receipt = self._lake.take_block(self._endpoint, payload, now)
-            client.publish(DeviceTopics(topic.device).receipts, receipt, qos=1)
+            header, table = decode_block(payload)
+            self._lake.arrived(self._endpoint, header, now)
+            self._store(header, table, self.confirm)
+
+    def confirm(self, receipt: Receipt) -> None:
+        """Send a receipt to its device."""
+        self._client.publish(DeviceTopics(receipt.device).receipts, encode_receipt(receipt), qos=1)
+
+    def _store_at_once(self, header: BlockHeader, table: Table, confirm: Confirm) -> None:
+        confirm(self._lake.store(header, table, time.monotonic()))
+
+
+def numbers_of(table: Table) -> list[int]:
+    """The numbers of a block's readings; none if it holds something else."""
+    numbers = table.get(READING)
+    return [int(n) for n in numbers.tolist()] if isinstance(numbers, np.ndarray) else []
 
 
 PROBE = "probe"

@@ -103,6 +103,11 @@ class Trial:
         log.info("series measured device=%s fault=%s idle=%s %s", self._forwarder.name, fault, idle, found.numbers())
         return found
 
+    @property
+    def readings(self) -> int:
+        """How many were published so far."""
+        return len(self._sensors.published)
+
     def _one_gone(self, fault: str, run: int, found: Series, idle: bool) -> None:
         """One run of a fault that takes the endpoint away which carries the lane."""
         if not idle:

@@ -3,6 +3,7 @@
 - Two endpoints, `eu-1` and `eu-2`, may hold the device's zone; `us-1` may not, is reachable all the time, and its port is counted.
 - Mosquitto runs with deploy/mosquitto/region.conf as it is (mTLS, name = user = client id, rights per zone); only paths, port and the
   user that it runs as differ. Or the NATS server, the embedded broker, with mTLS and the rights of cloud/brokers.py.
+- `store` says where blocks are stored, by endpoint: in memory, or (bench/failover_delta.py) in a Delta lake.
 - The device's own sensor broker is a plain Mosquitto on its loopback.
 """
 
@@ -14,9 +15,10 @@ import pwd
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from bench.failover_lake import PROBE, Ingest, Lake, new_client
+from bench.failover_lake import PROBE, Ingest, Lake, Store, new_client
 from cloud.brokers import device_rights, server_path
 from cloud.rights import lanes_of, mosquitto_acl
 from edge_agent.contract.topics import DeviceTopics
@@ -50,8 +52,8 @@ class PlacedBroker(Broker):
 class Site:
     """Everything around the device; a context manager."""
 
-    def __init__(self, folder: Path, kind: str = "mosquitto") -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(self, folder: Path, kind: str = "mosquitto", store: Callable[[str, Lake], Store] | None = None) -> None:
+        self.folder, self.kind, self._store = folder, kind, store
         self.authority = Authority(folder / "certificates")
         self.zones = _write_zones(folder / "zones.geojson")
         self.lake = Lake()
@@ -84,7 +86,8 @@ class Site:
     def start_ingests(self) -> None:
         """One ingest per endpoint, and wait until all have subscribed."""
         for name, broker in self.brokers.items():
-            ingest = Ingest(self.lake, name, broker.place, PORT, self.identity(INGEST), frozenset({BRIDGE}))
+            store = self._store(name, self.lake) if self._store is not None else None
+            ingest = Ingest(self.lake, name, broker.place, PORT, self.identity(INGEST), frozenset({BRIDGE}), store)
             self.ingests[name] = ingest
             if not ingest.ready.wait(WAIT_S):
                 raise RuntimeError(f"the ingest of {name} was not let in: {broker.log.read_text(errors='replace')[-2_000:]}")

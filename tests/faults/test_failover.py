@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.failover_delta import DeltaLake
 from bench.failover_device import Agent, Sensors
 from bench.failover_faults import FAULTS
 from bench.failover_runs import SLOW_LOSS, SLOW_MS, Series, Trial
@@ -27,9 +28,9 @@ MEMORY_KIB_MAX = 16 * 1024
 
 
 @contextmanager
-def trial(folder: Path, broker: str, seed: int) -> Iterator[Trial]:
+def trial(folder: Path, broker: str, seed: int, lake: DeltaLake | None = None) -> Iterator[Trial]:
     """A site with the agent on it, warm."""
-    with Site(folder / "site", broker) as site:
+    with Site(folder / "site", broker, lake.writer if lake else None) as site:
         for name in ALLOWED:
             site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
         agent, sensors = Agent(site), Sensors(site, DEVICE)
@@ -79,6 +80,15 @@ def test_the_embedded_broker_can_be_the_one_that_fails(tmp_path: Path, seed: int
     with trial(tmp_path, "nats", seed) as nats:
         check(nats.series("kill", 1))
         check(nats.series("blackhole", 1))
+
+
+def test_a_delta_lake_that_two_regions_write_to_has_every_reading_once(tmp_path: Path, seed: int) -> None:
+    lake = DeltaLake(tmp_path / "lake")
+    with trial(tmp_path, "mosquitto", seed, lake) as made:
+        for fault in ("one_way", "kill"):
+            check(made.series(fault, 1))
+        readings = made.readings
+    assert lake.rows() == (readings, readings)
 
 
 @pytest.mark.long
