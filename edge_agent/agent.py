@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -40,10 +40,14 @@ from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.node_state import NodeState
 from edge_agent.policy import PolicyStore
 from edge_agent.releases import RepositoryConfig
+from edge_agent.sealed import load_keys
 from edge_agent.sensors import Sensors
 from edge_agent.status import StatusServer
 from edge_agent.updater import Updater, UpdaterConfig, UpdaterState
 from edge_agent.uplink import Uplink, UplinkConfig
+
+if TYPE_CHECKING:
+    from edge_agent.profile import Profile
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +63,12 @@ class _StoppedError(Exception):
 class Agent:
     """Everything that runs on one gateway; `run` returns when SIGTERM or SIGINT arrives."""
 
-    def __init__(self, config: AgentConfig) -> None:
-        """Make what needs no state directory and no network; ConfigError for settings that cannot work."""
-        self._config = config
+    def __init__(self, config: AgentConfig, profile: Profile | None = None) -> None:
+        """Make what needs no state directory and no network; ConfigError for settings that cannot work.
+
+        `profile` is shown by `describe`.
+        """
+        self._config, self._profile = config, profile
         self._sensors = Sensors(config)
         self._gpsd = _gpsd(config)
         self._uplink_config = _uplink_config(config)
@@ -159,7 +166,16 @@ class Agent:
         stack.enter_context(_only_agent_in(config.state_dir))
         history = {c.stream: settings.buffer.history_rows for c in config.contracts}
         self._buffer = Buffer(
-            config.state_dir / "buffer.db", config.device, self._clock.boot, bytes_max=settings.buffer.bytes_max, history_rows=history
+            config.state_dir / "buffer.db",
+            config.device,
+            self._clock.boot,
+            bytes_max=settings.buffer.bytes_max,
+            history_rows=history,
+            age_s_max=settings.buffer.age_s_max,
+            when_full=settings.buffer.when_full,
+            priorities={c.stream: s.priority for c, s in zip(config.contracts, settings.streams, strict=True)},
+            keys=load_keys(config.key_file),
+            clock=self._clock.now,
         )
         stack.callback(self._buffer.close)
         position = settings.position
@@ -172,7 +188,7 @@ class Agent:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
                 intake.remember(contract.stream, stored)
-        self._active = ActiveModel(config.contracts, self._buffer.history, self.metrics, self._tell)
+        self._active = ActiveModel(config.contracts, lambda *of: self._path.storing.history(*of), self.metrics, self._tell)
         self._uplink = Uplink(
             self._uplink_config,
             self._buffer,
@@ -263,8 +279,7 @@ class Agent:
 
     def describe(self) -> dict[str, Any]:
         """What `edge-agent status` shows; called from the status thread."""
-        uplink, now_us = self._uplink.status(), time.time_ns() // 1_000
-        waiting = {s.lane: s for s in self._buffer.lanes()}
+        uplink = self._uplink.status()
         return {
             "device": self._config.device,
             "version": __version__,
@@ -273,14 +288,7 @@ class Agent:
             "policy": {"digest": self._fence.policy, "version": self._policy.ref.version if self._policy.ref else None},
             "gpsd": None if self._gpsd is None else asdict(self._gpsd.status),
             "sensors": self._sensors.describe(),
-            "buffer": {
-                "readings_stored": self._buffer.readings_stored(),
-                "used_bytes": self._buffer.used_bytes(),
-                "bytes_max": self._config.settings.buffer.bytes_max,
-                "waiting_blocks": sum(s.blocks for s in waiting.values()),
-                "waiting_bytes": sum(s.bytes for s in waiting.values()),
-                "oldest_s": max((round((now_us - s.oldest_us) / 1e6, 1) for s in waiting.values()), default=0),
-            },
+            "buffer": self._describe_buffer(),
             "uplink": {
                 "blocks_sent": uplink.blocks_sent,
                 "bytes_sent": uplink.bytes_sent,
@@ -293,7 +301,15 @@ class Agent:
             "lanes": {lane: asdict(status) for lane, status in uplink.lanes.items()},
             "endpoints": {name: asdict(status) for name, status in uplink.endpoints.items()},
             "model": msgspec.to_builtins(self._model),
+            **({} if self._profile is None else {"profile": self._profile.sum().describe()}),
         }
+
+    def _describe_buffer(self) -> dict[str, Any]:
+        saved = {"bytes_saved": self._path.payload_bytes - self._path.block_bytes, "readings_stored": self._buffer.readings_stored()}
+        try:
+            return {**saved, **asdict(self._buffer.state(self._clock.now()))}
+        except UnavailableError as e:
+            return {**saved, "error": str(e)}
 
 
 def _uplink_config(config: AgentConfig) -> UplinkConfig:

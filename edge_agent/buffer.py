@@ -660,10 +660,13 @@ class Buffer:
 
     def _oldest_us(self, catalogue: Catalogue, lane: str) -> int:
         """When the oldest waiting block of a lane was stored, on this boot's monotonic clock."""
-        if self._fault is not None:
-            return self._age.monotonic_us
-        with self._noting_faults():
-            first = catalogue.first_waiting(lane)
+        first = None
+        if self._fault is None:
+            try:
+                with self._noting_faults():
+                    first = catalogue.first_waiting(lane)
+            except UnavailableError as e:  # the counts are known all the same
+                log.error("buffer cannot be read error=%s", e)
         return self._age.monotonic_us + (0 if first is None else first.stored_us - self._age.base_us)
 
 

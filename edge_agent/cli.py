@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(command=function)
         command.add_argument("--config", type=Path, default=Path("agent.toml"), help="default: agent.toml")
-        if name != "run":
+        if name == "run":
+            command.add_argument("--profile", action="store_true", help="print where the time goes, every few seconds and at the end")
+        else:
             command.add_argument("--json", action="store_true", help="print JSON")
     _add_buffer_commands(commands)
     passwd = commands.add_parser("passwd", help="let a user connect to the sensor listener: add, or change, a line of its users_file")
@@ -76,7 +78,13 @@ def _run(args: argparse.Namespace) -> int:
     from edge_agent.agent import Agent
     from edge_agent.config import load
 
-    return Agent(load(args.config)).run()
+    config = load(args.config)
+    if not args.profile:
+        return Agent(config).run()
+    from edge_agent.profile import Profile, report_regularly
+
+    with Profile() as profile, report_regularly(profile, lambda text: print(text, file=sys.stderr, flush=True)):
+        return Agent(config, profile).run()
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -90,6 +98,7 @@ def _check(args: argparse.Namespace) -> int:
         {
             "device": config.device,
             "state_dir": str(config.state_dir),
+            "sensors": [side.name for side in config.sensors],
             "streams": {c.stream: f"{c.version}, {c.encoding} on {c.topic}" for c in config.contracts},
             "position": f"in {config.fixed_lane}"
             if config.fixed_lane
@@ -167,8 +176,7 @@ def _buffer(args: argparse.Namespace) -> tuple[Path, Any, tuple[Any, ...]]:
     from edge_agent.config import load
 
     config = load(args.config)
-    key_file = args.key_file or config.settings.buffer.key_file
-    return args.file or config.state_dir / "buffer.db", load_keys(key_file), config.contracts
+    return args.file or config.state_dir / "buffer.db", load_keys(args.key_file or config.key_file), config.contracts
 
 
 def _print(document: dict[str, Any], as_json: bool) -> None:

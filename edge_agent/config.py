@@ -43,10 +43,11 @@ class StreamSettings(Settings, frozen=True, kw_only=True):
     """One stream: the path of its contract, and how exactly its readings may say where they were captured.
 
     `zone-only`: the lane, and nothing finer is stored anywhere. `rounded` (two decimals of a degree, some 1 km) and `exact` add the
-    columns `latitude` and `longitude`.
+    columns `latitude` and `longitude`. `priority`: of a full buffer, streams of higher ones are kept longer.
     """
 
     contract: str
+    priority: int = 0
     location: Precision = Precision.ZONE_ONLY
 
 
@@ -88,10 +89,19 @@ class ReleaseSettings(Settings, frozen=True, kw_only=True):
 
 
 class BufferSettings(Settings, frozen=True, kw_only=True):
-    """Limits of the durable buffer."""
+    """Limits of the durable buffer.
 
-    bytes_max: int = 1024 * MIB
+    `bytes_max` bounds the file and its log on disk. When it is full, `drop_oldest` gives up waiting blocks (streams of the lowest
+    `priority` first, then the oldest) and names them in the loss ledger; `block` holds the sensors instead. `age_s_max` gives up what has
+    waited for longer, counted in time that the device was up. `key_file` (or the systemd credential `buffer.key`) holds the keys
+    under which readings are encrypted at rest, one per line; the first seals.
+    """
+
+    bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 1024 * MIB
+    age_s_max: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    when_full: Literal["drop_oldest", "block"] = "drop_oldest"
     history_rows: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20_000
+    key_file: str | None = None
 
 
 class FlushSettings(Settings, frozen=True, kw_only=True):
@@ -164,6 +174,7 @@ class AgentConfig:
     endpoints: dict[str, Broker]
     root: bytes | None
     releases_ca: Path | None
+    key_file: Path | None
 
     @property
     def device(self) -> str:
@@ -214,12 +225,20 @@ def load(path: Path) -> AgentConfig:
         endpoints=endpoints,
         root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
+        key_file=_key_file(settings.buffer, base),
     )
 
 
 def _contract(path: Path, device: str) -> StreamContract:
     contract = parse_contract(read_file(path, "contract"), path.name)
     return replace(contract, topic=contract.topic.replace("{device}", device))
+
+
+def _key_file(buffer: BufferSettings, base: Path) -> Path | None:
+    if buffer.key_file is None:
+        return None
+    read_file(base / buffer.key_file, "buffer.key_file")
+    return base / buffer.key_file
 
 
 def _fixed(position: PositionSettings, zones: Zones, path: Path) -> Position | None:

@@ -17,17 +17,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_agent.active_model import ActiveModel
-from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
+from edge_agent.buffer import Buffer, Draft, StoredBlock
 from edge_agent.clock import Clock
 from edge_agent.contract.block import BLOCK_BYTES_MAX, ROWS_MAX, SCORE
 from edge_agent.contract.columns import Ints, Strings, Table, take
 from edge_agent.contract.stream import QUARANTINE
-from edge_agent.core.track import Fix, Position
+from edge_agent.core.track import Position
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.metrics import Metrics
 from edge_agent.mqtt.inlet import Batch
 from edge_agent.node_state import NodeState
+from edge_agent.storing import Storing
 from edge_agent.uplink import Uplink
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class DataPath:
     """The path of one agent, used by one thread.
 
     `pause` waits a moment while the buffer takes nothing; what it raises ends the wait.
-    `positions` gives those that did not come as messages since it was last asked.
+    `positions` gives those that did not come as messages since it was last asked. `payload_bytes` came in, `block_bytes` were made of them.
     """
 
     intake: Intake
@@ -58,6 +59,11 @@ class DataPath:
     positions: Callable[[], Sequence[Position]] = tuple
     _located_s: float = float("-inf")
     node_state: NodeState | None = None
+    payload_bytes: int = 0
+    block_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.storing = Storing(self.buffer, self.clock, self.metrics, self.tell, self.pause)
 
     def process(self, batch: Batch) -> None:
         """Take one batch all the way; on return its messages are acknowledged."""
@@ -67,10 +73,10 @@ class DataPath:
         taken = self.intake.take(batch.topics, batch.payloads, batch.received_us, synced=synced, positions=self.positions())
         drafts = [draft for readings in taken.readings for draft in self._seal(readings)]
         drafts += self._quarantine(taken.rejected, batch.received_us)
-        stored = self._store(drafts, taken.fixes)
+        stored = self.storing.append(drafts, taken.fixes)
         self._keep_nodes(taken)
         batch.release()
-        self.uplink.offer(stored)
+        self.uplink.offer([*stored, *self.storing.tidy()])
         self._count(batch, taken, stored, time.perf_counter() - started)
 
     def refresh(self) -> None:
@@ -81,10 +87,11 @@ class DataPath:
     def idle(self) -> None:
         """While there are no batches: take a new model or policy, and now and then the positions."""
         self.refresh()
+        self.uplink.offer(self.storing.tidy())
         if time.monotonic() - self._located_s >= LOCATE_S and (positions := self.positions()):
             self._located_s = time.monotonic()
             now = self.clock.now()
-            self._store([], self.intake.take([], [], now.wall_us, synced=now.synced, positions=positions).fixes)
+            self.storing.append([], self.intake.take([], [], now.wall_us, synced=now.synced, positions=positions).fixes)
 
     def _seal(self, readings: Readings) -> list[Draft]:
         """Score readings and part them by lane."""
@@ -138,25 +145,13 @@ class DataPath:
         quality, stream, version = self.fence.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
         return Draft(lane, stream, version, quality, self.fence.policy, table, len(rejected), received_us, received_us)
 
-    def _store(self, drafts: list[Draft], fixes: list[Fix]) -> list[StoredBlock]:
-        """Commit; while the buffer is full, hold the source by not coming back."""
-        held = False
-        while True:
-            try:
-                return self.buffer.append(drafts, fixes, self.clock.now())
-            except BufferFullError as e:
-                self.metrics.full.inc()
-                if not held:
-                    log.warning("buffer full, source held error=%s", e)
-                    self.tell("buffer_full", detail=str(e))
-                held = True
-                self.pause()
-
     def _count(self, batch: Batch, taken: Intaken, stored: list[StoredBlock], seconds: float) -> None:
         for block in stored:
             self.metrics.readings.labels(block.stream).inc(block.rows)
             self.metrics.block_bytes.labels(block.stream).inc(len(block.block))
         self.metrics.messages.inc(len(batch))
+        self.payload_bytes += sum(map(len, batch.payloads))
+        self.block_bytes += sum(len(b.block) for b in stored)
         for stream, count in taken.redelivered.items():
             self.metrics.redelivered.labels(stream).inc(count)
         self.metrics.batch_seconds.observe(seconds)

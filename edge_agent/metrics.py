@@ -30,6 +30,8 @@ class Metrics:
         self.settled = Counter("fenceline_blocks_settled_total", "Blocks the lake has acknowledged.", registry=r)
         self.waiting = Gauge("fenceline_buffer_blocks", "Blocks waiting for a receipt.", ["lane"], registry=r)
         self.waiting_bytes = Gauge("fenceline_buffer_bytes", "Bytes waiting for a receipt.", ["lane"], registry=r)
+        self.lost_blocks = Counter("fenceline_blocks_lost_total", "Blocks given up or found damaged.", ["reason"], registry=r)
+        self.lost_readings = Counter("fenceline_readings_lost_total", "Readings in such blocks, where known.", ["reason"], registry=r)
         self.full = Counter("fenceline_buffer_refusals_total", "Times the buffer could not store and the source was held.", registry=r)
         self.batch_seconds = Histogram(
             "fenceline_batch_seconds",
