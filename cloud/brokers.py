@@ -79,8 +79,9 @@ def write_users(settings: Settings, device_passwords: Mapping[str, str]) -> None
     cloud = _user(CLOUD_USER, password(settings, CLOUD_USER))
     _write_private(_users_path(settings, SENSORS), _authorization([cloud, _user(SENSOR_USER, password(settings, SENSOR_USER))]))
     zones = load_zones(settings)
-    for region in settings.regions:
-        lanes = lanes_of(zones, region.name)
+    in_use = {endpoint for zone in zones.zones for endpoint in zone.endpoints}
+    for region in settings.regions:  # a policy may take a region out of use: devices keep only their control topics there
+        lanes = lanes_of(zones, region.name) if region.name in in_use else ()
         devices = [_user(name, secret, device_rights(name, lanes)) for name, secret in device_passwords.items()]
         _write_private(_users_path(settings, region.name), _authorization([cloud, *devices]))
 
