@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import heapq
 import itertools
 import random
 from collections import defaultdict
@@ -156,10 +157,152 @@ def test_routes_follow_a_changed_policy_though_the_old_link_lives() -> None:
     assert r.step(0.2).moves == [Move("canada", "us", "eu", "policy")]
 
 
+def connected_pair() -> Router:
+    r = router({"atlantic": ("eu", "us")})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.connected("us", 0.1)
+    assert r.step(0.1).routes["atlantic"] == Route("eu", "us")
+    return r
+
+
+def test_suspected_endpoint_is_left_without_being_closed_and_is_no_standby() -> None:
+    r = connected_pair()
+    r.suspect("eu", 20.0, "silent")
+    plan = r.step(20.0)
+    assert plan.moves == [Move("atlantic", "eu", "us", "silent")]
+    assert plan.routes["atlantic"] == Route("us")
+    assert plan.close == []
+    r.answered("eu", 21.0, 0.002)
+    assert r.step(21.0).routes["atlantic"] == Route("us", "eu")
+    assert r.step(30.9).moves == []
+    assert r.step(31.0).moves == [Move("atlantic", "us", "eu", "preferred")]
+
+
+def test_suspected_standby_is_dropped_and_the_next_endpoint_is_opened() -> None:
+    r = router({"any": ("eu", "us", "asia")})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.connected("us", 0.1)
+    r.step(0.1)
+    r.suspect("us", 1.0, "silent")
+    plan = r.step(1.0)
+    assert (plan.routes["any"], plan.open) == (Route("eu"), ["asia"])
+
+
+def test_suspected_endpoint_stays_in_use_where_there_is_no_other() -> None:
+    r = router({"europe": ("eu",), "atlantic": ("eu", "us")})
+    r.step(0.0)
+    r.connected("eu", 0.1)
+    r.step(0.1)
+    r.suspect("eu", 1.0, "silent")
+    plan = r.step(1.0)
+    assert plan.routes["europe"] == plan.routes["atlantic"] == Route("eu")
+    r.connected("us", 1.5)
+    plan = r.step(1.5)
+    assert (plan.routes["europe"], plan.routes["atlantic"]) == (Route("eu"), Route("us"))
+
+
+def test_gap_while_it_proves_itself_begins_the_proof_anew_and_doubles_it() -> None:
+    r = connected_pair()
+    for proof_s, silent_at in ((10.0, 20.0), (20.0, 25.0), (40.0, 60.0), (80.0, 130.0)):
+        r.suspect("eu", silent_at, "silent")
+        assert r.step(silent_at).routes["atlantic"].endpoint == "us"
+        r.answered("eu", silent_at + 1.0)
+        if silent_at != 20.0:
+            assert r.step(silent_at + 0.9 + proof_s).routes["atlantic"].endpoint == "us"
+            assert r.step(silent_at + 1.0 + proof_s).routes["atlantic"].endpoint == "eu"
+    r.suspect("eu", 1_000.0, "silent")  # long after: a new beginning
+    r.step(1_000.0)
+    r.answered("eu", 1_001.0)
+    assert r.step(1_011.0).routes["atlantic"].endpoint == "eu"
+
+
+def test_equal_ranks_are_chosen_by_round_trip_and_do_not_move_a_lane() -> None:
+    r = router({})
+    r.use({"any": [("eu", "us"), "asia"]})
+    r.step(0.0)
+    for name, round_trip_s in (("eu", 0.2), ("us", 0.01)):
+        r.connected(name, 0.1)
+        r.answered(name, 0.3, round_trip_s)
+    assert r.step(0.3).routes["any"] == Route("us", "eu")
+    r.answered("us", 1.0, 0.5)
+    assert r.step(1.0).moves == []
+
+
+def test_endpoint_whose_lanes_are_served_elsewhere_is_called_with_less_hurry() -> None:
+    def waits(lanes: dict[str, tuple[str, ...]]) -> float:
+        total = 0.0
+        for seed in range(200):
+            r = Router(CONFIG, random.Random(seed).uniform)
+            r.use(lanes)
+            r.step(0.0)
+            for name in ("eu", "us"):
+                r.connected(name, 0.1)
+            r.step(0.1)
+            r.lost("eu", 10.0, "kicked")
+            r.step(10.0)
+            total += r._endpoints["eu"].retry_at - 10.0
+        return total / 200
+
+    assert waits({"europe": ("eu",)}) < 0.5
+    assert waits({"atlantic": ("eu", "us")}) > 1.0
+
+
+def test_every_fourth_attempt_is_patient_and_a_known_round_trip_counts() -> None:
+    r = router({"europe": ("eu",)}, connect_timeout_s=2.0)
+    now, given_s = 0.0, []
+    while len(given_s) < 8:
+        assert r.step(now).open == ["eu"]
+        wake = r.step(now).wake_at
+        assert wake is not None
+        given_s.append(wake - now)
+        now = r.step(wake).wake_at or 0.0
+    assert given_s == pytest.approx([2.0, 2.0, 2.0, 8.0, 2.0, 2.0, 2.0, 8.0])
+    r.step(now)
+    r.connected("eu", now)
+    r.answered("eu", now, 0.7)
+    r.lost("eu", now + 10.0, "gone")
+    now = r.step(now + 10.0).wake_at or 0.0
+    r.step(now)
+    assert r.step(now).wake_at == pytest.approx(now + 5.6)
+
+
+def test_fleet_that_is_kicked_at_once_comes_back_without_a_stampede(seed: int) -> None:
+    """300 devices with no other endpoint, a broker that was away for a minute and then takes 30 connections a second."""
+    rng, kicked_at, back_at, takes_per_s = random.Random(seed), 100.0, 160.0, 30
+    devices = []
+    for _ in range(300):
+        r = Router(RoutingConfig(endpoints=("eu",)), rng.uniform)
+        r.use({"europe": ("eu",)})
+        r.step(0.0)
+        r.connected("eu", 0.1)
+        r.step(0.1)
+        r.lost("eu", kicked_at, "kicked")
+        devices.append((r.step(kicked_at).wake_at or 0.0, rng.random(), r))
+    heapq.heapify(devices)
+    attempts: dict[int, int] = defaultdict(int)
+    taken: dict[int, int] = defaultdict(int)
+    while devices and devices[0][0] < back_at + 120.0:
+        now, tie, r = heapq.heappop(devices)
+        if r.step(now).open:
+            attempts[int(now)] += 1
+            if now >= back_at and taken[int(now)] < takes_per_s:
+                taken[int(now)] += 1
+                r.connected("eu", now)
+                continue
+            r.lost("eu", now, "refused")
+        heapq.heappush(devices, (r.step(now).wake_at or 0.0, tie, r))
+    assert not devices, "some never came back"
+    assert max(count for second, count in attempts.items() if second > kicked_at + 20) < 750
+    assert max(count for second, count in attempts.items() if second >= back_at) < 330
+    assert max(taken) < back_at + 30
+
+
 LANES = {"europe": ("eu",), "canada": ("us", "eu"), "atlantic": ("eu", "us"), "any": ("asia", "us", "eu"), "nowhere": ()}
 NAMES = st.sampled_from(["eu", "us", "asia"])
 EVENTS = st.lists(
-    st.tuples(st.floats(0.0, 8.0), st.sampled_from(["up", "down", "use", "none"]), NAMES, st.integers(0, 31)),
+    st.tuples(st.floats(0.0, 8.0), st.sampled_from(["up", "down", "use", "none", "silent", "answer"]), NAMES, st.integers(0, 31)),
     max_size=80,
 )
 
@@ -174,6 +317,7 @@ def test_no_event_sequence_breaks_the_rules(events: list[tuple[float, str, str, 
     state = dict.fromkeys(CONFIG.endpoints, "closed")
     up_since: dict[str, float] = {}
     failed: set[str] = set()
+    silent: set[str] = set()
     opened: dict[str, list[float]] = defaultdict(list)
     before: dict[str, str | None] = {}
     for wait_s, kind, name, bits in events:
@@ -184,19 +328,32 @@ def test_no_event_sequence_breaks_the_rules(events: list[tuple[float, str, str, 
         elif kind == "down" and state[name] != "closed":
             state[name] = "closed"
             failed.add(name)
+            silent.discard(name)
             r.lost(name, now, "test")
+        elif kind == "silent" and state[name] == "up":
+            failed.add(name)
+            silent.add(name)
+            r.suspect(name, now, "test")
+        elif kind == "answer" and state[name] == "up":
+            r.answered(name, now, bits / 1000)
+            if name in silent:
+                up_since[name] = now
+                silent.discard(name)
         elif kind == "use":
             lanes = {lane: allowed for i, (lane, allowed) in enumerate(LANES.items()) if bits >> i & 1}
             r.use(lanes)
         plan = r.step(now)
         _apply(plan, state, opened, failed, now)
+        silent.intersection_update(e for e in state if state[e] == "up")
+        assert plan.wake_at is None or plan.wake_at > now
         for lane, allowed in lanes.items():
             route = plan.routes[lane]
             usable = [e for e in allowed if state[e] == "up"]
-            assert (route.endpoint in usable) if usable else route.endpoint is None
-            assert route.standby is None or (route.standby in usable and route.standby != route.endpoint)
+            good = [e for e in usable if e not in silent]
+            assert (route.endpoint in (good or usable)) if usable else route.endpoint is None
+            assert route.standby is None or (route.standby in good and route.standby != route.endpoint)
             old = before.get(lane)
-            if old in usable and route.endpoint != old:
+            if old in good and route.endpoint != old:
                 assert allowed.index(str(route.endpoint)) < allowed.index(str(old))
                 assert route.endpoint not in failed or now - up_since[str(route.endpoint)] >= CONFIG.failback_s
         before = {lane: route.endpoint for lane, route in plan.routes.items()}
