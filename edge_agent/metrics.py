@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from edge_agent.contract.errors import ConfigError
+from edge_agent.uplink_status import UplinkStatus
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -39,6 +44,48 @@ class Metrics:
             buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
             registry=r,
         )
+
+
+class UplinkCollector(Collector):
+    """The uplink's numbers, asked for at every scrape."""
+
+    def __init__(self, status: Callable[[], UplinkStatus]) -> None:
+        self._status = status
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not ask for numbers yet."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        endpoints, lanes = status.endpoints.items(), status.lanes.items()
+        yield _gauge("endpoint_connected", "1 if connected.", "endpoint", {e: float(s.connected) for e, s in endpoints})
+        yield _gauge("endpoint_suspected", "1 if silent while others answer.", "endpoint", {e: float(s.suspected) for e, s in endpoints})
+        yield _gauge("endpoint_round_trip_seconds", "Smoothed PUBACK round trip.", "endpoint", _seconds({e: s.round_trip_ms for e, s in endpoints}))
+        yield _gauge("endpoint_deadline_seconds", "After this a block is late.", "endpoint", _seconds({e: s.deadline_ms for e, s in endpoints}))
+        yield _gauge("lane_held", "1 if a lane has no endpoint.", "lane", {lane: float(bool(s.held)) for lane, s in lanes})
+        failovers = CounterMetricFamily("fenceline_lane_failovers", "Times the endpoint of a lane failed.", labels=["lane"])
+        for lane, lane_status in lanes:
+            failovers.add_metric([lane], lane_status.failovers)
+        yield failovers
+        for name, text, value in (
+            ("blocks_sent", "Blocks handed to endpoints, copies too.", status.blocks_sent),
+            ("block_hedges", "Late blocks that also went to the standby.", status.hedges),
+            ("block_hedges_denied", "Late blocks that did not, because of hedge_share_max.", status.hedges_denied),
+            ("duplicate_bytes", "Bytes sent twice: hedges and failovers.", status.duplicate_bytes),
+        ):
+            yield CounterMetricFamily(f"fenceline_{name}", text, value=value)
+
+
+def _gauge(name: str, text: str, label: str, values: dict[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"fenceline_{name}", text, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _seconds(values: dict[str, float | None]) -> dict[str, float]:
+    return {key: value / 1e3 for key, value in values.items() if value is not None}
 
 
 def parse_listen(listen: str | None) -> tuple[str, int] | None:
