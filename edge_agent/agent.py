@@ -212,6 +212,7 @@ class Agent:
             positions=tuple if self._gpsd is None else self._gpsd.take,
             node_state=node_state,
         )
+        self.metrics.registry.register(metrics.UplinkCollector(self._uplink.status))
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
         self._stay()
