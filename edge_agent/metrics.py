@@ -61,8 +61,12 @@ class UplinkCollector(Collector):
         endpoints, lanes = status.endpoints.items(), status.lanes.items()
         yield _gauge("endpoint_connected", "1 if connected.", "endpoint", {e: float(s.connected) for e, s in endpoints})
         yield _gauge("endpoint_suspected", "1 if silent while others answer.", "endpoint", {e: float(s.suspected) for e, s in endpoints})
-        yield _gauge("endpoint_round_trip_seconds", "Smoothed PUBACK round trip.", "endpoint", _seconds({e: s.round_trip_ms for e, s in endpoints}))
-        yield _gauge("endpoint_deadline_seconds", "After this a block is late.", "endpoint", _seconds({e: s.deadline_ms for e, s in endpoints}))
+        yield _gauge(
+            "endpoint_round_trip_seconds", "Smoothed PUBACK round trip.", "endpoint", _seconds({e: s.round_trip_ms for e, s in endpoints})
+        )
+        yield _gauge(
+            "endpoint_deadline_seconds", "After this a block is late.", "endpoint", _seconds({e: s.deadline_ms for e, s in endpoints})
+        )
         yield _gauge("lane_held", "1 if a lane has no endpoint.", "lane", {lane: float(bool(s.held)) for lane, s in lanes})
         failovers = CounterMetricFamily("fenceline_lane_failovers", "Times the endpoint of a lane failed.", labels=["lane"])
         for lane, lane_status in lanes:
