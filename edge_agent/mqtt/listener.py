@@ -14,27 +14,23 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
-import resource
 import select
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.mqtt import frames, server_frames
+from edge_agent.mqtt.crowd import Crowd
+from edge_agent.mqtt.door import Door, refusal
 from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch, Wake
-from edge_agent.mqtt.passwords import Users
 from edge_agent.mqtt.peer import QUOTA_EXCEEDED, SHUTTING_DOWN, TAKEN_OVER, Peer, PeerLimits, State
-from edge_agent.mqtt.tls import server_context
 from edge_agent.mqtt.wire import PROTOCOL_ERROR, UNSUPPORTED_VERSION, FrameError
 
 if TYPE_CHECKING:
@@ -43,19 +39,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECV_BYTES = 256 * 1024
-SEND_BUFFER_BYTES = 64 * 1024  # in the kernel, for acknowledgements
-BACKLOG = 512
-ACCEPTS_MAX = 64  # per round, so that who is here already is served too
 IDLE_S_MAX = 60.0
 CHECK_S = 0.25  # how often deadlines are looked at
 STOP_S_MAX = 10.0
-CHECKS_MAX = 256  # passwords that wait for their hash
 LOG_S = 1.0  # at most one line about clients in this time
 ACCEPT_RETRY_S = 1.0
-DESCRIPTORS_ELSEWHERE = 256  # what the rest of the agent may need
 
-_BAD_PASSWORD, _CLIENT_ID, _BAD_METHOD, _RETAIN, _QOS, _BUSY = 0x86, 0x85, 0x8C, 0x9A, 0x9B, 0x89
-_CODES_4 = {_BAD_PASSWORD: 4, _CLIENT_ID: 2, _BUSY: 3}
 _Part = tuple[Peer, bytes, int]  # whose messages, their PUBACKs, their bytes
 
 
@@ -101,24 +90,17 @@ class Listener:
         """Read the files; ConfigError if they cannot be used."""
         self._config = config
         self._inlet = inlet
-        self._tls = None if config.tls is None else server_context(config.tls)
-        self._users = None if config.users_file is None else Users(config.users_file)
         self._wake = Wake()
+        self._door = Door(config.tls, config.users_file, self._wake.set)
+        self._crowd = Crowd()
+        self._poll = select.poll()
         self._stopping = threading.Event()
         self._status = ListenerStatus()
-        self._server = socket.socket()
-        self._server.close()
-        self._peers: dict[int, Peer] = {}
-        self._sessions: dict[tuple[str, str], Peer] = {}
-        self._ready: dict[int, None] = {}  # peers to read though their sockets may not be readable
         self._open = OpenBatch(inlet.limits)
         self._parts: list[_Part] = []
         self._released: deque[list[_Part]] = deque()
-        self._checked: deque[tuple[Peer, bool]] = deque()
-        self._held = 0  # bytes in all decoders
-        self._checking = 0  # passwords that are being checked, or wait for it
-        self._made = 0  # client ids given out
         self._buffer = memoryview(bytearray(RECV_BYTES))
+        self._made = 0  # client ids given out
         self._next_check = self._next_log = self._accept_again = self._paused_at = 0.0
         self._unsaid = 0
         inlet.attach(self._wake.set)
@@ -131,34 +113,22 @@ class Listener:
             ConfigError: the address cannot be had.
             UnavailableError: the address is not there (yet).
         """
-        config = self._config
-        _have_descriptors(config.connections_max + DESCRIPTORS_ELSEWHERE)
-        try:
-            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-            self._server = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
-            self._server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by every connection
-        except OSError as e:
-            if e.errno == errno.EADDRNOTAVAIL:
-                raise UnavailableError(f"sensors.listen {config.host}:{config.port}: {e.strerror}; is the network up?") from e
-            raise ConfigError(f"sensors.listen {config.host}:{config.port}: {e.strerror or e}; choose another address") from e
-        self._server.setblocking(False)
-        self._passwords = ThreadPoolExecutor(1, thread_name_prefix="passwords")
-        self._readers, self._writers, self._poll = select.epoll(), select.epoll(), select.poll()
-        for waited in (self._wake.fileno(), self._writers.fileno(), self._readers.fileno(), self._server.fileno()):
-            self._poll.register(waited, select.POLLIN)
+        self._door.open(self._config.host, self._config.port, self._config.connections_max)
+        for waited in (self._wake, self._crowd.writers, self._crowd.readers, self._door):
+            self._poll.register(waited.fileno(), select.POLLIN)
         self._status = replace(self._status, connected=True)
         self._thread.start()
-        log.info("sensors listened address=%s:%d tls=%s", config.host, self.port, config.tls is not None)
+        log.info("sensors listened address=%s:%d tls=%s", self._config.host, self.port, self._config.tls is not None)
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self._server.getsockname()[1])
+        return self._door.port
 
     @property
     def status(self) -> ListenerStatus:
         """A snapshot, from any thread."""
-        return replace(self._status, connections=len(self._peers))
+        return replace(self._status, connections=len(self._crowd))
 
     def stop(self) -> None:
         """Send what was released, say goodbye, end the thread. What was not released comes again from the sensors."""
@@ -183,10 +153,12 @@ class Listener:
     def _round(self) -> None:
         waiting = self._wait()
         self._acknowledge()
-        self._admit_checked()
-        if self._server.fileno() in waiting:
+        for peer, code in self._door.answers():
+            self._guarded(peer, functools.partial(self._answer, peer, code))
+        if self._door.fileno() in waiting:
             self._accept()
-        self._write()
+        for peer in self._crowd.writable():
+            self._flush(peer)
         self._read()
         self._hand_over()
         self._expire()
@@ -197,124 +169,78 @@ class Listener:
         if paused != self._status.paused:
             self._pause(paused)
         now = time.monotonic()
-        wait_s = max(0.0, self._next_check - now) if self._peers or self._accept_again else IDLE_S_MAX
+        wait_s = self._next_check - now if len(self._crowd) or self._accept_again else IDLE_S_MAX
         if self._inlet.hungry:
             wait_s = min(wait_s, self._open.due_s(now))
-        if self._ready and not paused:
+        if self._crowd.ready and not paused:
             wait_s = 0.0
-        events = self._poll.poll(max(0.0, wait_s) * 1_000 + (0.5 if wait_s > 0 else 0))  # rounded up, or it would spin at the end
-        if self._wake.fileno() in (fds := {fd for fd, _ in events}):
+        wait_ms = wait_s * 1_000 + 0.5 if wait_s > 0 else 0.0  # rounded up, or it would spin at the end
+        waiting = {fd for fd, _ in self._poll.poll(wait_ms)}
+        if self._wake.fileno() in waiting:
             self._wake.clear()
-        return fds
+        return waiting
 
     def _pause(self, paused: bool) -> None:
         """Read no client, or all of them again."""
         self._status = replace(self._status, paused=paused)
-        now = time.monotonic()
         if paused:
-            self._poll.unregister(self._readers.fileno())
-            self._paused_at = now
-            return
-        self._poll.register(self._readers.fileno(), select.POLLIN)
-        for peer in self._peers.values():
-            peer.resume(now - self._paused_at, now)
+            self._poll.unregister(self._crowd.readers.fileno())
+            self._paused_at = time.monotonic()
+        else:
+            self._poll.register(self._crowd.readers.fileno(), select.POLLIN)
+            self._crowd.resume(time.monotonic() - self._paused_at)
 
     # Clients come and go.
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_MAX):
-            try:
-                sock, address = self._server.accept()
-            except BlockingIOError:
-                return
-            except ConnectionAbortedError:
-                continue
-            except OSError as e:  # no file descriptors or memory left: others need them too, so wait
-                self._say(f"no connection accepted: {e}")
-                self._poll.unregister(self._server.fileno())
-                self._accept_again = time.monotonic() + ACCEPT_RETRY_S
-                return
-            if len(self._peers) >= self._config.connections_max and not self._make_room():
-                sock.close()
-                self._refused(f"{address[0]}:{address[1]}: there are {len(self._peers)} connections already (connections_max)")
-                continue
-            self._greet(sock, f"{address[0]}:{address[1]}")
+        try:
+            for sock, address in self._door.accept():
+                if len(self._crowd) >= self._config.connections_max and not self._make_room():
+                    sock.close()
+                    self._refuse(f"{address}: there are {len(self._crowd)} connections already (connections_max)")
+                    continue
+                self._crowd.add(Peer(sock, address, time.monotonic(), self._config.peer))
+                self._status = replace(self._status, accepted=self._status.accepted + 1)
+        except UnavailableError as e:  # others need file descriptors and memory too, so wait
+            self._say(str(e))
+            self._poll.unregister(self._door.fileno())
+            self._accept_again = time.monotonic() + ACCEPT_RETRY_S
 
     def _make_room(self) -> bool:
-        """Close the oldest connection that has not got as far as a password; False if there is none."""
-        early = (State.TLS, State.CONNECTING, State.LEAVING)
-        oldest = next((peer for peer in self._peers.values() if peer.state in early), None)
+        """Close the oldest connection that has said nothing yet; False if there is none."""
+        oldest = self._crowd.early()
         if oldest is None:
             return False
-        self._refused(f"{oldest}: {oldest.state.value}, closed for a newer connection (connections_max)")
-        self._drop(oldest)
+        self._refuse(f"{oldest}: {oldest.state.value}, closed for a newer connection (connections_max)")
+        self._crowd.drop(oldest)
         return True
-
-    def _greet(self, sock: socket.socket, address: str) -> None:
-        try:
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for clients without MQTT's keepalive
-            for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3)):
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            if self._tls is not None:
-                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True)
-        except OSError as e:  # gone already
-            sock.close()
-            self._say(f"{address}: {e}")
-            return
-        peer = Peer(sock, address, time.monotonic(), self._config.peer)
-        self._peers[peer.fd] = peer
-        self._status = replace(self._status, accepted=self._status.accepted + 1)
-        self._attend(peer)
 
     def _on_connect(self, peer: Peer, packet: server_frames.Connect) -> None:
         peer.check(packet)
-        code = _unfit(packet)
-        if code:
-            self._reject(peer, code)
-        elif self._users is None:
-            self._admit(peer)
-        elif packet.username is None or packet.password is None:
-            self._reject(peer, _BAD_PASSWORD)
-        elif self._users.known(packet.username, packet.password):
-            self._admit(peer)
-        elif self._checking >= CHECKS_MAX:
-            self._reject(peer, _BUSY)
-        else:
-            self._checking += 1
-            asked = self._passwords.submit(self._users.verify, packet.username, packet.password)
-            asked.add_done_callback(functools.partial(self._on_checked, peer))
+        code = self._door.ask(peer, packet)
+        if code is not None:
+            self._answer(peer, code)
 
-    def _on_checked(self, peer: Peer, done: Future[bool]) -> None:
-        """Called in the thread of the passwords, or by `stop`."""
-        if done.cancelled():
+    def _answer(self, peer: Peer, code: int) -> None:
+        """Let a client in, or tell it why not."""
+        packet = peer.connect
+        if peer.state is not State.CHECKING or packet is None:  # gone meanwhile
             return
-        error = done.exception()
-        if error is not None:  # no memory for the hash
-            log.error("password not checked client=%s error=%r", peer, error)
-        self._checked.append((peer, error is None and done.result()))
-        self._wake.set()
+        if code:
+            self._refuse(f"{peer}: {frames.refusal(frames.ConnAck(False, code), 5)}")
+            self._crowd.leave(peer, refusal(packet, code))
+        else:
+            self._admit(peer, packet)
 
-    def _admit_checked(self) -> None:
-        while self._checked:
-            peer, right = self._checked.popleft()
-            self._checking -= 1
-            if peer.state is State.CHECKING:
-                self._guarded(peer, functools.partial(self._admit, peer) if right else functools.partial(self._reject, peer, _BAD_PASSWORD))
-
-    def _admit(self, peer: Peer) -> None:
-        packet, limits = peer.connect, self._config.peer
-        assert packet is not None
-        given = ""
+    def _admit(self, peer: Peer, packet: server_frames.Connect) -> None:
+        limits, given = self._config.peer, ""
         if not packet.client_id:
             self._made += 1
             given = f"fenceline-{peer.fd}-{self._made}"
-        session = (f"{peer.identity}\0{packet.username if self._users else ''}", packet.client_id or given)
-        old = self._sessions.get(session)
+        session = (f"{peer.identity}\0{self._door.user(packet)}", packet.client_id or given)
+        old = self._crowd.take_session(peer, session)
         if old is not None:
             self._dismiss(old, TAKEN_OVER, "its client connected again")
-        self._sessions[session] = peer
         own = packet.version == 5 and not 0 < packet.keepalive_s <= limits.keepalive_s_max
         keepalive_s = limits.keepalive_s_max if own else packet.keepalive_s
         peer.welcome(session, keepalive_s)
@@ -328,14 +254,7 @@ class Listener:
             )
         )
         peer.flush()
-        self._attend(peer)
-
-    def _reject(self, peer: Peer, code: int) -> None:
-        packet = peer.connect
-        assert packet is not None
-        words = frames.refusal(frames.ConnAck(False, code), 5)
-        self._refused(f"{peer}: {words}")
-        self._leave(peer, server_frames.connack(packet.version, code if packet.version == 5 else _CODES_4.get(code, 5)))
+        self._crowd.attend(peer)
 
     def _dismiss(self, peer: Peer, code: int, why: str) -> None:
         """End a connection, with a reason where the version has one."""
@@ -345,50 +264,30 @@ class Listener:
             farewell = server_frames.connack(4, 1)
         else:
             farewell = frames.disconnect(5, code) if admitted and peer.decoder.version == 5 else b""
-        self._leave(peer, farewell)
+        self._crowd.leave(peer, farewell)
 
-    def _leave(self, peer: Peer, farewell: bytes) -> None:
-        self._forget_session(peer)
-        if peer.state in (State.LEAVING, State.TLS):
-            self._drop(peer)
-            return
-        peer.leave(farewell, time.monotonic())
-        self._attend(peer)
-
-    def _drop(self, peer: Peer) -> None:
-        """Close at once."""
-        self._forget_session(peer)
-        if peer.state is State.CLOSED:
-            return
-        self._held -= peer.decoder.held
-        del self._peers[peer.fd]
-        self._ready.pop(peer.fd, None)
-        if peer.reading:
-            self._readers.unregister(peer.fd)
-        if peer.writing:
-            self._writers.unregister(peer.fd)
-        peer.close()
-
-    def _forget_session(self, peer: Peer) -> None:
-        if peer.session is not None and self._sessions.get(peer.session) is peer:
-            del self._sessions[peer.session]
+    def _guarded(self, peer: Peer, step: Callable[[], None]) -> None:
+        """Whatever a peer does wrong ends that peer alone."""
+        try:
+            step()
+        except UnavailableError as e:
+            if peer.state is not State.LEAVING:
+                self._say(f"{peer}: {e}")
+            self._crowd.drop(peer)
+        except ContractError as e:
+            self._dismiss(peer, e.code if isinstance(e, FrameError) else PROTOCOL_ERROR, str(e))
 
     # Messages.
 
     def _read(self) -> None:
         if not self._open.room:
             return
-        ready, self._ready = self._ready, {}
-        ready |= dict.fromkeys(fd for fd, _ in self._readers.poll(0))
         now = time.monotonic()
-        for fd in ready:
-            peer = self._peers.get(fd)
-            if peer is None or not peer.wants_reading:
-                continue
+        for peer in self._crowd.readable():
             if self._open.room:
                 self._guarded(peer, functools.partial(self._take, peer, now))
             else:
-                self._ready[fd] = None
+                self._crowd.put_off(peer)
 
     def _take(self, peer: Peer, now: float) -> None:
         """Read a peer once."""
@@ -401,7 +300,7 @@ class Listener:
         try:
             cut = peer.decode(data, self._open.room, now)
         finally:
-            self._held += peer.decoder.held - before
+            self._crowd.held += peer.decoder.held - before
         if cut.payloads:
             size = self._open.add(cut.topics, cut.payloads)
             self._parts.append((peer, cut.acks, size))
@@ -410,9 +309,9 @@ class Listener:
             self._on_packet(peer, packet)
         if peer.state is State.OPEN:
             peer.flush()
-        self._attend(peer)
-        if self._held > self._config.held_bytes_max:
-            greedy = max(self._peers.values(), key=lambda other: other.decoder.held)
+        self._crowd.attend(peer)
+        if self._crowd.held > self._config.held_bytes_max:
+            greedy = self._crowd.greediest()
             self._dismiss(greedy, QUOTA_EXCEEDED, f"{greedy.decoder.held} bytes of packets that are not whole")
 
     def _on_packet(self, peer: Peer, packet: server_frames.Packet) -> None:
@@ -427,7 +326,7 @@ class Listener:
             case server_frames.Unsubscribe():
                 peer.send(server_frames.unsuback(version, packet))
             case server_frames.Leave():
-                self._leave(peer, b"")
+                self._crowd.leave(peer, b"")
 
     def _hand_over(self) -> None:
         if not (self._inlet.room and self._open.ready(self._inlet.hungry)):
@@ -454,50 +353,13 @@ class Listener:
                 paid[peer] = None
         for peer in paid:
             if peer.state is State.OPEN:
-                self._guarded(peer, peer.flush)
-                self._attend(peer)
+                self._flush(peer)
 
-    def _write(self) -> None:
-        for fd, _ in self._writers.poll(0):
-            peer = self._peers.get(fd)
-            if peer is not None:
-                self._guarded(peer, peer.flush)
-                self._attend(peer)
+    def _flush(self, peer: Peer) -> None:
+        self._guarded(peer, peer.flush)
+        self._crowd.attend(peer)
 
     # Housekeeping.
-
-    def _guarded(self, peer: Peer, step: Callable[[], None]) -> None:
-        """Whatever a peer does wrong ends that peer alone."""
-        try:
-            step()
-        except UnavailableError as e:
-            if peer.state is not State.LEAVING:
-                self._say(f"{peer}: {e}")
-            self._drop(peer)
-        except ContractError as e:
-            self._dismiss(peer, e.code if isinstance(e, FrameError) else PROTOCOL_ERROR, str(e))
-
-    def _attend(self, peer: Peer) -> None:
-        """Wait for a peer to become readable and writable, as it now stands."""
-        if peer.state is State.CLOSED:
-            return
-        if peer.wants_reading != peer.reading:
-            peer.reading = not peer.reading
-            now = time.monotonic()
-            if peer.reading:
-                self._readers.register(peer.fd, select.EPOLLIN)
-                peer.resume(now - peer.unread_since, now)
-            else:
-                self._readers.unregister(peer.fd)
-                peer.unread_since = now
-        if peer.wants_writing != peer.writing:
-            peer.writing = not peer.writing
-            if peer.writing:
-                self._writers.register(peer.fd, select.EPOLLOUT)
-            else:
-                self._writers.unregister(peer.fd)
-        if peer.reading and peer.ready:
-            self._ready[peer.fd] = None
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -506,8 +368,8 @@ class Listener:
         self._next_check = now + CHECK_S
         if self._accept_again and now >= self._accept_again:
             self._accept_again = 0.0
-            self._poll.register(self._server.fileno(), select.POLLIN)
-        for peer in list(self._peers.values()):
+            self._poll.register(self._door.fileno(), select.POLLIN)
+        for peer in self._crowd:
             if self._status.paused and peer.state is not State.LEAVING:
                 continue
             late = peer.overdue(now)
@@ -518,9 +380,9 @@ class Listener:
             else:
                 if peer.state is not State.LEAVING:
                     self._say(f"{peer}: {late[0]}")
-                self._drop(peer)
+                self._crowd.drop(peer)
 
-    def _refused(self, why: str) -> None:
+    def _refuse(self, why: str) -> None:
         self._status = replace(self._status, refused=self._status.refused + 1)
         self._say(why)
 
@@ -536,33 +398,8 @@ class Listener:
 
     def _close(self) -> None:
         self._status = replace(self._status, connected=False, paused=False)
-        self._passwords.shutdown(wait=False, cancel_futures=True)
-        self._server.close()
-        for peer in list(self._peers.values()):
+        self._door.close()
+        for peer in self._crowd:
             if peer.state is State.OPEN:
                 peer.leave(frames.disconnect(5, SHUTTING_DOWN) if peer.decoder.version == 5 else b"", time.monotonic())
-            self._drop(peer)
-        self._readers.close()
-        self._writers.close()
-
-
-def _unfit(packet: server_frames.Connect) -> int:
-    """Why a client is not let in whoever it is; 0 if it may be."""
-    if packet.auth_method is not None:
-        return _BAD_METHOD
-    if packet.version == 5 and packet.will_qos == 2:
-        return _QOS
-    if packet.version == 5 and packet.will_retain:
-        return _RETAIN
-    if packet.version == 4 and not packet.client_id and not packet.clean:
-        return _CLIENT_ID
-    return 0
-
-
-def _have_descriptors(count: int) -> None:
-    """Let the process have so many files and sockets open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < count:
-        raise ConfigError(f"sensors: connections_max needs {count} open files, the system allows {hard}; set LimitNOFILE= in the unit")
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+        self._crowd.close()

@@ -428,7 +428,7 @@ def test_packets_that_are_not_whole_have_a_limit_for_all_together() -> None:
             with contextlib.suppress(OSError):
                 sensor.send(part)
         until(lambda: bench.listener.status.connections <= 3, lambda: bench.listener.status)
-        assert bench.listener._held <= 1_000_000
+        assert bench.listener._crowd.held <= 1_000_000
         good.publish(b"1", 1)
         assert good.acks(1) == [1]
 
@@ -559,7 +559,7 @@ def test_a_storm_of_three_hundred_reconnecting_clients_is_served_and_leaves_noth
         assert open_files() <= before + 2
         assert _resident_kb() < resident + 8_000
         assert sorted(int(m[1]) for m in bench.messages) == list(range(6 * count))
-        assert not bench.listener._sessions and not bench.listener._ready and bench.listener._held == 0
+        assert not bench.listener._crowd._sessions and not bench.listener._crowd.ready and bench.listener._crowd.held == 0
 
 
 def _resident_kb() -> int:
