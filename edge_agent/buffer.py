@@ -49,6 +49,8 @@ __all__ = ["Buffer", "BufferFullError", "BufferState", "Draft", "LaneState", "Re
 
 log = logging.getLogger(__name__)
 
+Read = Callable[[str], list[tuple[int, bytes]]]
+
 RESERVE_BYTES = 256 * 1024
 SHED_BLOCKS = 64  # history given up at a time
 LEDGER_SHARE = 16  # beyond this part of the limit, a lane's ledger blocks become one
@@ -522,20 +524,20 @@ class Buffer:
             with self._noting_faults():
                 return self._read_blocks(find())
 
-    def _read_blocks(self, places: list[Place]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
-        """The blocks of places, and the places whose blocks are damaged.
+    def _read_blocks(self, places: list[Place], read: Read | None = None) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+        """The blocks of places, and the places whose blocks are damaged, or not yet committed. `read` is for who holds the lock.
 
         Raises:
             DamagedError: a block is whole, but another one than its place says.
         """
         wanted = ",".join(str(p.id) for p in places)
-        found = dict(self._store.read(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
+        found = dict((read or self._store.read)(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
         whole, damaged = [], []
         for place in places:
             try:
                 block = open_stored(found[place.id], self._keys)
                 header = read_header(block)
-            except (ContractError, KeyError):
+            except (ContractError, KeyError, TypeError):  # TypeError: no blob at all
                 damaged.append(place)
                 continue
             shelf = self._catalogue.shelves[place.shelf]
@@ -557,7 +559,8 @@ class Buffer:
         now = self._clock()
         with self._writing():
             self._catalogue.write_tail()
-            there = self._catalogue.still(damaged)
+            # Memory knows of blocks a moment before they are committed: only what is not whole now is damaged.
+            _, there = self._read_blocks(self._catalogue.still(damaged), self._store.execute)
             for place in there:
                 shelf = self._catalogue.shelves[place.shelf]
                 log.error("stored block damaged lane=%s sequence=%s stream=%s", shelf.lane, place.sequence, shelf.stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import subprocess
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.core.track import FIXES_MAX, Fix
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
+
+APPENDS = 300
 
 
 def open_buffer(path: Path, *, bytes_max: int = 1 << 30, history_rows: int = 0, **more: Any) -> Buffer:
@@ -58,6 +61,22 @@ def test_only_a_receipt_of_this_epoch_frees_blocks(tmp_path: Path) -> None:
     assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 3
     assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [3, 5]
     assert buffer.settle(receipt(buffer, 2, [(4, 4)])) == 0
+
+
+def test_a_block_read_in_the_moment_of_its_commit_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    buffer, done, seen = open_buffer(tmp_path), threading.Event(), set[int]()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.update(b.sequence for b in buffer.pending("europe", max(seen, default=0), 100))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(APPENDS):
+        buffer.append([draft([float(i)])], [], NOW)
+    done.set()
+    reader.join()
+    assert [(b.sequence, b.stream) for b in buffer.pending("europe", 0, 2 * APPENDS)] == [(n, "pump") for n in range(1, APPENDS + 1)]
 
 
 def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -> None:
