@@ -202,6 +202,8 @@ def test_check_exits_0_on_a_good_config_and_2_with_the_hint_on_a_bad_one(tmp_pat
     path = write(tmp_path)
     assert main(["check", "--config", str(path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["streams"] == {"turbofan": "1.0.0, json on sensors/plane-01/turbofan"}
+    assert main(["check", "--config", str(path)]) == 0
+    assert "sensors: mqtt://127.0.0.1:1883 sensors/plane-01/#\n" in capsys.readouterr().out
     path.write_text(path.read_text() + '[metrics]\nlisten = "0.0.0.0:9464"\n')
     assert main(["check", "--config", str(path)]) == 2
     assert "metrics.listen '0.0.0.0:9464' must be HOST:PORT on loopback" in capsys.readouterr().err
