@@ -133,6 +133,7 @@ class Outbox(Generic[B]):
             missing = blocks > len(state.flights.keys() | state.queued)
             if missing and state.missing and not state.behind:
                 state.cursor = 0  # read to the end and still not found: look from the start
+                state.settled = SequenceSet()  # the buffer holds what a receipt named: after a fault it does not know of it any more
             state.behind |= missing
             state.missing = missing
 
