@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -517,6 +520,37 @@ def test_connections_that_say_nothing_keep_nobody_out() -> None:
                 sensor.publish(b"1", 1)
                 assert sensor.acks(1) == [1]
         assert sum(s.packet(0.2) == b"" for s in silent[:3]) == 3 and "for a newer connection" in bench.listener.status.last_lost
+
+
+CROWD = """
+import socket, sys
+sys.stdin.readline()
+sensors = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20) for _ in range(20)]
+for n, sensor in enumerate(sensors):
+    sensor.sendall(bytes([16, 14, 0, 4]) + b"MQTT" + bytes([4, 2, 0, 30, 0, 2]) + b"%02d" % n)
+assert all(sensor.recv(4) == bytes([32, 2, 0, 0]) for sensor in sensors)
+print("served", flush=True)
+"""
+
+
+def test_without_file_descriptors_who_is_here_is_served_and_others_wait() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with listening() as bench, bench.sensor("good") as good:
+        command = [sys.executable, "-c", CROWD, str(bench.port)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
+            assert crowd.stdin is not None and crowd.stdout is not None
+            free = os.dup(0)  # the lowest number that is free
+            os.close(free)
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free + 3, hard))
+                crowd.stdin.write("go\n")
+                crowd.stdin.flush()
+                until(lambda: "no connection accepted" in bench.listener.status.last_lost, lambda: bench.listener.status)
+                good.publish(b"1", 1)
+                assert good.acks(1) == [1]
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            assert crowd.stdout.readline() == "served\n"
 
 
 def test_rubbish_from_many_disturbs_nobody(seed: int) -> None:
