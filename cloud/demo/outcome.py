@@ -8,6 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cloud.demo.journey import Key
 from cloud.demo.oracle import LakeRow
 from cloud.demo.simulator import FIELDS
 from cloud.lake import Lake
@@ -25,6 +26,17 @@ def count_rows(lake: Lake, stream: str = STREAM) -> int:
 def count_quarantined(lake: Lake) -> int:
     """Payloads that the devices refused."""
     return count_rows(lake, QUARANTINE.stream)
+
+
+def stored_by(lake: Lake) -> dict[Key, str]:
+    """The region that stored each reading of the stream."""
+    tables = [lake.read(STREAM, lanes=[lane], columns=["device", "engine", "ts", "region"]) for lane in lake.lanes(STREAM)]
+    found: dict[Key, str] = {}
+    for table in tables:
+        times = pc.cast(table["ts"], pa.int64()).to_pylist()
+        names = (table[name].to_pylist() for name in ("device", "engine", "region"))
+        found |= {(device, engine, ts): region for ts, device, engine, region in zip(times, *names, strict=True)}
+    return found
 
 
 def read_rows(lake: Lake) -> list[LakeRow]:

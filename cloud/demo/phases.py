@@ -1,6 +1,7 @@
 """The phases of the demonstration, in the order in which they run.
 
-collect: run-to-failure data from all gateways, while a broker dies and comes back and an agent is killed and comes back.
+collect: run-to-failure data from all gateways, while a broker dies and comes back and an agent is killed and comes back. Aircraft cross
+borders meanwhile: what they took before waits for its own region, what they take now flows (`crossing.py`).
 train: the pipeline, from the lake to a champion in the registry. release: a signed bundle, rolled out to the whole fleet.
 score: new engines, scored on the devices. `verify.py` then looks at what all of it came to.
 """
@@ -19,12 +20,14 @@ import pyarrow as pa
 from cloud import brokers, labels, mapping, release, replay, rollout
 from cloud.config import Settings
 from cloud.demo import cmapss, pipeline
+from cloud.demo.crossing import Outage
 from cloud.demo.disturbances import Disturbance, Script
 from cloud.demo.house import House
 from cloud.demo.journey import START_S
-from cloud.demo.outcome import STREAM
+from cloud.demo.outcome import STREAM, stored_by
 from cloud.demo.scenario import Scenario
 from cloud.demo.sensors import play
+from cloud.gate import load_zones
 from edge_agent.contract.errors import FencelineError
 from edge_agent.contract.state import BundleRef, Phase
 from edge_agent.contract.stream import StreamContract, parse_contract
@@ -40,23 +43,39 @@ class PromiseError(FencelineError):
     """The demonstration cannot go on, because something that was promised did not happen."""
 
 
-def collect(house: House, scenario: Scenario) -> None:
-    """Publish run-to-failure data, with faults, until all of it is in the lake; then add the labels."""
+def collect(house: House, scenario: Scenario) -> Outage:
+    """Publish run-to-failure data, with faults, until all of it is in the lake; then add the labels. What crossed borders meanwhile."""
     victim = house.agents[0]
+    readings = [m.reading for g in scenario.gateways for m in g.collect if m.reading is not None]
+    outage = Outage(BROKER_KILLED, readings, load_zones(house.settings))
+
+    def restore() -> None:
+        """Show what waits and what flows, then end the outage."""
+        crossings = outage.look(stored_by(house.lake))
+        for crossing in crossings:
+            house.display.say(crossing.sentence())
+        house.restart_broker(BROKER_KILLED)
+
     broker = Disturbance(
         f"broker {BROKER_KILLED!r} killed",
         0.25,
         BROKER_DOWN_S,
         lambda: house.kill_broker(BROKER_KILLED),
-        lambda: house.restart_broker(BROKER_KILLED),
+        restore,
     )
     agent = Disturbance(f"agent {victim.device!r} killed with -9", 0.5, AGENT_DOWN_S, lambda: house.kill_agent(victim), victim.start)
     script = Script([broker, agent], house.display.say)
     _publish(house, scenario, "collect", COLLECT_S, script.advance)
     script.finish()
     house.wait_for_rows(scenario.readings("collect"), LAKE_S)
+    for crossing in outage.finish(stored_by(house.lake)):
+        waited = sum(crossing.waiting.values())
+        house.display.say(
+            f"{crossing.device}: {sum(crossing.delivered.values())} of those {waited} are in the lake now, by {BROKER_KILLED!r}"
+        )
     count = labels.add(house.lake, STREAM, _labels(house, scenario))
     house.display.say(f"{count:,} labels added: remaining cycles of every reading")
+    return outage
 
 
 def train(house: House, overrides: list[str]) -> dict[str, Any]:

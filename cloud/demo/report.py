@@ -14,6 +14,8 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
+from cloud.demo.crossing import Crossing
+
 PARITY_MAX = 1e-6
 RUL_CLIP = 125.0
 RMSE_CMAPSS_MAX = 16.0
@@ -50,6 +52,7 @@ class Report(msgspec.Struct, kw_only=True):
     broker_kills: int = 0
     agent_kills: int = 0
     failovers: int = 0
+    border_crossings: list[Crossing] = []
     seconds_by_phase: dict[str, float] = {}
     seconds_total: float = 0.0
     broken: list[str] = []
@@ -75,6 +78,11 @@ def promises(report: Report) -> list[str]:
         broken.append("training left no MLflow run")
     if report.devices_running_model != report.devices:
         broken.append(f"{report.devices_running_model} of {report.devices} devices run the released model")
+    if report.dataset == "simulator" and not report.border_crossings:
+        broken.append("no aircraft crossed a border during the outage")
+    for crossing in report.border_crossings:
+        if not crossing.complete:
+            broken.append(f"{crossing.device}: {crossing.waiting} waited for {crossing.lost_region!r}, {crossing.delivered} reached it")
     parity = report.edge_cloud_parity_max_abs_diff
     if parity is None:
         broken.append("edge and cloud scores were not compared")
@@ -99,6 +107,13 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     return [
         ("devices / engines trained / engines scored", f"{report.devices} / {report.engines_trained} / {report.engines_scored}"),
         ("brokers killed / agents killed / failovers", f"{report.broker_kills} / {report.agent_kills} / {report.failovers}"),
+        *(
+            (
+                f"{c.device} crossed a border, {c.lost_region!r} down",
+                f"{_sum(c.waiting)} waited, {_sum(c.flowed)} flowed; {_sum(c.delivered)} delivered to {c.lost_region!r}",
+            )
+            for c in report.border_crossings
+        ),
         ("readings published", f"{report.readings_published:,}"),
         ("readings in the lake", f"{report.readings_in_lake:,}"),
         ("lost / duplicates / out of zone", f"{report.lost} / {report.duplicates} / {report.out_of_zone}"),
@@ -116,6 +131,10 @@ def _lines(report: Report) -> list[tuple[str, str]]:
         ("seconds", ", ".join(f"{k} {v:.0f}" for k, v in report.seconds_by_phase.items()) + f", total {report.seconds_total:.0f}"),
         ("promises", "all kept" if not report.broken else "BROKEN: " + "; ".join(report.broken)),
     ]
+
+
+def _sum(counts: dict[str, int]) -> int:
+    return sum(counts.values())
 
 
 def _number(value: float | None, style: str = ".2f") -> str:

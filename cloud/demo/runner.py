@@ -33,6 +33,7 @@ from cloud.config import Settings
 from cloud.demo import phases, scenario
 from cloud.demo.display import Display
 from cloud.demo.house import House
+from cloud.demo.outcome import stored_by
 from cloud.demo.report import Report, as_table, write_report
 from cloud.demo.scenario import Scenario
 from cloud.demo.verify import verify
@@ -148,7 +149,7 @@ def _run_phases(house: House, plan: Scenario, options: Options, display: Display
     with display.phase("fleet", f"stack on free ports, {len(plan.gateways)} agents"):
         _start(house, plan)
     with display.phase("collect", readings):
-        phases.collect(house, plan)
+        outage = phases.collect(house, plan)
     with display.phase("train", "snapshot, features, dataset, train, evaluate, export, register"):
         trained = phases.train(house, list(options.overrides))
     with display.phase("release", "a signed bundle, on its way to every device"):
@@ -156,7 +157,7 @@ def _run_phases(house: House, plan: Scenario, options: Options, display: Display
     with display.phase("score", f"{plan.readings('score'):,} readings of {len(plan.test)} new engines, scored on the devices"):
         phases.score(house, plan, ref)
     with display.phase("verify", "lake against oracle, devices against cloud, predictions against truth"):
-        return verify(house, plan, trained, ref)
+        return verify(house, plan, trained, ref, outage.finish(stored_by(house.lake)))
 
 
 def _start(house: House, plan: Scenario) -> None:

@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cloud.demo import pipeline
+from cloud.demo.crossing import Crossing
 from cloud.demo.house import House
 from cloud.demo.oracle import LakeRow, judge
 from cloud.demo.outcome import count_quarantined, read_rows
@@ -17,7 +18,7 @@ from cloud.gate import load_zones
 from edge_agent.contract.state import BundleRef
 
 
-def verify(house: House, scenario: Scenario, trained: dict[str, Any], ref: BundleRef) -> Report:
+def verify(house: House, scenario: Scenario, trained: dict[str, Any], ref: BundleRef, crossings: list[Crossing]) -> Report:
     """The report, but for its times: every figure is read from the lake, the fleet's database or an agent's own status."""
     report = Report(
         dataset=scenario.dataset,
@@ -29,6 +30,7 @@ def verify(house: House, scenario: Scenario, trained: dict[str, Any], ref: Bundl
         model_version=ref.model_version,
         bundle_sha256=ref.sha256,
         devices_running_model=len(running(house, ref)),
+        border_crossings=crossings,
     )
     rows = read_rows(house.lake)
     _count(report, house, scenario, rows)

@@ -71,6 +71,9 @@ def test_a_reading_travels_from_a_sensor_to_a_model_and_back(place: Path) -> Non
     assert {"switzerland", "europe", "atlantic", "canada", "united-states"} <= set(report["rows_by_lane"])
     assert set(report["rows_by_region"]) == {"eu", "us"}
     assert (report["broker_kills"], report["agent_kills"]) == (1, 1)
+    assert report["border_crossings"], "no aircraft crossed a border during the outage"
+    for crossing in report["border_crossings"]:
+        assert crossing["delivered"] == crossing["waiting"] and crossing["flowed"], crossing
     assert report["devices_running_model"] == report["devices"] == 2
     assert report["readings_scored_on_device"] > 100
     assert report["edge_cloud_parity_max_abs_diff"] <= 1e-6

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cloud.demo.crossing import Crossing
 from cloud.demo.report import Report, as_table, promises, rmse, write_report
 
 ASKED = {
@@ -20,8 +21,13 @@ ASKED = {
 def good(dataset: str = "simulator") -> Report:
     return Report(
         dataset=dataset, seed=1, devices=2, engines_trained=4, engines_scored=2, mlflow_run_id="run", model_version="1",
-        devices_running_model=2, edge_cloud_parity_max_abs_diff=0.0, rmse_edge_clipped=14.0,
+        devices_running_model=2, edge_cloud_parity_max_abs_diff=0.0, rmse_edge_clipped=14.0, border_crossings=[crossing(3)],
     )  # fmt: skip
+
+
+def crossing(delivered: int) -> Crossing:
+    counts = {"waiting": {"europe": 3}, "flowed": {"canada": 2}, "delivered": {"europe": delivered}}
+    return Crossing(device="plane-01", lost_region="eu", **counts)
 
 
 def test_a_good_report_keeps_all_promises_and_holds_the_fields_asked_for(tmp_path: Path) -> None:
@@ -40,6 +46,8 @@ def test_a_good_report_keeps_all_promises_and_holds_the_fields_asked_for(tmp_pat
         ("edge_cloud_parity_max_abs_diff", None, "were not compared"),
         ("mlflow_run_id", "", "no MLflow run"),
         ("quarantined", 3, "3 good readings were quarantined"),
+        ("border_crossings", [], "no aircraft crossed a border during the outage"),
+        ("border_crossings", [crossing(2)], "plane-01: {'europe': 3} waited for 'eu', {'europe': 2} reached it"),
     ],
 )
 def test_a_figure_that_breaks_a_promise_is_named(field: str, value: object, says: str) -> None:
