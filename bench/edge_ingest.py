@@ -66,11 +66,12 @@ class Result:
 def measure(arguments: argparse.Namespace) -> Report:
     """Every way, one after the other."""
     counts = QUICK_COUNTS if arguments.quick else COUNTS
+    profile = arguments.profile
     ways: dict[str, Callable[[Path], Result]] = {
         "limit": lambda home: limit(home, counts["fast"]),
-        "fenceline": lambda home: fenceline(home, counts["fast"]),
-        "fenceline_model": lambda home: fenceline(home, counts["fast"], model=True),
-        "fenceline_listener": lambda home: fenceline(home, counts["fast"], listener=True),
+        "fenceline": lambda home: fenceline(home, counts["fast"], profile=profile),
+        "fenceline_model": lambda home: fenceline(home, counts["fast"], model=True, profile=profile),
+        "fenceline_listener": lambda home: fenceline(home, counts["fast"], listener=True, profile=profile),
         "mosquitto_bridge": lambda home: bridge(home, counts["fast"]),
         "gmqtt_forwarder": lambda home: forwarder(home, "gmqtt", counts["gmqtt"]),
         "paho_forwarder": lambda home: forwarder(home, "paho", counts["paho"]),
@@ -101,7 +102,7 @@ def limit(home: Path, count: int) -> Result:
         return run.result()
 
 
-def fenceline(home: Path, count: int, *, model: bool = False, listener: bool = False) -> Result:
+def fenceline(home: Path, count: int, *, model: bool = False, listener: bool = False, profile: bool = False) -> Result:
     """The agent with everything on."""
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(mosquitto(home, "upstream"))
@@ -109,14 +110,15 @@ def fenceline(home: Path, count: int, *, model: bool = False, listener: bool = F
         port = free_port() if local is None else local.port
         cloud = stack.enter_context(peer(home, "bench.peers.cloud", "--port", upstream.port, "--count", count))
         cloud.line(START_S_MAX)
+        more = ["--profile"] if profile else []
         gateway.write(home, port, upstream.port, model=model, listener=listener)
-        agent = stack.enter_context(peer(home, "edge_agent.cli", "run", "--config", home / "agent.toml"))
+        agent = stack.enter_context(peer(home, "edge_agent.cli", "run", "--config", home / "agent.toml", *more))
         gateway.wait_until_ready(home, agent, model=model)
         with _timed(count, agent, local) as run:
             run.started = _publish(home, port, count)
             run.ended = float(cloud.line(RUN_S_MAX))
             gateway.wait_until_settled(home)
-        run.found = json.loads(cloud.line(RUN_S_MAX))
+        run.found = json.loads(cloud.line(RUN_S_MAX)) | {"profile": gateway.status(home).get("profile")}
         if run.found["repeated"] or run.found["wrong"] or run.found["other"] or (model and run.found["unscored"]):
             raise AssertionError(f"not every reading came once and as it was sent: {run.found}\n{agent.log()}")
         return run.result()
@@ -217,6 +219,12 @@ TITLES = {
 }
 
 
+def _profile_notes(name: str, profile: dict[str, Any]) -> list[str]:
+    """Processor time by step, in words."""
+    parts = [f"{step} {spent['cpu_us_per_reading']:.2f}" for step, spent in (profile["steps"] | profile["beside"]).items()]
+    return [f"{TITLES[name]}, {profile['readings'] / max(1, profile['batches']):.0f} readings a batch, CPU µs: {', '.join(parts)}"]
+
+
 def _report(results: dict[str, Result]) -> Report:
     rows: list[list[Cell]] = []
     for name, r in results.items():
@@ -242,11 +250,14 @@ def _report(results: dict[str, Result]) -> Report:
     notes = [
         "CPU in µs per reading. Lost: of Fenceline every value of every reading was compared; the others' messages were counted upstream."
     ]
+    for name, r in results.items():
+        notes += _profile_notes(name, r.found["profile"]) if r.found.get("profile") else []
     return Report("QoS 1 readings from sensors to an upstream broker", columns, rows, numbers, notes)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="the fastest of so many runs counts; default 2")
+    parser.add_argument("--profile", action="store_true", help="run the agent with --profile and say where its time goes")
     parser.add_argument("--only", default="", help=f"some ways only, of {','.join(TITLES)}")
 
 

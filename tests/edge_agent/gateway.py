@@ -103,13 +103,14 @@ class Bench:
         assert old in text
         self.config.write_text(text.replace(old, new))
 
-    def start_now(self) -> None:
-        """Start the agent and do not wait for it."""
+    def start_now(self, *more: str) -> None:
+        """Start the agent and do not wait for it; `more` goes on its command line."""
+        command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config), *more]
         with (self.path / "agent.log").open("ab") as log:
-            self.agent = subprocess.Popen([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)], stderr=log)
+            self.agent = subprocess.Popen(command, stderr=log)
 
-    def start(self) -> None:
-        self.start_now()
+    def start(self, *more: str) -> None:
+        self.start_now(*more)
         wait_for(lambda: self.status()["sensors"]["connected"], self.log)
 
     def status(self) -> dict[str, Any]:
