@@ -525,22 +525,24 @@ class Buffer:
                 return self._read_blocks(find())
 
     def _read_blocks(self, places: list[Place], read: Read | None = None) -> tuple[list[tuple[Place, bytes]], list[Place]]:
-        """The blocks of places, and the places whose blocks are damaged, or not yet committed. `read` is for who holds the lock.
+        """The blocks of places, and the places whose blocks are damaged, or gone meanwhile. `read` is for who holds the lock.
 
         Raises:
-            DamagedError: a block is whole, but another one than its place says.
+            DamagedError: a block is whole, but another one than its place says; or (with `read`) it is not there at all.
         """
         wanted = ",".join(str(p.id) for p in places)
         found = dict((read or self._store.read)(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
         whole, damaged = [], []
         for place in places:
+            shelf = self._catalogue.shelves[place.shelf]
+            if read and place.id not in found:  # blocks do not vanish one by one: the tables are damaged
+                raise DamagedError(f"block {place.id} of {shelf.lane} {place.sequence} is not there")
             try:
                 block = open_stored(found[place.id], self._keys)
                 header = read_header(block)
             except (ContractError, KeyError, TypeError):  # TypeError: no blob at all
                 damaged.append(place)
                 continue
-            shelf = self._catalogue.shelves[place.shelf]
             named = (header.epoch, header.lane, header.sequence, header.stream, header.rows)
             if named != (self.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
                 raise DamagedError(f"block {header.identity} lies where {shelf.lane} {place.sequence} should")
@@ -603,7 +605,11 @@ class Buffer:
 
     def _load(self, now: Moment) -> None:
         self._catalogue, self._age = load(self._store, self._keys, self._boot, now.monotonic_us)
+        self._note_commit()
+
+    def _note_commit(self) -> None:
         self._committed = dict(self._catalogue.sequences)
+        self._catalogue.committed_id = self._catalogue.next_id - 1
 
     @property
     def _log_bytes_max(self) -> int:
@@ -625,6 +631,7 @@ class Buffer:
         if not isinstance(fault, (DiskError, DamagedError)):  # the file is well: only what memory knows is in doubt
             self._load(self._clock())
             self._fault = None
+            self._settled.clear()  # what receipts had settled in memory only is waiting again
             return
         if isinstance(fault, DamagedError):
             self._salvage(fault)
@@ -650,7 +657,7 @@ class Buffer:
             except BaseException as e:
                 self._fault = self._fault or e
                 raise
-            self._committed = dict(self._catalogue.sequences)
+            self._note_commit()
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:

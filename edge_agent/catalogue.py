@@ -57,6 +57,7 @@ class Catalogue:
     ordinals: dict[str, int] = field(default_factory=dict)
     tail: tuple[Place, ...] = ()
     next_id: int = 1
+    committed_id: int = 0  # the tail beyond it is in a transaction under way: readers do not see it yet
     lanes_changed: bool = False
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
@@ -113,10 +114,14 @@ class Catalogue:
         self.write_lanes()
         self.tail = ()
 
+    def committed(self) -> list[Place]:
+        """The tail as far as it is on disk."""
+        return [p for p in self.tail if p.id <= self.committed_id]
+
     def waiting(self, lane: str, after: int, limit: int) -> list[Place]:
         """The next places of a lane that wait for a receipt, by rising sequence."""
-        tail = [p for p in self.tail if p.sequence > after and not p.settled and self.shelves[p.shelf].lane == lane]  # before `places`:
-        found = {p.sequence: p for p in tail}  # what is written in between is found twice, not missed
+        tail = [p for p in self.committed() if p.sequence > after and not p.settled and self.shelves[p.shelf].lane == lane]
+        found = {p.sequence: p for p in tail}  # looked at before `places`: what is written in between is found twice, not missed
         for shelf in self.of_lane(lane):
             first = max(after + 1, shelf.first_waiting)
             query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence >= ? AND settled = 0 ORDER BY sequence LIMIT ?"
@@ -203,7 +208,7 @@ class Catalogue:
 
     def newest(self, stream: str, floor: int) -> list[Place]:
         """Places of a stream whose newest reading is not below `floor`, settled or not, in the order stored."""
-        found = [p for p in self.tail if self.shelves[p.shelf].stream == stream and p.last_ordinal >= floor]
+        found = [p for p in self.committed() if self.shelves[p.shelf].stream == stream and p.last_ordinal >= floor]
         query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence < ? ORDER BY sequence DESC LIMIT ?"
         for shelf in [s for s in list(self.shelves.values()) if s.stream == stream]:
             before = 2**62

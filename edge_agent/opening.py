@@ -42,7 +42,7 @@ def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tuple
     """
     try:
         return _load(store, keys, boot, monotonic_us)
-    except (ContractError, TypeError, ValueError) as e:  # names that are none, text where numbers should be
+    except (ContractError, AttributeError, TypeError, ValueError) as e:  # names that are none, text where numbers should be
         raise DamagedError(f"buffer {store.path} is damaged: {e}") from e
 
 
@@ -93,8 +93,8 @@ def _count_shelf(catalogue: Catalogue, row: Row) -> Shelf:
     shelf = catalogue.shelves.get(number)
     if shelf is None or waiting + settled != blocks:
         raise DamagedError(f"shelf {number}: {blocks} places, {waiting} waiting, {settled} settled")
-    for low, high in zip(row[8::2], row[9::2], strict=True):
-        _number(low)
+    for name, low, high in zip(_NUMBERS, row[8::2], row[9::2], strict=True):
+        _number(low, 1 if name in ("sequence", "id", "rows", "bytes") else -_INT_MAX)
         _number(high)
     shelf.waiting, shelf.waiting_bytes, shelf.waiting_rows = waiting, size, rows
     shelf.first_waiting = first_waiting or row[9] + 1
@@ -108,8 +108,7 @@ def _tail(
     store: Store, catalogue: Catalogue, keys: Keys | None, newest_id: int, count_us: int, boot: str, monotonic_us: int
 ) -> tuple[list[Place], Age]:
     """The blocks that have no place yet, and the age as it goes on from the newest block."""
-    found = store.execute("SELECT block FROM blocks WHERE id = ?", (newest_id,))
-    header = _peek(found[0][0]) if found else None
+    header = _newest_header(store, catalogue, newest_id)
     age = Age(count_us, 0) if header is None else Age.resume(count_us, header.boot, header.monotonic_us, header.boot, header.monotonic_us)
     then = header.boot if header is not None else boot
     places = []
@@ -126,6 +125,20 @@ def _tail(
             Place(shelf.number, header.sequence, number, header.rows, len(stored), last_ordinal, header.first_us, header.last_us, stored_us)
         )
     return places, Age.resume(age.base_us, then, age.monotonic_us, boot, monotonic_us)
+
+
+def _newest_header(store: Store, catalogue: Catalogue, number: int) -> BlockHeader | None:
+    """The header of the newest block that has a place; None if there is none, or it cannot be read."""
+    if number == 0:
+        return None
+    places = store.execute("SELECT shelf, sequence FROM places WHERE id = ?", (number,))
+    found = store.execute("SELECT block FROM blocks WHERE id = ?", (number,))
+    if len(places) != 1 or not found:
+        raise DamagedError(f"block {number} has {len(places)} places and is there {len(found)} times")
+    header, shelf = _peek(found[0][0]), catalogue.shelves[places[0][0]]
+    if header is not None and (header.lane, header.stream, header.sequence) != (shelf.lane, shelf.stream, places[0][1]):
+        raise DamagedError(f"block {header.identity} lies where {shelf.lane} {places[0][1]} should")
+    return header
 
 
 def _peek(stored: bytes) -> BlockHeader | None:

@@ -172,8 +172,7 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
     shelf = new.shelves.setdefault((header.lane, header.stream), len(new.shelves) + 1)
     known = (old.places or {}).get(name)
     settled = SETTLED if known is not None and known[4] else 0
-    new.next_id = max(new.next_id, number + 1)
-    taken = bool(store.execute("SELECT 1 FROM blocks WHERE id = ?", (number,)))
+    taken = not 1 <= number <= 2**40 or store.execute("SELECT 1 FROM blocks WHERE id = ?", (number,))
     block_id = new.next_id if taken else number
     new.next_id = max(new.next_id, block_id + 1)
     place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
@@ -220,7 +219,9 @@ def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[
             if not settled and (name, n) not in new.found:
                 losses.append(Loss(now_us, stream, epoch, lane, n, n, 1, rows, first_us, last_us, Reason.DAMAGED, detail))
     found = sorted(n for name, n in new.found if name == lane and n > known)
-    reached = [known, *found] if known or old.places is None else found  # what was settled long ago is named too: the lake knows better
+    if known or old.places is None:  # what was settled long ago is named too: the lake knows better
+        found.insert(0, known)
+    reached = [*found, old.lanes[lane] + 1] if lane in old.lanes and found else found
     for a, b in pairwise(reached):
         if b > a + 1:
             losses.append(Loss(now_us, UNKNOWN_STREAM, epoch, lane, a + 1, b - 1, b - a - 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail))
@@ -276,11 +277,11 @@ def _read_places(db: apsw.Connection, old: _Old) -> None:
             int(last_us),
             bool(settled),
         )
+    old.places = places
     for (start,) in db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,)):
-        with contextlib.suppress(ContractError):
+        with contextlib.suppress(ContractError, TypeError):
             h = stored_header(start)
             places.setdefault((h.lane, h.sequence), (h.stream, h.rows, h.first_us, h.last_us, False))
-    old.places = places
 
 
 def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:

@@ -172,6 +172,10 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
         if not path.exists():
             path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
             sync_directory(path.parent)
+        with path.open("rb") as file:
+            head = file.read(20)
+        if len(head) == 20 and head[18:20] not in (b"\1\1", b"\2\2"):  # SQLite would call the file read-only
+            raise DamagedError(f"its header is damaged: format {head[18]}, {head[19]}")
         log = log_path(path).read_bytes() if log_path(path).exists() else b""
         writer = apsw.Connection(str(path), vfs=vfs)
         try:
