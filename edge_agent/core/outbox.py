@@ -9,7 +9,8 @@ A state machine without clock or network: times are arguments (seconds, monotoni
 - A block is under way until a receipt settles it. The endpoint's PUBACK only makes room for the next.
 - A block without a receipt `receipt_timeout_s` after its PUBACK goes again, then with doubled times.
 - A block without a PUBACK after its deadline also goes to the lane's standby (a hedge), if that one answers. Hedges may take
-  `hedge_share_max` of the bytes sent, and `hedge_burst_bytes` at once.
+  `hedge_share_max` of the bytes sent, and `hedge_burst_bytes` at once. Those to make up for an endpoint that is then suspected or lost,
+  without another answer, were no waste: they do not count.
 - An endpoint that is silent while another one answers is a suspect: lanes that leave it take along what it has not acknowledged.
 - Memory holds the bytes of blocks that wait for a PUBACK and of short queues; everything else stays in the buffer.
 
@@ -122,7 +123,8 @@ class Outbox(Generic[B]):
         self._hedge_bytes_left = float(limits.hedge_burst_bytes)
         self._replay_bytes_left, self._replay_at = 0.0, 0.0
         self.sent_again = 0
-        self.hedges = self.hedges_denied = self.hedge_bytes = self.duplicate_bytes = 0
+        self._hedged_for: dict[str, int] = {}  # bytes, by the endpoint that was late, since its last answer
+        self.hedges = self.hedges_denied = self.hedge_bytes = self.needed_bytes = self.duplicate_bytes = 0
 
     # What waits: from the buffer, and just stored.
 
@@ -199,12 +201,13 @@ class Outbox(Generic[B]):
 
     def hedged(self, hedge: Hedge[B], mid: int, now: float) -> None:
         """A late block was handed to the standby's link as message `mid`."""
-        block, endpoint, _ = hedge
+        block, endpoint, late_endpoint = hedge
         flight = self._lane(block.lane).flights.get(block.sequence)
         if flight is not None:
             flight.at.append(endpoint)
         self._pipe(endpoint, now).sent(mid, (block.lane, block.sequence), len(block.block), now)
         self._hedge_bytes_left -= len(block.block)
+        self._hedged_for[late_endpoint] = self._hedged_for.get(late_endpoint, 0) + len(block.block)
         self.hedges += 1
         self.hedge_bytes += len(block.block)
         self.duplicate_bytes += len(block.block)
@@ -227,6 +230,7 @@ class Outbox(Generic[B]):
         message = pipe.answered(mid, now) if pipe is not None else None
         if message is None:
             return False
+        self._hedged_for.pop(endpoint, None)
         if message.key is not None:
             self._acked_block(*message.key, endpoint, now)
         return True
@@ -235,6 +239,7 @@ class Outbox(Generic[B]):
         """The link is gone: what it had not acknowledged goes elsewhere, first of all."""
         pipe = self._pipes.pop(endpoint, None)
         if pipe is not None:
+            self._return_hedges(endpoint)
             self._requeue(endpoint, pipe.messages.values())
 
     def given_up(self, endpoint: str) -> None:
@@ -246,6 +251,7 @@ class Outbox(Generic[B]):
         pipe = self._pipes.get(endpoint)
         if pipe is not None:
             pipe.void()
+            self._return_hedges(endpoint)
 
     def leave(self, endpoint: str, lane: str) -> None:
         """A lane leaves a suspect: the same for its blocks, but an answer that still comes counts."""
@@ -404,6 +410,12 @@ class Outbox(Generic[B]):
         if pipe is None or standby in flight.at or pipe.is_late(now):
             return False
         return pipe.bytes + len(block.block) <= self._limits.inflight_bytes_max
+
+    def _return_hedges(self, late_endpoint: str) -> None:
+        """The endpoint did not answer any more: what went elsewhere for it had to."""
+        needed = self._hedged_for.pop(late_endpoint, 0)
+        self.needed_bytes += needed
+        self._hedge_bytes_left = min(self._limits.hedge_burst_bytes, self._hedge_bytes_left + needed)
 
     def _acked_block(self, lane: str, sequence: int, endpoint: str, now: float) -> None:
         state, limits = self._lanes[lane], self._limits

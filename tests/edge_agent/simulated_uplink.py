@@ -186,7 +186,7 @@ class World:
             assert route.endpoint is None or route.endpoint in self.lanes[lane]
             assert route.standby is None or (route.standby in self.lanes[lane] and route.standby != route.endpoint)
             assert route.endpoint is not None or not usable, f"{lane} has no endpoint though {usable} are connected"
-        assert outbox.hedge_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * self.uplink._bytes_sent
+        assert outbox.hedge_bytes - outbox.needed_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * self.uplink._bytes_sent
         for name in self.endpoints:
             blocks, size = outbox.in_flight(name)
             assert blocks <= limits.inflight_blocks_max + 64
