@@ -51,9 +51,9 @@ class Strings:
     @classmethod
     def of(cls, texts: list[str]) -> Strings:
         """Dictionary-encode `texts`; the dictionary is in order of first appearance."""
-        index: dict[str, int] = {}
-        codes = np.fromiter((index.setdefault(t, len(index)) for t in texts), np.int32, len(texts))
-        return cls(codes, tuple(index))
+        values = tuple(dict.fromkeys(texts))
+        index = dict(zip(values, range(len(values)), strict=True))
+        return cls(np.fromiter(map(index.__getitem__, texts), np.int32, len(texts)), values)
 
 
 Column = Floats | Ints | Strings
