@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cloud import cli
+from edge_agent.addresses import Subscription
 from edge_agent.config import load as load_agent
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,8 @@ def test_a_device_needs_keys_first_then_gets_a_directory_its_agent_accepts(run: 
 
     assert moving.fixed_lane is None and moving.settings.position.topic == "sensors/plane-01/position"
     assert standing.fixed_lane == "europe"
-    assert moving.sensors.username == "sensor" and moving.sensors.password
+    (sensors,) = moving.sensors
+    assert isinstance(sensors, Subscription) and sensors.broker.username == "sensor" and sensors.broker.password
     assert {(name, e.username, bool(e.password)) for name, e in moving.endpoints.items()} == {
         ("eu", "plane-01", True),
         ("us", "plane-01", True),
