@@ -115,9 +115,7 @@ class Intake:
             positions: those that did not come as messages.
         """
         out = Intaken()
-        places: dict[str | None, list[int]] = {}
-        for i, topic in enumerate(topics):
-            places.setdefault(self._route(topic), []).append(i)
+        places = self._places(topics)
         rejects: list[tuple[int, Reason, str]] = []
         now_us = received_us if synced else None
         for position in positions:
@@ -159,6 +157,16 @@ class Intake:
         """A payload as quarantine may keep it: positions only where a stream may know them exactly."""
         withheld = topic == self._position_topic and self.fence.precision is not Precision.EXACT
         return WITHHELD if withheld else payload
+
+    def _places(self, topics: list[str]) -> dict[str | None, list[int]]:
+        """The places of the messages, by route."""
+        routes = {topic: self._route(topic) for topic in set(topics)}
+        if len(set(routes.values())) == 1:  # the usual case
+            return {next(iter(routes.values())): list(range(len(topics)))}
+        places: dict[str | None, list[int]] = {}
+        for i, topic in enumerate(topics):
+            places.setdefault(routes[topic], []).append(i)
+        return places
 
     def _route(self, topic: str) -> str | None:
         """The stream of a topic, _POSITION, or None."""
@@ -221,8 +229,7 @@ class Intake:
 
     def _drop_redelivered(self, stream: str, table: Table, out: Intaken) -> Table:
         recent, named = self._recent[stream], self._named[stream]
-        fresh = recent.fresh(named, table)
-        recent.remember(named, table)
+        fresh = recent.remember(named, table)
         redelivered = len(fresh) - int(np.count_nonzero(fresh))
         if not redelivered:
             return table

@@ -47,19 +47,21 @@ class RecentKeys:
         """
         return self._fresh(hash_keys(contract, table))
 
-    def remember(self, contract: StreamContract, table: Table) -> None:
-        """Remember the keys of these rows, forgetting the oldest beyond the limit.
+    def remember(self, contract: StreamContract, table: Table) -> Mask:
+        """Remember the keys of these rows, forgetting the oldest beyond the limit; returns what `fresh` would have said.
 
         Raises:
             ContractError: the table lacks a field of the key.
         """
         keys = hash_keys(contract, table)
-        keys = keys[self._fresh(keys)][-self.limit :]
+        fresh = self._fresh(keys)
+        keys = keys[fresh][-self.limit :]
         slots = np.arange(self._written, self._written + len(keys)) % self.limit
         self._seen.difference_update(self._ring[slots[max(0, self.limit - self._written) :]].tolist())
         self._ring[slots] = keys
         self._seen.update(keys.tolist())
         self._written += len(keys)
+        return fresh
 
     def _fresh(self, keys: Hashes) -> Mask:
         listed = keys.tolist()
