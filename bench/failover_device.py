@@ -107,14 +107,14 @@ class Agent:
 
     name = DEVICE
 
-    def __init__(self, site: Site, tree: Path | None = None) -> None:
+    def __init__(self, site: Site, failback_s: float = FAILBACK_S) -> None:
         self._site, self._home = site, site.folder / "agent"
         self._home.mkdir()
         self._log = self._home / "agent.log"
-        config = _agent_toml(site, self._home)
+        config = _agent_toml(site, self._home, failback_s)
         command = site.device.command([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(config)])
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stderr=log, cwd=tree)
+            self._process = subprocess.Popen(command, stderr=log)
         wait_for(lambda: self.settled(), self.log, WAIT_S)
 
     def route(self) -> tuple[str | None, str | None]:
@@ -208,13 +208,13 @@ def wait_for(done: Callable[[], bool], explain: Callable[[], str], timeout_s: fl
         time.sleep(0.03)
 
 
-def _agent_toml(site: Site, home: Path) -> Path:
+def _agent_toml(site: Site, home: Path, failback_s: float) -> Path:
     (home / f"{STREAM}.odcs.yaml").write_text(CONTRACT)
     identity = site.identity(DEVICE)
     lines = [f'device = "{DEVICE}"', 'state_dir = "state"', f'zones = "{site.zones}"', "[sensors]"]
     lines += [f'url = "mqtt://127.0.0.1:{SENSOR_PORT}"', f'subscribe = "sensors/{DEVICE}/#"']
     lines += ["[[streams]]", f'contract = "{STREAM}.odcs.yaml"', "[position]", 'source = "static"', "lat = 50.0", "lon = 9.0"]
-    lines += ["[uplink]", f"failback_s = {FAILBACK_S}", f"receipt_timeout_s = {RECEIPT_TIMEOUT_S}", f"backoff_s_max = {BACKOFF_S_MAX}"]
+    lines += ["[uplink]", f"failback_s = {failback_s}", f"receipt_timeout_s = {RECEIPT_TIMEOUT_S}", f"backoff_s_max = {BACKOFF_S_MAX}"]
     for name in (*ALLOWED, FOREIGN):
         lines += ["[[endpoints]]", f'name = "{name}"', f'url = "mqtts://{site.brokers[name].host}:{PORT}"']
         lines += [f'ca_file = "{identity.ca}"', f'cert_file = "{identity.certificate}"', f'key_file = "{identity.key}"']

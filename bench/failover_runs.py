@@ -103,6 +103,10 @@ class Trial:
         log.info("series measured device=%s fault=%s idle=%s %s", self._forwarder.name, fault, idle, found.numbers())
         return found
 
+    def wait_for_endpoint(self, name: str) -> None:
+        """Wait until `name` carries the lane."""
+        wait_for(lambda: self._forwarder.route()[0] == name, self._forwarder.log, WARM_S_MAX)
+
     @property
     def readings(self) -> int:
         """How many were published so far."""

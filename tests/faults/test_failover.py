@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from bench.failover_delta import DeltaLake
-from bench.failover_device import Agent, Sensors
+from bench.failover_device import FAILBACK_S, Agent, Sensors
 from bench.failover_faults import FAULTS
 from bench.failover_runs import SLOW_LOSS, SLOW_MS, Series, Trial
 from bench.failover_site import ALLOWED, DEVICE, Site
@@ -28,12 +28,12 @@ MEMORY_KIB_MAX = 16 * 1024
 
 
 @contextmanager
-def trial(folder: Path, broker: str, seed: int, lake: DeltaLake | None = None) -> Iterator[Trial]:
+def trial(folder: Path, broker: str, seed: int, lake: DeltaLake | None = None, failback_s: float = FAILBACK_S) -> Iterator[Trial]:
     """A site with the agent on it, warm."""
     with Site(folder / "site", broker, lake.writer if lake else None) as site:
         for name in ALLOWED:
             site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
-        agent, sensors = Agent(site), Sensors(site, DEVICE)
+        agent, sensors = Agent(site, failback_s), Sensors(site, DEVICE)
         try:
             yield Trial(site, agent, sensors, seed)
         finally:
@@ -80,6 +80,15 @@ def test_the_embedded_broker_can_be_the_one_that_fails(tmp_path: Path, seed: int
     with trial(tmp_path, "nats", seed) as nats:
         check(nats.series("kill", 1))
         check(nats.series("blackhole", 1))
+
+
+def test_a_lane_goes_back_to_its_preferred_endpoint_when_that_has_proved_itself(tmp_path: Path, seed: int) -> None:
+    with trial(tmp_path, "mosquitto", seed, failback_s=0.5) as made:
+        for fault in ("blackhole", "kill"):
+            made.wait_for_endpoint(ALLOWED[0])
+            check(made.series(fault, 1))
+        made.wait_for_endpoint(ALLOWED[0])
+        check(made.series("stop", 1))
 
 
 def test_a_delta_lake_that_two_regions_write_to_has_every_reading_once(tmp_path: Path, seed: int) -> None:
