@@ -93,10 +93,10 @@ class World:
         self.buffer = Buffer(path / "buffer.db", "plane-01", "boot", bytes_max=1 << 30, history_rows={})
         self.uplink = self.make_uplink()
 
-    def make_uplink(self, **changes: Any) -> Uplink:
+    def make_uplink(self, on_event: Any = None, **changes: Any) -> Uplink:
         endpoints = tuple(EndpointConfig(name, r.broker.host, r.broker.port) for name, r in (("eu", self.eu), ("us", self.us)))
         config = UplinkConfig("plane-01", endpoints, failback_s=1.0, backoff_max_s=0.5, limits=LIMITS, **changes)
-        return Uplink(config, self.buffer, lambda lane: ALLOWED[lane], self.desired.append)
+        return Uplink(config, self.buffer, lambda lane: ALLOWED[lane], self.desired.append, on_event=on_event)
 
     def store(self, lane: str, count: int = 1, *, offer: bool = True) -> list[StoredBlock]:
         out = []
@@ -196,11 +196,40 @@ def test_frozen_broker_is_left_when_it_does_not_acknowledge(world: World) -> Non
     world.eu.broker.stop_signal()
     world.store("atlantic", 3)
     until(lambda: {n for _, n in world.us.arrivals} >= {2, 3, 4})
-    assert world.uplink.status().hedges >= 3
+    assert world.uplink.status().hedges >= 1
     until(lambda: world.uplink.status().lanes["atlantic"].endpoint == "us")
     assert "silent for" in world.uplink.status().endpoints["eu"].reason
     until(lambda: "no PUBACK" in world.uplink.status().endpoints["eu"].reason)
     world.eu.broker.continue_signal()
+
+
+def test_operator_is_told_of_failover_failback_and_held_lanes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge_agent.uplink.HELD_S", 0.3)
+    told: list[tuple[str, dict[str, str]]] = []
+    world.uplink = world.make_uplink(on_event=lambda event, fields: told.append((event, dict(fields))))
+    world.uplink.start()
+    world.uplink.stay("atlantic")
+    until(lambda: connected(world, "eu", "us"))
+    world.eu.broker.kill()
+    world.store("europe")
+    until(lambda: ("lane_held", {"lane": "europe", "reason": "not_connected"}) in told)
+    assert ("failover", "atlantic", "us") in {(event, fields["lane"], fields.get("target", "")) for event, fields in told}
+    world.eu.broker.restart()
+    until(lambda: {"failback", "lane_released"} <= {event for event, _ in told})
+    status = world.uplink.status()
+    assert status.lanes["atlantic"].failovers == status.endpoints["eu"].failovers == 1
+    assert "disconnected" in next(fields["reason"] for event, fields in told if event == "failover")
+
+
+def test_round_trips_are_measured_while_nothing_is_sent(world: World) -> None:
+    world.uplink.start()
+    world.uplink.stay("atlantic")
+    until(lambda: all(e.round_trip_ms is not None for e in world.uplink.status().endpoints.values()))
+    lane = world.uplink.status().lanes["atlantic"]
+    assert lane.round_trip_ms is not None
+    assert lane.deadline_ms is not None
+    assert lane.deadline_ms >= 40.0
+    assert world.uplink.status().blocks_sent == 0
 
 
 def test_lane_returns_to_the_preferred_endpoint_when_it_has_proved_itself(world: World) -> None:
@@ -281,7 +310,7 @@ def test_reported_state_goes_to_every_endpoint_when_changed_and_after_a_reconnec
     until(lambda: bool(reports(world.eu) and reports(world.us)))
     world.uplink.publish_reported(report)
     world.uplink.publish_reported(Reported(**{**_fields(report), "desired_version": 2}))
-    until(lambda: reports(world.eu)[-1].desired_version == 2)
+    until(lambda: reports(world.eu)[-1].desired_version == reports(world.us)[-1].desired_version == 2)
     assert len(reports(world.eu)) == 2
     world.us.broker.kill()
     world.us.broker.restart()

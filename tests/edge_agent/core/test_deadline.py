@@ -123,9 +123,11 @@ def test_new_block_at_a_silent_endpoint_gets_no_time_for_the_queue_before_it() -
 
 
 def test_idle_endpoint_is_asked_and_a_busy_one_is_not() -> None:
-    pipe = Pipe(measured([0.002] * 50), 100.0)
-    assert pipe.beat_at(1.0) == 101.0
-    pipe.sent(1, None, 40, 101.0)
-    assert pipe.beat_at(1.0) == math.inf
-    pipe.answered(1, 101.002)
-    assert pipe.beat_at(1.0) == 102.002
+    pipe, now = Pipe(measured([0.002] * 50), 100.0), 100.0
+    for mid in range(8):
+        assert pipe.beat_at(1.0) == pytest.approx(now + 0.1)  # a new connection is measured soon
+        pipe.sent(mid, None, 40, now + 0.1)
+        assert pipe.beat_at(1.0) == math.inf
+        now += 0.102
+        pipe.answered(mid, now)
+    assert pipe.beat_at(1.0) == pytest.approx(now + 1.0)

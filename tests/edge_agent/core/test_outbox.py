@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -119,7 +119,7 @@ def test_silent_endpoint_is_suspected_only_while_another_answers_and_given_up_la
     outbox.offer(Block("europe", 1))
     drain(outbox, EU, 1.0)
     assert outbox.suspects(2.0) == []
-    assert outbox.beats(1.5) == ["us"]
+    assert outbox.beats(1.0) == ["us"]
     outbox.beat("us", 2, 1.5)
     outbox.acked("us", 2, 1.51)
     assert outbox.suspects(1.7) == []
@@ -128,6 +128,144 @@ def test_silent_endpoint_is_suspected_only_while_another_answers_and_given_up_la
     assert outbox.dead(4.0) == ["eu"]
     outbox.acked("eu", 1, 4.5)
     assert outbox.suspects(4.5) == outbox.dead(4.5) == []
+
+
+def hedge_round(outbox: Outbox[Block], now: float, first: int) -> tuple[int, int]:
+    """Five blocks go to eu, which owes all answers; what goes to us too is answered. Returns hedges, and how many were denied."""
+    routes = EU
+    denied = outbox.hedges_denied
+    for block in stored("europe", first, first + 4):
+        outbox.offer(block)
+        drain(outbox, routes, now)
+    hedges = outbox.late({"europe": "us"}, now + 9.0)
+    for hedge in hedges:
+        outbox.hedged(hedge, 1_000 + hedge.block.sequence, now + 9.0)
+        outbox.acked("us", 1_000 + hedge.block.sequence, now + 9.01)
+    return len(hedges), outbox.hedges_denied - denied
+
+
+def test_hedges_for_an_endpoint_that_has_failed_do_not_count_and_those_for_a_slow_one_do() -> None:
+    limits = replace(LIMITS, hedge_burst_bytes=60, hedge_share_max=0.0)
+    failed: Outbox[Block] = Outbox(limits)
+    for attempt in range(10):
+        failed.opened("eu", 10.0 * attempt)
+        failed.opened("us", 10.0 * attempt)
+        assert hedge_round(failed, 10.0 * attempt, 1 + 10 * attempt) == (5, 0)
+        failed.lost("eu")
+        failed.settle("europe", SequenceSet(10 * (attempt + 1)))
+    slow: Outbox[Block] = Outbox(limits)
+    slow.opened("eu", 0.0)
+    slow.opened("us", 0.0)
+    assert hedge_round(slow, 0.0, 1) == (5, 0)
+    for mid in range(1, 6):
+        slow.acked("eu", mid, 2.5)
+    slow.lost("eu")  # later: it had answered
+    slow.opened("eu", 10.0)
+    slow.settle("europe", SequenceSet(10))
+    assert hedge_round(slow, 10.0, 11)[0] == 1
+
+
+BOTH = {"europe": "us"}
+
+
+def warm(outbox: Outbox[Block], now: float = 0.0) -> None:
+    """Two endpoints that have answered."""
+    for name in ("eu", "us"):
+        outbox.opened(name, now)
+        outbox.beat(name, 0, now)
+        outbox.acked(name, 0, now + 0.002)
+
+
+def test_late_block_goes_to_the_standby_too_and_the_first_answer_counts() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    warm(outbox)
+    outbox.offer(Block("europe", 1))
+    drain(outbox, EU, 1.0)
+    assert 1.0 < outbox.wake_at(1.0) <= 1.04
+    assert outbox.late(BOTH, 1.039) == []
+    (hedge,) = outbox.late(BOTH, 1.04)
+    assert (hedge.block.sequence, hedge.endpoint, hedge.late_endpoint) == (1, "us", "eu")
+    outbox.hedged(hedge, 77, 1.04)
+    assert outbox.late(BOTH, 2.0) == []
+    outbox.acked("us", 77, 1.05)
+    outbox.lost("eu")
+    assert drain(outbox, BOTH, 1.1) == []
+    assert (outbox.hedges, outbox.duplicate_bytes, outbox.sent_again) == (1, 10, 0)
+    assert outbox.due(11.05, 10) == [("europe", 1)]
+
+
+def test_block_lost_at_both_its_endpoints_goes_again() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    warm(outbox)
+    outbox.offer(Block("europe", 1))
+    drain(outbox, EU, 1.0)
+    (hedge,) = outbox.late(BOTH, 1.1)
+    outbox.hedged(hedge, 77, 1.1)
+    outbox.lost("eu")
+    assert drain(outbox, BOTH, 1.2) == []
+    outbox.lost("us")
+    assert drain(outbox, EU, 1.3) == [("europe", 1)]
+
+
+def test_copies_stay_within_their_share_and_refusals_are_counted() -> None:
+    outbox: Outbox[Block] = Outbox(replace(LIMITS, hedge_burst_bytes=25, hedge_share_max=0.1, inflight_blocks_max=100))
+    warm(outbox)
+    for block in stored("europe", 1, 4):
+        outbox.offer(block)
+    drain(outbox, EU, 1.0)
+    hedges = outbox.late(BOTH, 1.1)
+    assert len(hedges) == 2
+    for mid, hedge in enumerate(hedges, 70):
+        outbox.hedged(hedge, mid, 1.1)
+    assert outbox.late(BOTH, 1.2) == []
+    assert outbox.hedges_denied >= 2
+    assert outbox.wake_at(1.2) < 1.3
+
+
+def test_nothing_is_hedged_to_a_standby_that_is_late_itself_or_absent() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    warm(outbox)
+    outbox.offer(Block("europe", 1))
+    drain(outbox, EU, 1.0)
+    outbox.beat("us", 5, 1.0)
+    assert outbox.late(BOTH, 1.1) == outbox.late({}, 1.2) == []
+    outbox.acked("us", 5, 1.21)
+    assert len(outbox.late(BOTH, 1.3)) == 1
+
+
+def test_lane_that_leaves_a_suspect_takes_its_blocks_along_and_a_late_answer_still_counts() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    warm(outbox)
+    for block in (*stored("europe", 1, 2), Block("canada", 9)):
+        outbox.offer(block)
+    drain(outbox, {"europe": "eu", "canada": "eu"}, 1.0)
+    outbox.suspected("eu")
+    outbox.leave("eu", "europe")
+    outbox.acked("eu", 2, 2.0)
+    assert drain(outbox, {"europe": "us", "canada": "eu"}, 2.0) == [("europe", 1)]
+    assert outbox.in_flight("eu")[0] == 2
+
+
+def test_settled_ranges_are_forgotten_whatever_their_order() -> None:
+    outbox: Outbox[Block] = Outbox(replace(LIMITS, inflight_blocks_max=100, live_blocks_max=100))
+    for block in stored("europe", 1, 30):
+        outbox.offer(block)
+    drain(outbox, EU)
+    assert outbox.settle("europe", SequenceSet(2, [(5, 6), (20, 25)])) == 10
+    assert outbox.settle("europe", SequenceSet(2, [(5, 6), (20, 25)])) == 0
+    assert outbox.settle("europe", SequenceSet(6, [(20, 26)])) == 3
+    assert outbox.settle("europe", SequenceSet(30)) == 17
+    assert outbox.unreceipted("europe") == 0
+
+
+def test_cursor_set_back_while_the_buffer_was_read_is_not_jumped_over() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    outbox.discover({"europe": 20})
+    outbox.load("europe", 0, stored("europe", 1, 10), complete=False)
+    for block in stored("europe", 11, 20):
+        outbox.offer(block)  # only four fit: 11 to 16 are left to the backlog
+    outbox.load("europe", 16, stored("europe", 17, 20), complete=True)
+    assert outbox.wants(EU) == [("europe", 10)]
 
 
 class OutboxAgainstABuffer(RuleBasedStateMachine):
@@ -185,6 +323,20 @@ class OutboxAgainstABuffer(RuleBasedStateMachine):
         self.outbox.lost(endpoint)
         self.unacked = {key: block for key, block in self.unacked.items() if key[0] != endpoint}
 
+    @rule(wait_s=st.floats(0.01, 3.0))
+    def hedge(self, wait_s: float) -> None:
+        self.now += wait_s
+        for hedge in self.outbox.late({"canada": "eu" if self.routes.get("canada") == "us" else "us"}, self.now):
+            assert hedge.block.lane == "canada"
+            self.mid += 1
+            self.outbox.hedged(hedge, self.mid, self.now)
+            self.unacked[(hedge.endpoint, self.mid)] = hedge.block
+
+    @rule(lane=st.sampled_from(["canada", "europe"]), endpoint=st.sampled_from(["eu", "us"]))
+    def leave(self, lane: str, endpoint: str) -> None:
+        self.outbox.suspected(endpoint)
+        self.outbox.leave(endpoint, lane)
+
     @rule()
     def receipts(self) -> None:
         for lane, sequences in self.arrived.items():
@@ -206,7 +358,9 @@ class OutboxAgainstABuffer(RuleBasedStateMachine):
     @invariant()
     def limits_hold(self) -> None:
         for endpoint in ("eu", "us"):
-            assert self.outbox.in_flight(endpoint)[0] <= LIMITS.inflight_blocks_max
+            assert self.outbox.in_flight(endpoint)[0] <= LIMITS.inflight_blocks_max + self.outbox.hedges
+        assert self.outbox.hedge_bytes <= LIMITS.hedge_burst_bytes + LIMITS.hedge_share_max * 10 * self.mid
+        assert self.outbox.wake_at(self.now) > self.now
         for lane in ("canada", "europe"):
             assert self.outbox.unreceipted(lane) <= LIMITS.unreceipted_blocks_max
 
