@@ -24,6 +24,7 @@ import msgspec
 
 from edge_agent import __version__, metrics, systemd
 from edge_agent.active_model import ActiveModel
+from edge_agent.anchor import Anchor
 from edge_agent.buffer import Buffer
 from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig, gpsd_address
@@ -180,8 +181,10 @@ class Agent:
         stack.callback(self._buffer.close)
         position = settings.position
         self._policy = PolicyStore(config.state_dir / "policy")
-        self._track = Track(self._policy.load(config.zones), _rules(config), config.fixed, self._buffer.fixes())
-        self._fence = Fence(self._track, _locations(config), self.metrics, self._tell)
+        anchor = Anchor(config.device, config.state_dir)
+        zones, last = self._policy.load(config.zones), anchor.read() if config.fixed is None else None
+        self._track = Track(zones, _rules(config), config.fixed, self._buffer.fixes(), last)
+        self._fence = Fence(self._track, _locations(config), self.metrics, self._tell, anchor)
         node_state = NodeState(config.state_dir / "sparkplug.state")
         intake = Intake(config.contracts, position.topic, self._fence, settings.buffer.history_rows, node_state.load())
         for contract in config.contracts:

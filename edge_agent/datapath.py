@@ -75,6 +75,7 @@ class DataPath:
         drafts += self._quarantine(taken.rejected, batch.received_us)
         stored = self.storing.append(drafts, taken.fixes)
         self._keep_nodes(taken)
+        self.fence.remember()
         batch.release()
         self.uplink.offer([*stored, *self.storing.tidy()])
         self._count(batch, taken, stored, time.perf_counter() - started)
@@ -92,6 +93,7 @@ class DataPath:
             self._located_s = time.monotonic()
             now = self.clock.now()
             self.storing.append([], self.intake.take([], [], now.wall_us, synced=now.synced, positions=positions).fixes)
+            self.fence.remember()
 
     def _seal(self, readings: Readings) -> list[Draft]:
         """Score readings and part them by lane."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from edge_agent.anchor import Anchor
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import Reason
 from edge_agent.core.track import Fix, Position, Precision, Track, stored
@@ -34,6 +35,7 @@ class Fence:
     streams: Mapping[str, Precision]
     metrics: Metrics
     tell: Callable[..., None]
+    anchor: Anchor | None = None
     _offers: queue.SimpleQueue[Zones] = field(default_factory=queue.SimpleQueue)
     _told: dict[Reason, float] = field(default_factory=dict)
 
@@ -80,6 +82,11 @@ class Fence:
         self.metrics.positions_refused.labels(taken.reason.value).inc()
         self._tell_refused(taken.reason, taken.detail)
         return fix, (taken.reason, taken.detail)
+
+    def remember(self) -> None:
+        """The fixes taken so far are stored: keep the last position for the next start, in memory only."""
+        if self.anchor is not None:
+            self.anchor.write(self.track.anchor)
 
     def _tell_refused(self, reason: Reason, detail: str) -> None:
         now = time.monotonic()

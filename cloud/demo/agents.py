@@ -45,7 +45,8 @@ class AgentProcess:
         """Start the agent; it has not connected to anything yet."""
         with self.log_path.open("ab") as out:
             command = tethered([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config)])
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+            home = {**os.environ, "RUNTIME_DIRECTORY": str(self.config.parent)}  # nothing of the demo stays in /dev/shm
+            self._process = subprocess.Popen(command, env=home, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
         self._groups.append(self._process.pid)
         log.info("agent started device=%s pid=%d", self.device, self._process.pid)
 

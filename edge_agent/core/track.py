@@ -130,7 +130,10 @@ class Track:
     With `fixed` the device does not move, and every reading gets the lane of that position, `fixed_lane`.
     """
 
-    def __init__(self, zones: Zones, rules: Rules, fixed: Position | None = None, fixes: Iterable[Fix] = ()) -> None:
+    def __init__(
+        self, zones: Zones, rules: Rules, fixed: Position | None = None, fixes: Iterable[Fix] = (), anchor: Position | None = None
+    ) -> None:
+        """`fixes` were stored before; `anchor` is the last position that was believed before a restart, if that is known."""
         self.zones, self.rules = zones, rules
         self._fixed = fixed
         self._fixes: list[Fix] = []
@@ -139,7 +142,14 @@ class Track:
         self._heard: tuple[int, int] | None = None  # the newest event time, and when it was received
         for fix in sorted(fixes, key=lambda f: f.time_us):
             self._insert(msgspec.structs.replace(fix, earlier=fix.time_us < rules.boot_us))
+        if anchor is not None:
+            self._anchor = Fix(anchor.time_us, zones.locate(anchor.lat, anchor.lon, anchor.accuracy_m), position=anchor)
         self.fixed_lane = self._fixed_lane()
+
+    @property
+    def anchor(self) -> Position | None:
+        """The last position that was believed."""
+        return None if self._anchor is None else self._anchor.position
 
     def adopt(self, zones: Zones) -> None:
         """A new policy: fixes with a known position are placed again; without one, they count only if no area has changed."""
@@ -244,11 +254,14 @@ class Track:
     def _distance(self, position: Position) -> tuple[float, float]:
         """The distance to an accepted neighbour in time, and what is possible; the neighbour that fits worst."""
         found = [(0.0, 0.0)]
-        for other in (self._before(position.time_us), self._after(position.time_us)):
-            if other is not None and other.position is not None:
+        place = bisect.bisect_right(self._fixes, position.time_us, key=lambda f: f.time_us)
+        sides = (reversed(self._fixes[:place]), iter(self._fixes[place:]))
+        others = [next((f.position for f in side if f.position is not None and not f.doubted), None) for side in sides]
+        for other in (*others, self.anchor):
+            if other is not None:
                 seconds = abs(position.time_us - other.time_us) / 1e6
-                possible_m = seconds * self.rules.speed_m_s_max + position.accuracy_m + other.position.accuracy_m
-                found.append((_metres(position, other.position), possible_m))
+                possible_m = seconds * self.rules.speed_m_s_max + position.accuracy_m + other.accuracy_m
+                found.append((_metres(position, other), possible_m))
         return max(found, key=lambda pair: pair[0] - pair[1])
 
     def _before(self, time_us: int) -> Fix | None:
@@ -257,10 +270,6 @@ class Track:
         listed = next((f for f in reversed(self._fixes[:place]) if not f.doubted), None)
         anchor = self._anchor if self._anchor is not None and self._anchor.time_us <= time_us else None
         return listed or anchor
-
-    def _after(self, time_us: int) -> Fix | None:
-        place = bisect.bisect_right(self._fixes, time_us, key=lambda f: f.time_us)
-        return next((f for f in self._fixes[place:] if not f.doubted), None)
 
     def _doubt(self, position: Position) -> Fix:
         """The fix that stands for two that contradict each other: the refused position, and the accepted one before it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -107,7 +108,7 @@ class Bench:
         """Start the agent and do not wait for it; `more` goes on its command line."""
         command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config), *more]
         with (self.path / "agent.log").open("ab") as log:
-            self.agent = subprocess.Popen(command, stderr=log)
+            self.agent = subprocess.Popen(command, stderr=log, env={**os.environ, "RUNTIME_DIRECTORY": str(self.path)})
 
     def start(self, *more: str) -> None:
         self.start_now(*more)

@@ -249,3 +249,17 @@ def test_places_are_those_of_the_fix_in_force(zones: Zones) -> None:
 def test_a_position_older_than_all_that_is_remembered_is_refused(zones: Zones) -> None:
     track = Track(zones, RULES, fixes=[Fix(s * S, "south") for s in range(100, 100 + FIXES_MAX)])
     assert track.take(at(99, -300)).reason is Reason.STALE_FIX
+
+
+def test_a_restart_does_not_make_a_spoofed_position_true(zones: Zones) -> None:
+    track = Track(zones, RULES)
+    fix = track.take(at(0, -300)).fix
+    assert fix is not None
+    track.take(at(10, 300))
+    assert track.anchor == at(0, -300)
+    lane_only = [stored(fix, Precision.ZONE_ONLY)]
+    assert Track(zones, RULES, fixes=lane_only).take(at(20, 300)).reason is None  # nothing to compare with
+    again = Track(zones, RULES, fixes=lane_only, anchor=track.anchor)
+    assert again.take(at(20, 300)).reason is Reason.IMPOSSIBLE_JUMP
+    assert lanes(again, 10, 20) == ["south", "north_south"]
+    assert again.take(at(30, -300)).reason is None
