@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,13 +57,17 @@ class Inspection:
     blocks: int = 0
     damaged_blocks: int = 0
     set_aside: int = 0
-    lanes: dict[str, Lane] = field(default_factory=lambda: defaultdict(Lane))
+    lanes: dict[str, Lane] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     repaired: bool = False
 
     @property
     def clean(self) -> bool:
         return not self.problems
+
+    def lane(self, name: str) -> Lane:
+        """What is known of a lane so far."""
+        return self.lanes.setdefault(name, Lane())
 
     def problem(self, text: str) -> None:
         """Note damage; of PROBLEMS_MAX or more only that there are more."""
@@ -74,7 +78,7 @@ class Inspection:
 
     def document(self) -> dict[str, Any]:
         """For people and for JSON."""
-        return {**asdict(self), "lanes": {name: asdict(lane) for name, lane in sorted(self.lanes.items())}, "clean": self.clean}
+        return {**asdict(self), "clean": self.clean}
 
 
 def inspect(path: Path, keys: Keys | None) -> Inspection:
@@ -160,15 +164,16 @@ def _read_tables(db: apsw.Connection, found: Inspection) -> dict[tuple[str, int]
     found.epoch = db.execute("SELECT value FROM meta WHERE key = 'epoch'").get
     found.set_aside = int(db.execute("SELECT count(*) FROM damaged").get or 0)
     for name, last, gone in db.execute("SELECT lane, last_sequence, gone FROM lanes"):
-        found.lanes[str(name)].last_sequence, found.lanes[str(name)].gone = int(last), int(gone)
+        lane = found.lane(str(name))
+        lane.last_sequence, lane.gone = int(last), int(gone)
     places: dict[tuple[str, int], tuple[Any, ...]] = {}
     for row in db.execute(_PLACES):
         if row[1] is None or row[7] not in (0, SETTLED):
             found.problem(f"place of block {row[0]}: no shelf, or neither waiting nor settled")
         places[row[1], row[3]] = row
     stored = {number for (number,) in db.execute("SELECT id FROM blocks")}
-    for lane, sequence in [key for key, row in places.items() if row[0] not in stored]:
-        found.problem(f"block {sequence} of lane {lane!r} has a place, but is not there")
+    for name, sequence in [key for key, row in places.items() if row[0] not in stored]:
+        found.problem(f"block {sequence} of lane {name!r} has a place, but is not there")
     return places
 
 
@@ -193,7 +198,7 @@ def _check_blocks(file: BufferFile, places: dict[tuple[str, int], tuple[Any, ...
 
 
 def _count(found: Inspection, block: Found) -> None:
-    lane = found.lanes[block.header.lane]
+    lane = found.lane(block.header.lane)
     found.blocks += 1
     lane.blocks += 1
     lane.waiting += not block.settled

@@ -2,8 +2,8 @@
 
 - What SQLite writes goes to a real file, which plays the page cache. Beside it stands a model of the platter: it takes a file's writes
   when the file is synced, and not before.
-- `fail_at` breaks the n-th write, sync or truncation, once. A broken sync does what Linux does: it reports the error, forgets that the
-  pages are dirty, and the next sync succeeds without writing them ("fsyncgate").
+- `fail_at` breaks the n-th write, sync or truncation, once or for a while. A broken sync does what Linux does: it reports the error,
+  forgets that the pages are dirty, and the next sync succeeds without writing them ("fsyncgate").
 - `power_cut` copies what the platter holds: whatever was not synced is gone. With `torn` some of it is there, in no order.
 - Names are durable at once: that a directory entry survives is left to the tests on real file systems.
 
@@ -78,14 +78,15 @@ class FaultyDisk(apsw.VFS):
         self.operations = 0
         self.failed: list[str] = []
         self._platters: dict[int, _Platter] = {}
-        self._fail_at: int | None = None
+        self._failing = range(0)
         self._error = DiskError.IO
         self._call_at: int | None = None
         self._act: Callable[[], None] = lambda: None
 
-    def fail_at(self, operation: int, error: DiskError) -> None:
-        """Let the n-th operation from now fail, n from 0; once."""
-        self._fail_at, self._error = self.operations + operation, error
+    def fail_at(self, operation: int, error: DiskError, times: int = 1) -> None:
+        """Let the n-th operation from now fail, n from 0, and those after it, `times` in all."""
+        first = self.operations + operation
+        self._failing, self._error = range(first, first + times), error
 
     def call_at(self, operation: int, act: Callable[[], None]) -> None:
         """Call `act` before the n-th operation from now."""
@@ -106,7 +107,7 @@ class FaultyDisk(apsw.VFS):
         if self.operations == self._call_at:
             self._act()
         self.operations += 1
-        if self.operations - 1 != self._fail_at:
+        if self.operations - 1 not in self._failing:
             return False
         self.failed.append(what)
         return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -21,7 +23,7 @@ from tests.faults.account import settle_accounts
 from tests.faults.mounts import LoopDisk, tmpfs
 
 HELD_S = 1.5
-FILL_MAX = 4_000
+FILL_MAX = 20_000
 
 pytestmark = pytest.mark.needs_root
 
@@ -36,8 +38,9 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def noisy(cycle: int) -> bytes:
-    """A reading that does not compress well."""
-    return reading(cycle, **{f"sensor_{i}": 500 + (cycle * 7919 * i % 100_003) / 1_000 for i in (2, 3, 4, 7, 9)})
+    """A reading that does not compress."""
+    chance, base = random.Random(cycle), json.loads(reading(cycle))
+    return reading(cycle, **{name: value * (1 + chance.random() / 1_000) for name, value in base.items() if name.startswith("sensor_")})
 
 
 def stored(bench: Bench) -> int:

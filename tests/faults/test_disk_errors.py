@@ -15,8 +15,9 @@ from tests.faults.disk import DiskError, faulty_disk
 from tests.faults.oracle import Name, check, draft, is_skip, moment, open_buffer
 
 APPENDS = 6
-ATTEMPTS_MAX = 5
-SAMPLE = 30  # operations broken in `make test`, of each kind
+ATTEMPTS_MAX = 50
+SAMPLE = 20  # operations broken in `make test`, of each kind
+TIMES = (1, 3, 25)  # how long the disk fails
 
 
 class Run:
@@ -71,10 +72,10 @@ def verify(image: Path, run: Run) -> None:
     shutil.rmtree(image)
 
 
-def break_at(tmp_path: Path, operation: int, error: DiskError, chance: random.Random) -> None:
+def break_at(tmp_path: Path, operation: int, error: DiskError, chance: random.Random, times: int = 1) -> None:
     run = Run(tmp_path / "run")
     with faulty_disk() as disk:
-        disk.fail_at(operation, error)
+        disk.fail_at(operation, error, times)
         run.go()
         assert disk.failed, f"operation {operation} was never asked for"
         disk.power_cut(run.path, tmp_path / "cut")
@@ -83,7 +84,7 @@ def break_at(tmp_path: Path, operation: int, error: DiskError, chance: random.Ra
         try:
             verify(tmp_path / image, run)
         except AssertionError as e:
-            raise AssertionError(f"{error} at operation {operation} ({disk.failed[0]}), {image}: {e}") from e
+            raise AssertionError(f"{times} x {error} from operation {operation} ({disk.failed[0]}), {image}: {e}") from e
     verify(run.path, run)  # without a power cut
 
 
@@ -113,7 +114,7 @@ def test_an_error_at_a_random_operation_loses_and_doubles_nothing(tmp_path: Path
     chance, total = random.Random(seed), operations(tmp_path)
     for error in DiskError:
         for operation in chance.sample(range(total), SAMPLE):
-            break_at(tmp_path, operation, error, chance)
+            break_at(tmp_path, operation, error, chance, chance.choice(TIMES))
 
 
 def test_a_power_cut_before_a_random_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
@@ -128,5 +129,6 @@ def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tm
     print(f"{total} operations, each broken with {', '.join(DiskError)}, and each preceded by a power cut")
     for operation in range(total):
         for error in DiskError:
-            break_at(tmp_path, operation, error, chance)
+            for times in TIMES:
+                break_at(tmp_path, operation, error, chance, times)
         cut_at(tmp_path, operation, chance)
