@@ -129,6 +129,7 @@ class World:
         self.stored_at[(lane, block.sequence)] = self.now
         if offer:
             self.uplink.offer([block])
+            self._turn_at = self.now  # what comes into the inbox wakes the uplink
 
     def feed(self, lane: str, every_s: float, size: int, until: float) -> None:
         """Store a block every `every_s` until then."""
