@@ -97,6 +97,8 @@ class Crowd:
         if peer.state in (State.LEAVING, State.TLS):
             self.drop(peer)
             return
+        self.held -= peer.decoder.held
+        peer.decoder.discard()
         peer.leave(farewell, time.monotonic())
         self.attend(peer)
 

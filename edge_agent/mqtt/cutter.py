@@ -75,6 +75,10 @@ class Cutter(Generic[P]):
         """Bytes kept because their packet is not whole yet, or was not asked for."""
         return self._held
 
+    def discard(self) -> None:
+        """Let go of what is held; the cutter is of no more use."""
+        self._pieces, self._held = [], 0
+
     def feed(self, data: bytes, packets_max: int = 65_536) -> Frames[P]:
         """Take the next piece of the stream; gives at most `packets_max` packets.
 

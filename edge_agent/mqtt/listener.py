@@ -310,7 +310,7 @@ class Listener:
         if peer.state is State.OPEN:
             peer.flush()
         self._crowd.attend(peer)
-        if self._crowd.held > self._config.held_bytes_max:
+        while self._crowd.held > self._config.held_bytes_max:
             greedy = self._crowd.greediest()
             self._dismiss(greedy, QUOTA_EXCEEDED, f"{greedy.decoder.held} bytes of packets that are not whole")
 
