@@ -409,7 +409,7 @@ class Outbox(Generic[B]):
         pipe, flight = self._pipes.get(standby), self._lanes[block.lane].flights[block.sequence]
         if pipe is None or standby in flight.at or pipe.is_late(now):
             return False
-        return pipe.bytes + len(block.block) <= self._limits.inflight_bytes_max
+        return pipe.blocks < self._limits.inflight_blocks_max and pipe.bytes + len(block.block) <= self._limits.inflight_bytes_max
 
     def _return_hedges(self, late_endpoint: str) -> None:
         """The endpoint did not answer any more: what went elsewhere for it had to."""

@@ -70,7 +70,7 @@ def _delays(world: World, since: float) -> list[float]:
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.DEAF, Mode.DEAD])
 def test_no_block_waits_longer_than_the_deadline_when_an_endpoint_fails(seed: int, mode: Mode) -> None:
     world = _pair(seed)
-    for _ in range(10):
+    for _ in range(5):
         since = world.now
         world.feed("atlantic", 0.02, 300, since + 6.0)
         world.run(world.rng.uniform(0.5, 1.0))
@@ -120,7 +120,7 @@ def test_a_lossy_link_is_kept(seed: int) -> None:
     world = _pair(seed)
     for site in world.endpoints.values():
         site.round_trip_s, site.loss = 0.05, 0.05
-    minutes = 4
+    minutes = 3
     world.feed("atlantic", 0.02, 300, world.now + 60 * minutes)
     for _ in range(minutes):
         world.run(60.0)
@@ -145,7 +145,7 @@ def test_satellite_link_is_not_taken_for_a_dead_one(seed: int) -> None:
 @pytest.mark.parametrize("mode", [Mode.BLACK_HOLE, Mode.DEAD])
 def test_only_endpoint_is_in_use_again_soon_after_an_outage(seed: int, mode: Mode) -> None:
     waits = []
-    for run in range(5):
+    for run in range(3):
         world = World(seed + run, {"atlantic": ("eu",)}, ("eu",))
         world.feed("atlantic", 0.1, 300, world.now + 46.0)
         world.run(6.0)
@@ -159,7 +159,7 @@ def test_only_endpoint_is_in_use_again_soon_after_an_outage(seed: int, mode: Mod
         world.run(2.0)
         assert world.waiting() == 0
     assert max(waits) < (1.1 if mode is Mode.DEAD else 8.1)  # at worst, an attempt that began just before is waited for
-    assert sorted(waits)[2] < 2.2
+    assert sorted(waits)[1] < 2.2
 
 
 def test_live_blocks_are_not_held_up_behind_the_backlog_of_a_slow_link(seed: int) -> None:
