@@ -61,6 +61,22 @@ def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
     assert config.state_dir == tmp_path / "state"
 
 
+def test_uplink_settings_reach_the_state_machines(tmp_path: Path) -> None:
+    text = """[uplink]
+deadline_ms_min = 60
+hedge_share_max = 0.2
+heartbeat_s = 5
+failback_s = 3
+backoff_s_max = 8
+replay_bytes_per_s = 20000
+
+[position]"""
+    config = uplink_config(load(write(tmp_path, f"[position]=>{text}")))
+    limits = config.limits
+    assert (limits.deadline.floor_s, limits.hedge_share_max, limits.heartbeat_s, limits.replay_bytes_per_s) == (0.06, 0.2, 5.0, 20_000.0)
+    assert (config.routing.failback_s, config.routing.backoff_max_s) == (3.0, 8.0)
+
+
 def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
     config = load(write(tmp_path, 'source = "static"\nlat = 50.0\nlon = 9.0=>source = "gpsd"\nspeed_m_s_max = 40.0'))
     position = config.settings.position
