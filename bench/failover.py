@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import sys
 import tempfile
@@ -65,6 +66,8 @@ def options(parser: argparse.ArgumentParser) -> None:
 def measure(arguments: argparse.Namespace) -> Report:
     """Run everything and check what may never happen."""
     faults = [name for name in arguments.faults.split(",") if name]
+    if os.geteuid() != 0:
+        raise SystemExit("failover needs root: it makes network namespaces")
     unknown = [name for name in faults if name not in ALL]
     if unknown:
         raise SystemExit(f"no such fault: {', '.join(unknown)}; there are {', '.join(ALL)}")
