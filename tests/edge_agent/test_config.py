@@ -12,6 +12,7 @@ from edge_agent.addresses import Listen, Subscription, covers
 from edge_agent.cli import main
 from edge_agent.config import gpsd_address, load
 from edge_agent.contract.errors import ConfigError
+from edge_agent.agent import _uplink_config
 from edge_agent.core.track import Precision
 
 CONTRACTS = Path(__file__).parents[2] / "contracts"
@@ -71,7 +72,7 @@ backoff_s_max = 8
 replay_bytes_per_s = 20000
 
 [position]"""
-    config = uplink_config(load(write(tmp_path, f"[position]=>{text}")))
+    config = _uplink_config(load(write(tmp_path, f"[position]=>{text}")))
     limits = config.limits
     assert (limits.deadline.floor_s, limits.hedge_share_max, limits.heartbeat_s, limits.replay_bytes_per_s) == (0.06, 0.2, 5.0, 20_000.0)
     assert (config.routing.failback_s, config.routing.backoff_max_s) == (3.0, 8.0)
