@@ -10,7 +10,7 @@ from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
 from tests.edge_agent.gateway import Bench
 
-QUIET_S = 3.0  # the sensors' broker delivers again what was not acknowledged
+QUIET_S = 2.0  # the sensors' broker delivers again what was not acknowledged
 PATIENCE_S = 90.0
 
 
