@@ -137,7 +137,7 @@ class Track:
         self.zones, self.rules = zones, rules
         self._fixed = fixed
         self._fixes: list[Fix] = []
-        self._anchor: Fix | None = None  # the newest accepted fix with a position, though doubted ones may have crowded it out
+        self._anchor: Fix | None = None  # the last accepted fix with a position, though doubted ones may have crowded it out
         self._arrived: Fix | None = None  # the last one taken
         self._heard: tuple[int, int] | None = None  # the newest event time, and when it was received
         for fix in sorted(fixes, key=lambda f: f.time_us):
@@ -346,7 +346,7 @@ class Track:
         else:
             self._fixes.insert(place, fix)
         del self._fixes[:-FIXES_MAX]
-        if not fix.doubted and fix.position is not None and (self._anchor is None or fix.time_us >= self._anchor.time_us):
+        if not fix.doubted and fix.position is not None:
             self._anchor = fix
 
     def _fixed_lane(self) -> str | None:

@@ -188,7 +188,7 @@ def test_a_fix_from_the_far_future_does_not_decide_alone_where_the_device_is(zon
     track.take(at(10**9, 300))
     track.take(at(10, -300))
     assert track.lane_now() == "north_south"
-    assert lanes(track, 11) == ["south"]
+    assert lanes(track, 11) == ["south"] and track.anchor == at(10, -300)
 
 
 def test_what_has_no_event_time_is_placed_by_the_time_that_has_passed(zones: Zones) -> None:
