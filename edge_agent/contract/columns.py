@@ -141,9 +141,10 @@ def decode_columns(data: bytes, rows: int) -> Table:
 
 def _encode_column(name: str, column: Column) -> tuple[_Spec, list[bytes]]:
     if isinstance(column, Strings):
-        used, codes = np.unique(column.codes, return_inverse=True)
-        spec = _Spec(name, "s", values=[column.values[c] for c in used.tolist()])
-        return spec, [_pack(codes.astype(np.int64), spec)]
+        used = np.zeros(len(column.values), np.int64)
+        used[column.codes] = 1
+        spec = _Spec(name, "s", values=[column.values[c] for c in np.flatnonzero(used).tolist()])
+        return spec, [_pack((used.cumsum() - 1)[column.codes], spec)]
     if column.dtype == np.int64:
         spec = _Spec(name, "i")
         return spec, [_pack(column, spec)]  # type: ignore[arg-type]
@@ -169,11 +170,12 @@ def _as_decimal(values: Floats) -> tuple[Ints, int] | None:
     """Integers k and a scale such that k / 10**scale equals `values` in every bit, or None."""
     if not len(values):
         return np.zeros(0, np.int64), 0
-    if not np.isfinite(values).all() or np.abs(values).max() >= _EXACT_MAX:
+    if not np.abs(values).max() < _EXACT_MAX:  # so it is for NaN too
         return None
-    sample = values[:: max(1, len(values) // 16)]
+    step = max(1, len(values) // 16)
+    sample = values[::step]
     for scale in range(_SCALE_MAX + 1):
-        if _decimal(sample, scale) is not None and (integers := _decimal(values, scale)) is not None:
+        if (step == 1 or _decimal(sample, scale) is not None) and (integers := _decimal(values, scale)) is not None:
             return integers, scale
     return None
 
@@ -191,15 +193,20 @@ def _decimal(values: Floats, scale: int) -> Ints | None:
 
 def _pack(integers: Ints, spec: _Spec) -> bytes:
     """Difference, zigzag and shuffle; notes order and width in `spec`. Differences wrap, so nothing is lost."""
-    candidates = [integers]
-    for _ in range(2):
-        candidates.append(np.diff(candidates[-1], prepend=np.int64(0)))
+    candidates = [integers, first := _differences(integers), _differences(first)]
     spec.order = int(np.argmin([np.abs(c.astype(np.float64)).sum() for c in candidates]))
     chosen = candidates[spec.order]
     zigzag = ((chosen << 1) ^ (chosen >> 63)).view(np.uint64)
     top = int(zigzag.max()) if len(zigzag) else 0
     spec.width = (top.bit_length() + 7) // 8
     return _shuffle(zigzag, spec.width)
+
+
+def _differences(integers: Ints) -> Ints:
+    """Each less the one before it, the first less 0 (what `np.diff` with `prepend` takes much longer for)."""
+    differences = integers.copy()
+    differences[1:] -= integers[:-1]
+    return differences
 
 
 def _shuffle(words: npt.NDArray[np.uint64], width: int) -> bytes:
