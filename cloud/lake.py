@@ -27,7 +27,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from cloud.clocks import Boot, Clocks, Place, correct
-from cloud.rows import ORDER, Contracts, schema, stamped, to_rows
+from cloud.rows import ORDER, Contracts, Shifted, schema, stamped, to_rows
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, UnavailableError
@@ -107,8 +107,7 @@ class Lake:
                     self._sync(handle)
                 fresh = [(h, t) for h, t in group if h.sequence not in self._settled[h.identity[:3]]]
                 if fresh:
-                    rows = pa.concat_tables([self._rows(region, h, t, received_us) for h, t in fresh], promote_options="default")
-                    self._commit(handle, rows, [h for h, _ in fresh])
+                    self._commit(handle, self._rows(region, fresh, received_us), [h for h, _ in fresh])
                 return [h.identity for h, _ in fresh]
             except CommitFailedError as e:
                 log.info("commit repeated stream=%s lane=%s attempt=%d reason=%s", stream, lane, attempt + 1, e)
@@ -118,8 +117,13 @@ class Lake:
                 raise UnavailableError(f"lake {stream}/{lane} did not commit {len(group)} blocks: {e}") from e
         raise UnavailableError(f"lake {stream}/{lane}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
 
-    def _rows(self, region: str, header: BlockHeader, table: Table, received_us: int) -> pa.Table:
-        return to_rows(self._contract(header), region, header, table, received_us, self._clocks.shift(header))
+    def _rows(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], received_us: int) -> pa.Table:
+        """The rows of blocks of one stream; those of one contract version are built together."""
+        versions: defaultdict[str, list[Shifted]] = defaultdict(list)
+        for header, table in blocks:
+            versions[header.contract_version].append((header, table, self._clocks.shift(header)))
+        parts = [to_rows(self._contract(group[0][0]), region, group, received_us) for group in versions.values()]
+        return pa.concat_tables(parts, promote_options="default")
 
     def _contract(self, header: BlockHeader) -> StreamContract:
         contract = self.contracts.get(header)

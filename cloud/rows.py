@@ -11,13 +11,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from edge_agent.contract.block import LATITUDE, LONGITUDE, ORDINAL, SCORE, BlockHeader
-from edge_agent.contract.columns import Column, Strings, Table
+from edge_agent.contract.columns import Column, Strings, Table, concat
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
 
@@ -49,6 +49,10 @@ _META = pa.schema(
         ("received_at", TIME),
     ]
 )
+
+
+Shifted = tuple[BlockHeader, Table, int | None]
+"""A block, and the correction of its device's clock, if that is known."""
 
 
 class Contracts:
@@ -88,40 +92,55 @@ def stamped(contract: StreamContract) -> tuple[str, ...]:
     return (contract.event_time,) if contract in AGENT_STREAMS else ()
 
 
-def to_rows(
-    contract: StreamContract, region: str, header: BlockHeader, table: Table, received_us: int, shift_us: int | None = None
-) -> pa.Table:
-    """The rows of a checked block that `region` received at `received_us`; `shift_us` corrects the device's clock."""
-    n = header.rows
-    if shift_us is not None:
-        table = {**table, **{name: _shifted(table[name], shift_us) for name in stamped(contract)}}
-    columns = {f.name: _array(table[f.name], f.type) for f in contract.fields}
+def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], received_us: int) -> pa.Table:
+    """The rows of checked blocks of one stream and version that `region` received at `received_us`.
+
+    They are built together: a table of its own for each block would cost a millisecond each.
+    """
+    headers, counts = [h for h, _, _ in blocks], [h.rows for h, _, _ in blocks]
+    tables = [_corrected(contract, table, shift_us) for _, table, shift_us in blocks]
+    block = pa.array(np.repeat(np.arange(len(blocks)), counts))
+
+    def each(values: Iterable[object], kind: pa.DataType) -> pa.Array:
+        return pa.array(list(values), kind).take(block)
+
+    columns = {f.name: _array(_stack([t[f.name] for t in tables]), f.type) for f in contract.fields}
     meta = {
-        **{name: _optional(table, name, n) for name in (SCORE, LATITUDE, LONGITUDE)},
-        "device": _constant(header.device, n),
-        "epoch": _constant(header.epoch, n),
-        "lane": _constant(header.lane, n),
-        "sequence": pa.array(np.full(n, header.sequence, np.int64)),
-        "row": pa.array(np.arange(n, dtype=np.int64)),
-        ORDINAL: _array(table[ORDINAL], FieldType.INTEGER),
-        "contract_version": _constant(header.contract_version, n),
-        "model": _constant(header.model, n),
-        "policy": _constant(header.policy, n),
-        "fix": _constant(str(header.fix), n),
-        "region": _constant(region, n),
-        "boot": _constant(header.boot, n),
-        "monotonic_us": pa.repeat(pa.scalar(header.monotonic_us, pa.int64()), n),
-        "clock_synced": pa.repeat(pa.scalar(header.clock_synced or shift_us is not None), n),
-        "clock_shift_us": pa.repeat(pa.scalar(shift_us, pa.int64()), n),
-        "sealed_at": pa.repeat(pa.scalar(header.sealed_us + (shift_us or 0), TIME), n),
-        "received_at": pa.repeat(pa.scalar(received_us, TIME), n),
+        **{name: _optional(tables, name, counts) for name in (SCORE, LATITUDE, LONGITUDE)},
+        "device": each((h.device for h in headers), pa.string()),
+        "epoch": each((h.epoch for h in headers), pa.string()),
+        "lane": each((h.lane for h in headers), pa.string()),
+        "sequence": each((h.sequence for h in headers), pa.int64()),
+        "row": pa.array(np.concatenate([np.arange(n, dtype=np.int64) for n in counts])),
+        ORDINAL: _array(_stack([t[ORDINAL] for t in tables]), FieldType.INTEGER),
+        "contract_version": each((h.contract_version for h in headers), pa.string()),
+        "model": each((h.model for h in headers), pa.string()),
+        "policy": each((h.policy for h in headers), pa.string()),
+        "fix": each((str(h.fix) for h in headers), pa.string()),
+        "region": each((region for _ in headers), pa.string()),
+        "boot": each((h.boot for h in headers), pa.string()),
+        "monotonic_us": each((h.monotonic_us for h in headers), pa.int64()),
+        "clock_synced": each((h.clock_synced or shift_us is not None for h, _, shift_us in blocks), pa.bool_()),
+        "clock_shift_us": each((shift_us for _, _, shift_us in blocks), pa.int64()),
+        "sealed_at": each((h.sealed_us + (shift_us or 0) for h, _, shift_us in blocks), TIME),
+        "received_at": each((received_us for _ in headers), TIME),
     }
     return pa.table({**columns, **meta}, schema=schema(contract))
+
+
+def _corrected(contract: StreamContract, table: Table, shift_us: int | None) -> Table:
+    if shift_us is None:
+        return table
+    return {**table, **{name: _shifted(table[name], shift_us) for name in stamped(contract)}}
 
 
 def _shifted(column: Column, shift_us: int) -> Column:
     assert not isinstance(column, Strings)
     return column + shift_us
+
+
+def _stack(parts: list[Column]) -> Column:
+    return concat([{"": part} for part in parts])[""]
 
 
 _KINDS = {FieldType.STRING: "text", FieldType.INTEGER: "int64", FieldType.NUMBER: "float64", FieldType.TIMESTAMP: "int64"}
@@ -139,9 +158,9 @@ def _array(column: Column, kind: FieldType) -> pa.Array:
     return pa.array(column, from_pandas=True)
 
 
-def _optional(table: Table, name: str, rows: int) -> pa.Array:
-    return _array(table[name], FieldType.NUMBER) if name in table else pa.nulls(rows, pa.float64())
-
-
-def _constant(text: str | None, rows: int) -> pa.Array:
-    return pa.repeat(pa.scalar(text, pa.string()), rows)
+def _optional(tables: Sequence[Table], name: str, counts: Sequence[int]) -> pa.Array:
+    """A column that blocks may leave out."""
+    if not any(name in table for table in tables):
+        return pa.nulls(sum(counts), pa.float64())
+    parts = [table[name] if name in table else np.full(n, np.nan) for table, n in zip(tables, counts, strict=True)]
+    return _array(_stack(parts), FieldType.NUMBER)
