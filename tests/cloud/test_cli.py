@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -158,3 +159,48 @@ def test_train_passes_the_pipelines_answer_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cloud.cli", "--project", str(ROOT), "--state", str(tmp_path), "train", "--set", "nonsense"]
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 2 and "nonsense" in done.stderr
+
+
+def test_a_policy_is_published_once_and_shown(run: Run, tmp_path: Path) -> None:
+    shown = answer(run("policy", "show", "--json"))
+    assert shown["version"] is None and shown["zones"]["canada"] == ["us", "eu"]
+    zones = ROOT / "contracts/zones.geojson"
+    code, _, err = run("policy", "publish", str(zones))
+    assert code == 2 and "fenceline keys init" in err
+    answer(run("keys", "init", "--json"))
+    answer(run("device", "add", "plane-01", "--json"))
+    first = answer(run("policy", "publish", str(zones), "--json"))
+    assert first["version"] == 1 and answer(run("policy", "publish", str(zones), "--json")) == first
+    stricter = tmp_path / "stricter.geojson"
+    stricter.write_bytes(zones.read_bytes().replace(b'["us", "eu"]', b'["us"]'))
+    assert answer(run("policy", "publish", str(stricter), "--json"))["version"] == 2
+    assert answer(run("policy", "publish", str(zones), "--json"))["version"] == 3  # back again: a new version
+    answer(run("policy", "publish", str(stricter), "--json"))
+    shown = answer(run("policy", "show", "--json"))
+    assert (shown["version"], shown["zones"]["canada"], shown["behind"]) == (4, ["us"], ["plane-01"])
+    code, out, _ = run("policy", "show")
+    assert code == 0 and "version 4" in out and "plane-01" in out
+    answer(run("device", "add", "plane-02", "--json"))
+    assert (tmp_path / "state/devices/plane-02/zones.geojson").read_bytes() == stricter.read_bytes()
+    refused = answer(run("status", "--json"))["refused"]
+    assert refused == {}  # a publication is no refusal
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("", ""), "cannot read"),
+        (('"us", "eu"', '"moon"'), "names endpoints moon; the regions .* are eu, us"),
+        (("Polygon", "Line"), "geometry must be"),
+    ],
+)
+def test_a_policy_that_cannot_be_in_force_is_refused_before_anything_changes(
+    run: Run, tmp_path: Path, change: tuple[str, str], says: str
+) -> None:
+    answer(run("keys", "init", "--json"))
+    path = tmp_path / "zones.geojson"
+    if change[0]:
+        path.write_text((ROOT / "contracts/zones.geojson").read_text().replace(*change))
+    code, _, err = run("policy", "publish", str(path))
+    assert code == 2 and re.search(says, err), err
+    assert answer(run("policy", "show", "--json"))["version"] is None
