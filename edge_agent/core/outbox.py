@@ -4,8 +4,9 @@ A state machine without clock or network: times are arguments (seconds, monotoni
 
 - Order: blocks that were under way on a lost link, then live ones (the newest first), then those whose receipt is
   overdue, then the backlog. Of several lanes, the one that had the fewest bytes of late goes first.
-- The last two leave part of every limit to the live blocks, have under way what the link carries in `backlog_queue_s` and
-  no more, so that a live block never waits long behind them, and may be throttled to `replay_bytes_per_s`.
+- The last two leave part of every limit to the live blocks, have under way what the link carries in `backlog_queue_s` and what the
+  lake commits at a time or two (`unreceipted_backlog_max`), so that a live block never waits long behind them on the link or in the
+  lake's queue. They may be throttled to `replay_bytes_per_s`.
 - A block is under way until a receipt settles it. The endpoint's PUBACK only makes room for the next.
 - A block without a receipt `receipt_timeout_s` after its PUBACK goes again, then with doubled times.
 - A block without a PUBACK after its deadline also goes to the lane's standby (a hedge), if that one answers. Hedges may take
@@ -57,6 +58,7 @@ class OutboxLimits:
     inflight_blocks_max: int = 512
     inflight_bytes_max: int = 8 * MIB
     unreceipted_blocks_max: int = 2_048
+    unreceipted_backlog_max: int = 512
     live_blocks_max: int = 256
     live_bytes_max: int = 8 * MIB
     backlog_share: float = 0.75
@@ -459,7 +461,8 @@ class Outbox(Generic[B]):
             if not self._may_replay(now):
                 return False
             share = limits.backlog_share
-            blocks_max, flights_max = max(1, int(share * blocks_max)), max(1, int(share * flights_max))
+            blocks_max = max(1, int(share * blocks_max))
+            flights_max = max(1, min(limits.unreceipted_backlog_max, int(share * flights_max)))
             window = max(limits.backlog_bytes_min, pipe.trips.window_bytes(limits.backlog_queue_s, now))
             bytes_max = min(share * bytes_max, window)
         if pipe.blocks >= blocks_max or pipe.bytes >= bytes_max:
