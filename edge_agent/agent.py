@@ -341,6 +341,7 @@ def _rules(config: AgentConfig) -> Rules:
         speed_m_s_max=position.speed_m_s_max,
         hysteresis_m=position.hysteresis_m,
         null_island_refused=position.null_island_refused,
+        accuracy_m_min=position.accuracy_m,
         boot_us=round((time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) * 1e6),
     )
 

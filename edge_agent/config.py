@@ -58,7 +58,7 @@ class PositionSettings(Settings, frozen=True, kw_only=True):
     position that cannot have been reached at that speed is not believed. Set it to the fastest that this device can move.
     `home` names the zone of readings captured before the first fix since boot; without it they wait in the lane `nowhere`.
     `hysteresis_m`: so far inside a zone must a fix be to leave the lane of both, after it was near the border. `accuracy_m`: of the static
-    position, or the least that gpsd's are taken for. See core.track.
+    position, or the least that any other is taken for. See core.track.
     """
 
     source: Literal["static", "mqtt", "gpsd"]

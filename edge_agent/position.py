@@ -1,7 +1,7 @@
 """Position messages from MQTT: `{"ts": s, "lat": deg, "lon": deg, "accuracy_m": m}`.
 
 `ts` is the time of the fix in seconds since 1970 UTC, on the same clock as the readings' event time. `accuracy_m` is the radius of the
-circle that the device is surely in; without it the position counts as exact.
+circle that the device is surely in; without it the position counts as exact, or as good as the setting `position.accuracy_m`.
 """
 
 from __future__ import annotations

@@ -114,13 +114,17 @@ def from_text(time_us: int, text: str) -> Fix:
 
 @dataclass(frozen=True)
 class Rules:
-    """The operator's rules for fixes. `boot_us` is the wall time of the device's boot: older stored fixes are of an earlier one."""
+    """The operator's rules for fixes. No fix is taken for better than `accuracy_m_min`.
+
+    `boot_us` is the wall time of the device's boot: older stored fixes are of an earlier one.
+    """
 
     max_age_s: float = 600.0
     home: str | None = None
     speed_m_s_max: float = 350.0
     hysteresis_m: float = 50.0
     null_island_refused: bool = False
+    accuracy_m_min: float = 0.0
     boot_us: int = 0
 
 
@@ -139,9 +143,11 @@ class Track:
         self._fixes: list[Fix] = []
         self._anchor: Fix | None = None  # the last accepted fix with a position, though doubted ones may have crowded it out
         self._arrived: Fix | None = None  # the last one taken
+        self._forgotten = False
         self._heard: tuple[int, int] | None = None  # the newest event time, and when it was received
         for fix in sorted(fixes, key=lambda f: f.time_us):
             self._insert(msgspec.structs.replace(fix, earlier=fix.time_us < rules.boot_us))
+        self._forgotten |= len(self._fixes) == FIXES_MAX  # the disk keeps no more either
         if anchor is not None:
             self._anchor = Fix(anchor.time_us, zones.locate(anchor.lat, anchor.lon, anchor.accuracy_m), position=anchor)
         self.fixed_lane = self._fixed_lane()
@@ -168,6 +174,8 @@ class Track:
         problem = self._problem(position, now_us)
         if problem is not None:
             return Taken(None, *problem)
+        if position.accuracy_m < self.rules.accuracy_m_min:
+            position = msgspec.structs.replace(position, accuracy_m=self.rules.accuracy_m_min)
         apart_m, possible_m = self._distance(position)
         if apart_m > possible_m:
             fix = self._doubt(position)
@@ -326,6 +334,8 @@ class Track:
     def _steps(self, first_us: int, last_us: int) -> Iterator[tuple[int, str | None]]:
         """The lanes in force from each time on, for event times in this range; None: as without a fix."""
         first, last = self._range(first_us, last_us)
+        if self._forgotten and first_us < self._fixes[0].time_us:
+            yield first_us, NOWHERE  # there were fixes then: it is not as without any
         for i in range(first, last):
             fix = self._fixes[i]
             until = self._fixes[i + 1].time_us if i + 1 < len(self._fixes) else fix.time_us + 2 * self._max_age_us + 2
@@ -345,6 +355,7 @@ class Track:
             self._fixes[place] = fix
         else:
             self._fixes.insert(place, fix)
+        self._forgotten |= len(self._fixes) > FIXES_MAX
         del self._fixes[:-FIXES_MAX]
         if not fix.doubted and fix.position is not None:
             self._anchor = fix

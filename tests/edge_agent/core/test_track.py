@@ -263,3 +263,22 @@ def test_a_restart_does_not_make_a_spoofed_position_true(zones: Zones) -> None:
     assert again.take(at(20, 300)).reason is Reason.IMPOSSIBLE_JUMP
     assert lanes(again, 10, 20) == ["south", "north_south"]
     assert again.take(at(30, -300)).reason is None
+
+
+def test_home_is_not_for_readings_from_before_what_is_remembered(zones: Zones) -> None:
+    rules = Rules(home="south")
+    track = Track(zones, rules, fixes=[Fix((100 + s) * S, "north") for s in range(FIXES_MAX - 1)])
+    assert lanes(track, 99, 100) == ["south", "north"]  # before the first fix
+    track.take(at(100 + FIXES_MAX, 300))
+    track.take(at(101 + FIXES_MAX, 300))
+    assert lanes(track, 99, 101) == [NOWHERE, "north"]  # there were fixes then, forgotten now
+    restarted = Track(zones, rules, fixes=[Fix((100 + s) * S, "north") for s in range(FIXES_MAX)])
+    assert lanes(restarted, 99) == [NOWHERE]
+
+
+def test_no_fix_is_taken_for_better_than_the_operator_allows(zones: Zones) -> None:
+    track = Track(zones, Rules(accuracy_m_min=5_000.0))
+    fix = track.take(at(0, 4.0)).fix
+    assert fix is not None and fix.lane == "north_south"
+    fix = track.take(at(1_000, 30.0, accuracy_m=20_000.0)).fix
+    assert fix is not None and fix.position is not None and fix.position.accuracy_m == 20_000.0
