@@ -114,11 +114,7 @@ class Trial:
 
     def _one_gone(self, fault: str, run: int, found: Series, idle: bool) -> None:
         """One run of a fault that takes the endpoint away which carries the lane."""
-        if not idle:
-            time.sleep(self._chance.uniform(AFTER_S, AFTER_S + 0.1))
-        target, spare = self._forwarder.route()
-        if target is None or spare is None:
-            raise RuntimeError(f"not warm when it was to be struck: {self._forwarder.route()}")
+        target, spare = self._warm_route()
         broker, mark = self._site.brokers[target], len(self._site.lake.arrivals)
         struck = strike(fault, broker, run)
         if idle:
@@ -195,6 +191,15 @@ class Trial:
         """The longest time without a commit from just before `since` until now."""
         commits = [c for c in self._site.lake.commits[-50_000:] if c >= since - AFTER_S]
         return max((b - a) * 1e3 for a, b in itertools.pairwise(commits))
+
+    def _warm_route(self) -> tuple[str, str]:
+        """The endpoint and its standby, once all has been warm for AFTER_S and somewhat more."""
+        while True:
+            self._wait_until_warm()
+            time.sleep(self._chance.uniform(AFTER_S, AFTER_S + 0.1))
+            target, spare = self._forwarder.route()
+            if target is not None and spare is not None:
+                return target, spare
 
     def _wait_until_warm(self) -> None:
         ingests = self._site.ingests.values()
