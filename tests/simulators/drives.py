@@ -15,7 +15,7 @@ import random
 from dataclasses import dataclass, field
 
 from edge_agent.contract.block import NOWHERE
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 from edge_agent.core.zones import Zones
 
 START_S = 1_700_000_000

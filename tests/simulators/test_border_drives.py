@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from edge_agent.contract.errors import Reason
+from edge_agent.core.fix import Position, Rules
 from edge_agent.core.routing import Router, RoutingConfig
-from edge_agent.core.track import Position, Rules, Track
+from edge_agent.core.track import Track
 from edge_agent.core.zones import Zones, parse_zones
 from tests.simulators.drives import SPEED_M_S_MAX, START_S, Sample, allowed, drive
 

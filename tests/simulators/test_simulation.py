@@ -1,0 +1,61 @@
+"""Seeded worlds full of accidents: whatever happens, what was acknowledged is not lost, and goes nowhere it may not go.
+
+A failure names its seed: FENCELINE_WORLD=seed repeats that one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.simulators.world import World, world
+
+WORLDS, WORLDS_LONG = 50, int(os.environ.get("FENCELINE_RUNS", "1000"))
+STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Worlds log much, and have a trace of their own."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def live(seed: int) -> World:
+    with tempfile.TemporaryDirectory(prefix="world-") as folder, world(seed, Path(folder)) as made:
+        made.live(STEPS)
+        made.settle_down()
+    return made
+
+
+def worlds(seed: int, count: int) -> None:
+    given = os.environ.get("FENCELINE_WORLD")
+    crashes = acknowledged = blocks = copies = 0
+    for number in [int(given)] if given else range(seed, seed + count):
+        print(f"world {number}")
+        made = live(number)
+        crashes, acknowledged = crashes + made.device.crashes, acknowledged + len(made.acknowledged)
+        blocks, copies = blocks + len(made.cloud.lake.blocks), copies + made.cloud.lake.copies
+    print(f"{count} worlds: {crashes} crashes, {acknowledged} messages acknowledged, {blocks} blocks in the lakes, {copies} copies refused")
+
+
+def test_promises_hold_in_every_world(seed: int) -> None:
+    worlds(seed, WORLDS)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(14_400)
+def test_promises_hold_in_a_thousand_worlds(seed: int) -> None:
+    worlds(seed, WORLDS_LONG)
+
+
+def test_a_world_repeats_from_its_seed(seed: int) -> None:
+    first, again = live(seed), live(seed)
+    assert first.trace == again.trace
+    assert first.acknowledged == again.acknowledged and first.now == again.now
