@@ -31,8 +31,9 @@ from edge_agent.config import AgentConfig, gpsd_address
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
 from edge_agent.core.deadline import DeadlineLimits
+from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.outbox import OutboxLimits
-from edge_agent.core.track import Precision, Rules, Track
+from edge_agent.core.track import Track
 from edge_agent.datapath import DataPath
 from edge_agent.fence import Fence
 from edge_agent.gpsd import Gpsd

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from edge_agent.contract.errors import UNREADABLE
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 
 log = logging.getLogger(__name__)
 

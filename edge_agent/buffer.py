@@ -36,9 +36,10 @@ from edge_agent.contract.columns import Table, concat, take
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt
 from edge_agent.contract.stream import LOSSES
+from edge_agent.core.fix import Fix, from_text, to_text
 from edge_agent.core.ledger import Loss, coalesce, loss_table, read_losses
 from edge_agent.core.retention import FillForecast, Place, choose, portion
-from edge_agent.core.track import FIXES_MAX, Fix, from_text, to_text
+from edge_agent.core.track import FIXES_MAX
 from edge_agent.draft import BufferState, Draft, LaneState, Retention, Sealed, StoredBlock, seal_block
 from edge_agent.opening import load
 from edge_agent.salvage import OWED, SKIP, resume, salvage, skipped

@@ -31,8 +31,8 @@ from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
+from edge_agent.core.fix import Position, Precision
 from edge_agent.core.settings import parse_settings
-from edge_agent.core.track import Position, Precision
 from edge_agent.core.zones import Zones, parse_zones
 
 MIB = 1024 * 1024

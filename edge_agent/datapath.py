@@ -22,7 +22,7 @@ from edge_agent.clock import Clock
 from edge_agent.contract.block import BLOCK_BYTES_MAX, ROWS_MAX, SCORE
 from edge_agent.contract.columns import Ints, Strings, Table, take
 from edge_agent.contract.stream import QUARANTINE
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.metrics import Metrics

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from edge_agent.anchor import Anchor
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import Reason
-from edge_agent.core.track import Fix, Position, Precision, Track, stored
+from edge_agent.core.fix import Fix, Position, Precision, stored
+from edge_agent.core.track import Track
 from edge_agent.core.zones import Zones
 from edge_agent.metrics import Metrics
 

@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from edge_agent.contract.errors import UNREADABLE, ContractError, UnavailableError
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 
 log = logging.getLogger(__name__)
 

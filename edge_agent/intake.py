@@ -24,11 +24,11 @@ from edge_agent.contract.sensor_topics import parse_shape
 from edge_agent.contract.stream import Encoding, StreamContract
 from edge_agent.core.decode import Decoded, Decoder
 from edge_agent.core.dedupe import RecentKeys
+from edge_agent.core.fix import Fix, Position, Precision
 from edge_agent.core.single_values import ValueDecoder
 from edge_agent.core.sparkplug import is_sparkplug
 from edge_agent.core.sparkplug_nodes import Heard, Nodes
 from edge_agent.core.sparkplug_rows import SparkplugDecoder, hear
-from edge_agent.core.track import Fix, Position, Precision
 from edge_agent.core.validate import validate
 from edge_agent.fence import Fence
 from edge_agent.position import read_position

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from edge_agent.contract.errors import UNREADABLE, ContractError
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 
 _TS_MAX = 7_258_118_400.0  # the year 2200
 

@@ -29,8 +29,8 @@ from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
 from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
+from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
-from edge_agent.core.track import from_text
 from edge_agent.opening import last_ordinal
 from edge_agent.sealed import Keys, is_stored_block, open_stored, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated

@@ -15,7 +15,7 @@ from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
 from edge_agent.clock import Clock
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import UnavailableError
-from edge_agent.core.track import Fix
+from edge_agent.core.fix import Fix
 from edge_agent.metrics import Metrics
 
 log = logging.getLogger(__name__)

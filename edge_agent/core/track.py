@@ -9,8 +9,7 @@
 - Two positions that contradict each other are both doubted: from the refused one until the next one that is accepted, the
   lane is that of both (the fix before, grown, and the refused one). So an outlier or a spoofed jump can hold readings back, but
   not send them where only one of the two allows.
-- Hysteresis: a fix keeps the zone of the fix before it while its own circle lies in it alone. Otherwise the circle is drawn
-  `hysteresis_m` wider, so a fix that wanders on a border stays in the lane of both zones until it is that far inside one.
+- A fix near a border keeps to one side, or belongs to both: see `core.fix` for hysteresis.
 - `home` is the lane of readings captured before the first fix since boot; without a home they wait (`nowhere`). Once there was
   a fix, what is stale waits: the device has shown that it moves.
 
@@ -24,8 +23,6 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import NamedTuple
 
 import msgspec
@@ -34,52 +31,12 @@ import numpy as np
 from edge_agent.contract.block import NOWHERE, FixQuality
 from edge_agent.contract.columns import Floats, Ints, Strings
 from edge_agent.contract.errors import Reason
+from edge_agent.core.fix import ROUNDED_DIGITS, Fix, Position, Precision, Rules, changes, metres, place
 from edge_agent.core.zones import ACCURACY_M_MAX, Zones, join
 
 FIXES_MAX = 4_096
 FUTURE_S_MAX = 300.0  # clocks of sensors and devices differ; a fix this far ahead is wrong
-EARTH_M = 6_371_009.0
 NULL_ISLAND_M = 1_000.0
-ROUNDED_DIGITS = 2
-_ROUNDED_M = 800.0  # how far two decimals can move a position
-_LADDER_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1_000.0, 2_000.0, 5_000.0)
-
-
-class Precision(StrEnum):
-    """How exactly a place may be stored."""
-
-    ZONE_ONLY = "zone-only"
-    ROUNDED = "rounded"
-    EXACT = "exact"
-
-
-class Position(msgspec.Struct, frozen=True):
-    """Where a device says it was: microseconds since 1970 UTC, degrees (WGS 84), the radius of the circle that it is surely in."""
-
-    time_us: int
-    lat: float
-    lon: float
-    accuracy_m: float = 0.0
-    source: str = ""
-
-
-class Fix(msgspec.Struct, frozen=True):
-    """A position turned into lanes: `lane` at its time, `later` the lanes from each age (us) on.
-
-    `position` is kept in memory, and stored only where a stream asks for places. `doubted`: the position was refused, see the
-    module's rules. `earlier`: it was read from the disk and is older than the device's boot.
-    """
-
-    time_us: int
-    lane: str
-    later: tuple[tuple[int, str], ...] = ()
-    position: Position | None = None
-    doubted: bool = False
-    earlier: bool = False
-
-    def at(self, age_us: int) -> str:
-        """The lane of a reading captured `age_us` after the fix."""
-        return next((lane for since, lane in reversed(self.later) if since <= age_us), self.lane)
 
 
 class Taken(NamedTuple):
@@ -88,44 +45,6 @@ class Taken(NamedTuple):
     fix: Fix | None
     reason: Reason | None = None
     detail: str = ""
-
-
-def stored(fix: Fix, precision: Precision) -> Fix:
-    """A fix as it may be stored: with no place finer than `precision`."""
-    position = fix.position
-    if precision is Precision.ZONE_ONLY:
-        position = None
-    elif position is not None and precision is Precision.ROUNDED:
-        lat, lon = round(position.lat, ROUNDED_DIGITS), round(position.lon, ROUNDED_DIGITS)
-        position = msgspec.structs.replace(position, lat=lat, lon=lon, accuracy_m=position.accuracy_m + _ROUNDED_M)
-    return msgspec.structs.replace(fix, position=position)
-
-
-def to_text(fix: Fix) -> str:
-    """A fix as text, without its time; one that is only a lane is that lane."""
-    plain = fix.lane if fix == Fix(fix.time_us, fix.lane) else None
-    return plain or msgspec.json.encode(fix).decode()
-
-
-def from_text(time_us: int, text: str) -> Fix:
-    """The fix of `to_text`."""
-    return msgspec.json.decode(text, type=Fix) if text.startswith("{") else Fix(time_us, text)
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The operator's rules for fixes. No fix is taken for better than `accuracy_m_min`.
-
-    `boot_us` is the wall time of the device's boot: older stored fixes are of an earlier one.
-    """
-
-    max_age_s: float = 600.0
-    home: str | None = None
-    speed_m_s_max: float = 350.0
-    hysteresis_m: float = 50.0
-    null_island_refused: bool = False
-    accuracy_m_min: float = 0.0
-    boot_us: int = 0
 
 
 class Track:
@@ -250,7 +169,7 @@ class Track:
         lat, lon, accuracy_m = position.lat, position.lon, position.accuracy_m
         if not (-90 <= lat <= 90 and -180 <= lon <= 180 and 0 <= accuracy_m <= ACCURACY_M_MAX):
             return Reason.OUT_OF_RANGE, f"position is not on Earth, or its accuracy is not between 0 and {ACCURACY_M_MAX:g} m"
-        if self.rules.null_island_refused and _metres(position, Position(0, 0.0, 0.0)) <= NULL_ISLAND_M:
+        if self.rules.null_island_refused and metres(position, Position(0, 0.0, 0.0)) <= NULL_ISLAND_M:
             return Reason.NULL_ISLAND, "latitude 0, longitude 0 is what receivers send without a fix"
         if now_us is not None and position.time_us > now_us + FUTURE_S_MAX * 1e6:
             ahead_s = (position.time_us - now_us) / 1e6
@@ -269,7 +188,7 @@ class Track:
             if other is not None:
                 seconds = abs(position.time_us - other.time_us) / 1e6
                 possible_m = seconds * self.rules.speed_m_s_max + position.accuracy_m + other.accuracy_m
-                found.append((_metres(position, other), possible_m))
+                found.append((metres(position, other), possible_m))
         return max(found, key=lambda pair: pair[0] - pair[1])
 
     def _before(self, time_us: int) -> Fix | None:
@@ -287,7 +206,7 @@ class Track:
         passed_us = position.time_us - before.time_us
         ages = {0, self._max_age_us + 1 - passed_us, *(age for age, _ in claimed.later), *(age - passed_us for age, _ in before.later)}
         lanes = [(age, self._joined(claimed, before, age)) for age in sorted(ages) if age >= 0]
-        (_, lane), *later = _changes(lanes)
+        (_, lane), *later = changes(lanes)
         return Fix(position.time_us, lane, tuple(later), doubted=True)
 
     def _joined(self, claimed: Fix, before: Fix, age_us: int) -> str:
@@ -297,39 +216,8 @@ class Track:
     # Lanes
 
     def _place(self, position: Position) -> Fix:
-        """The fix of an accepted position: its lane, with hysteresis, and the lanes that it has later."""
-        place = bisect.bisect_left(self._fixes, position.time_us, key=lambda f: f.time_us)
-        before = self._fixes[place - 1].lane if place else None
-        radius_m = position.accuracy_m
-        lane = self.zones.locate(position.lat, position.lon, radius_m)
-        if before is not None and lane != before and lane != NOWHERE:
-            radius_m += self.rules.hysteresis_m
-            lane = self._grown(position, radius_m)
-        return Fix(position.time_us, lane, self._later(position, radius_m, lane), position)
-
-    def _later(self, position: Position, radius_m: float, lane: str) -> tuple[tuple[int, str], ...]:
-        """The lanes from each age on, each wide enough for the whole step."""
-        ends = [s for s in _LADDER_S if s < self.rules.max_age_s] + [self.rules.max_age_s]
-        lanes = [lane, *[""] * len(ends)]
-        lanes[-1] = self._grown(position, radius_m + self.rules.speed_m_s_max * ends[-1])
-        self._fill(position, radius_m, ends, lanes, 0, len(ends))
-        starts = [0, 1, *(round(s * 1e6) + 1 for s in ends[:-1])]
-        return tuple(_changes(zip(starts, lanes, strict=True)))[1:]
-
-    def _fill(self, position: Position, radius_m: float, ends: list[float], lanes: list[str], low: int, high: int) -> None:
-        """Lanes between two known ones; a circle between two with the same lane has that lane too."""
-        if high - low < 2:
-            return
-        if lanes[low] == lanes[high]:
-            lanes[low + 1 : high] = [lanes[low]] * (high - low - 1)
-            return
-        middle = (low + high) // 2
-        lanes[middle] = self._grown(position, radius_m + self.rules.speed_m_s_max * ends[middle - 1])
-        self._fill(position, radius_m, ends, lanes, low, middle)
-        self._fill(position, radius_m, ends, lanes, middle, high)
-
-    def _grown(self, position: Position, radius_m: float) -> str:
-        return NOWHERE if radius_m > ACCURACY_M_MAX else self.zones.locate(position.lat, position.lon, radius_m)
+        place_at = bisect.bisect_left(self._fixes, position.time_us, key=lambda f: f.time_us)
+        return place(self.zones, self.rules, position, self._fixes[place_at - 1].lane if place_at else None)
 
     def _steps(self, first_us: int, last_us: int) -> Iterator[tuple[int, str | None]]:
         """The lanes in force from each time on, for event times in this range; None: as without a fix."""
@@ -366,20 +254,3 @@ class Track:
     @property
     def _max_age_us(self) -> int:
         return round(self.rules.max_age_s * 1e6)
-
-
-def _changes(steps: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Only the steps at which the lane changes."""
-    before: str | None = None
-    for age, lane in steps:
-        if lane != before:
-            yield age, lane
-        before = lane
-
-
-def _metres(a: Position, b: Position) -> float:
-    """The distance on a sphere."""
-    lat_a, lat_b = math.radians(a.lat), math.radians(b.lat)
-    turn = math.radians(b.lon - a.lon)
-    square = math.sin((lat_b - lat_a) / 2) ** 2 + math.cos(lat_a) * math.cos(lat_b) * math.sin(turn / 2) ** 2
-    return 2 * EARTH_M * math.asin(min(1.0, math.sqrt(square)))

@@ -9,7 +9,7 @@ import pytest
 
 from edge_agent import anchor
 from edge_agent.anchor import Anchor
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 
 HERE = Position(7, 50.0, 9.0, 5.0, "gpsd")
 

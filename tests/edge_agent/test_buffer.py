@@ -17,7 +17,8 @@ from edge_agent.buffer import Buffer, BufferFullError, Draft
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt
-from edge_agent.core.track import FIXES_MAX, Fix
+from edge_agent.core.fix import Fix
+from edge_agent.core.track import FIXES_MAX
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
 

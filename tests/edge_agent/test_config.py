@@ -13,7 +13,7 @@ from edge_agent.agent import _uplink_config
 from edge_agent.cli import main
 from edge_agent.config import gpsd_address, load
 from edge_agent.contract.errors import ConfigError
-from edge_agent.core.track import Precision
+from edge_agent.core.fix import Precision
 
 CONTRACTS = Path(__file__).parents[2] / "contracts"
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edge_agent import gpsd
 from edge_agent.contract.errors import ContractError
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 from edge_agent.gpsd import Gpsd, read_report
 
 VERSION = b'{"class":"VERSION","release":"3.22","rev":"3.22","proto_major":3,"proto_minor":14}'

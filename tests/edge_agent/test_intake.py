@@ -11,8 +11,9 @@ import numpy as np
 from edge_agent.config import load
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.stream import Encoding, Field, FieldType, StreamContract
+from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.sparkplug_nodes import Nodes
-from edge_agent.core.track import Precision, Rules, Track
+from edge_agent.core.track import Track
 from edge_agent.fence import Fence
 from edge_agent.intake import WITHHELD, Intake, Intaken
 from edge_agent.metrics import Metrics

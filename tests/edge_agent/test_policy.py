@@ -13,7 +13,8 @@ from securesystemslib.signer import CryptoSigner
 
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.state import BundleRef, Desired, Phase, ZonesRef
-from edge_agent.core.track import Position, Precision, Rules, Track
+from edge_agent.core.fix import Position, Precision, Rules
+from edge_agent.core.track import Track
 from edge_agent.core.zones import Zones, parse_zones
 from edge_agent.fence import Fence
 from edge_agent.metrics import Metrics

@@ -17,7 +17,7 @@ import pytest
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edge_agent.core.track import Position
+from edge_agent.core.fix import Position
 from edge_agent.core.zones import Zones, parse_zones
 from tests.brokers import Broker, nats_broker
 from tests.edge_agent.gateway import Bench, Cloud, reading, wait_for

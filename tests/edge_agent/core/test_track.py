@@ -10,7 +10,8 @@ import pytest
 
 from edge_agent.contract.block import NOWHERE, FixQuality
 from edge_agent.contract.errors import Reason
-from edge_agent.core.track import FIXES_MAX, Fix, Position, Precision, Rules, Track, from_text, stored, to_text
+from edge_agent.core.fix import Fix, Position, Precision, Rules, from_text, stored, to_text
+from edge_agent.core.track import FIXES_MAX, Track
 from edge_agent.core.zones import Zones, parse_zones
 from tests.edge_agent.core.test_zones import policy, square
 
