@@ -41,6 +41,7 @@ from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.node_state import NodeState
 from edge_agent.policy import PolicyStore
+from edge_agent.policy_updates import PolicyUpdates
 from edge_agent.releases import RepositoryConfig
 from edge_agent.sealed import load_keys
 from edge_agent.sensors import Sensors
@@ -241,9 +242,7 @@ class Agent:
             here=self._track.lane_now,
             on_activate=self._active.activate,
             on_report=self._on_model_state,
-            policy=self._policy,
-            on_policy=self._fence.offer,
-            tell=self._tell,
+            policies=PolicyUpdates(self._policy, self._fence.offer, self._tell),
         )
 
     def _stop(self) -> None:

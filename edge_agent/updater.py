@@ -30,10 +30,9 @@ import msgspec
 
 from edge_agent.contract.bundle import Bundle, Manifest, read_bundle
 from edge_agent.contract.errors import UNREADABLE, BundleError, Reason, UnavailableError
-from edge_agent.contract.state import BundleRef, Desired, Phase, ZonesRef
-from edge_agent.core.zones import Zones
+from edge_agent.contract.state import BundleRef, Desired, Phase
 from edge_agent.inference import WorkerError, self_test
-from edge_agent.policy import PolicyStore
+from edge_agent.policy_updates import PolicyUpdates
 from edge_agent.releases import RefusedError, Repository, RepositoryConfig
 
 log = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ class UpdaterState(msgspec.Struct, frozen=True, kw_only=True):
     """What the updater remembers over a restart, and what `on_report` is told.
 
     `wanted` is a bundle not yet decided about, `asked` the one of the last document. `reason` and `detail` explain REJECTED, ROLLED_BACK
-    and RETRYING. `zones` is the policy accepted last, `zones_wanted` one not yet decided about.
+    and RETRYING.
     """
 
     desired_version: int = 0
@@ -80,8 +79,6 @@ class UpdaterState(msgspec.Struct, frozen=True, kw_only=True):
     reason: Reason | None = None
     detail: str = ""
     asked: BundleRef | None = None
-    zones: ZonesRef | None = None
-    zones_wanted: ZonesRef | None = None
 
 
 class Updater:
@@ -92,9 +89,7 @@ class Updater:
         here: the lane that the device is in now; a bundle that names zones must name all of that lane.
         on_activate: takes the bundle to run now, None for no model. If it raises RefusedError or WorkerError, the bundle is refused.
         on_report: takes the state whenever it has changed; `status` returns it too.
-        policy: keeps zone policies; None: they are left alone.
-        on_policy: takes the zones to use from now on.
-        tell: tells the operator of an event.
+        policies: takes new zone policies; None: they are left alone.
 
     The callbacks run in the thread of `start`, then in the updater's own.
     """
@@ -107,14 +102,12 @@ class Updater:
         here: Callable[[], str],
         on_activate: Callable[[Activation | None], None],
         on_report: Callable[[UpdaterState], None],
-        policy: PolicyStore | None = None,
-        on_policy: Callable[[Zones], None] = lambda zones: None,
-        tell: Callable[..., None] = lambda event, **fields: None,
+        policies: PolicyUpdates | None = None,
         rng: random.Random | None = None,
     ) -> None:
         self._config, self._store, self._here = config, store, here
         self._on_activate, self._on_report = on_activate, on_report
-        self._policy, self._on_policy, self._tell = policy, on_policy, tell
+        self._policies = policies
         self._rng = rng or random.Random()
         self._repository = Repository(config.repository, store / "metadata")
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
@@ -137,7 +130,6 @@ class Updater:
         (self._store / "bundles").mkdir(parents=True, exist_ok=True)
         self._state = self._saved = _read_state(self._store / "state.json")
         self._resume()
-        self._resume_policy()
         self._save()
         self._on_report(self._state)
         self._thread.start()
@@ -168,9 +160,8 @@ class Updater:
                     return
                 self._apply(message)
                 self._save()
-                if self._state.zones_wanted is not None and time.monotonic() >= self._retry_at:
-                    self._try_zones(self._state.zones_wanted)
-                    self._save()
+                if self._policies is not None and self._policies.wanted is not None and time.monotonic() >= self._retry_at:
+                    self._try_policy(self._policies)
                 if self._state.wanted is not None and time.monotonic() >= self._retry_at:
                     self._try(self._state.wanted)
                     self._save()
@@ -188,7 +179,7 @@ class Updater:
 
     def _wait_s(self) -> float | None:
         waits = [] if self._state == self._saved else [SAVE_RETRY_S]
-        if self._state.wanted is not None or self._state.zones_wanted is not None:
+        if self._state.wanted is not None or (self._policies is not None and self._policies.wanted is not None):
             waits.append(max(0.001, self._retry_at - time.monotonic()))
         return min(waits, default=None)
 
@@ -207,16 +198,17 @@ class Updater:
         if desired.version <= state.desired_version:
             if desired.version < state.desired_version:
                 log.warning("desired state refused version=%s seen=%s reason=%s", desired.version, state.desired_version, Reason.STALE)
-            else:
-                self._want_zones(desired.zones)  # it was refused perhaps, and the repository has been mended since
+            elif self._policies is not None:
+                self._policies.want(desired.zones)  # it was refused perhaps, and the repository has been mended since
             return
         log.info("desired state taken version=%s bundle=%s", desired.version, desired.bundle.target if desired.bundle else None)
         version = desired.version
         self._retry_s = self._retry_at = 0.0
-        self._want_zones(desired.zones)
-        decided = state.phase in (Phase.REJECTED, Phase.ROLLED_BACK) and desired.bundle == state.asked
+        only_policy = self._policies is not None and self._policies.news(desired.zones) and desired.bundle == state.asked
+        if self._policies is not None:
+            self._policies.want(desired.zones)
         self._state = msgspec.structs.replace(self._state, asked=desired.bundle)
-        if decided and state.desired_version and desired.bundle is not None and desired.zones != state.zones:
+        if only_policy and desired.bundle is not None and state.phase in (Phase.REJECTED, Phase.ROLLED_BACK):
             self._change(desired_version=version)  # only the policy is new: what was decided about the bundle stands
         elif desired.bundle is not None and not _SHA256.fullmatch(desired.bundle.sha256):
             detail = f"sha256 {desired.bundle.sha256!r} of {desired.bundle.target} is not 64 hexadecimal digits"
@@ -255,45 +247,12 @@ class Updater:
         self._retry_s = min(high, self._rng.uniform(low, max(low, 3 * self._retry_s)))
         self._retry_at = time.monotonic() + self._retry_s
 
-    # The zone policy
-
-    def _want_zones(self, ref: ZonesRef | None) -> None:
-        if self._policy is None or ref is None or (ref == self._policy.ref and not self._policy.damaged):
-            return
+    def _try_policy(self, policies: PolicyUpdates) -> None:
         try:
-            if not _SHA256.fullmatch(ref.sha256):
-                raise RefusedError(Reason.TAMPERED, f"sha256 {ref.sha256!r} of {ref.target} is not 64 hexadecimal digits")
-            self._policy.check(ref)
-        except RefusedError as e:
-            self._refuse_zones(ref, e)
-            return
-        self._change(zones_wanted=ref)
-
-    def _try_zones(self, ref: ZonesRef) -> None:
-        """One attempt at the wanted policy: in force, refused, or to be tried again."""
-        assert self._policy is not None
-        try:
-            self._policy.check(ref)
-            zones = self._policy.accept(ref, self._repository.fetch(ref, self._policy.path(ref)))
-        except RefusedError as e:
-            self._refuse_zones(ref, e)
+            policies.fetch(self._repository)
         except (UnavailableError, OSError) as e:
             self._wait_longer()
-            log.warning("policy not fetched version=%s retry_s=%.1f error=%s", ref.version, self._retry_s, e)
-        else:
-            log.info("policy accepted version=%s sha256=%s", ref.version, ref.sha256)
-            self._change(zones=ref, zones_wanted=None)
-            self._on_policy(zones)
-
-    def _refuse_zones(self, ref: ZonesRef, error: RefusedError) -> None:
-        log.warning("policy refused version=%s reason=%s detail=%s", ref.version, error.reason, error)
-        self._tell("policy_refused", version=str(ref.version), reason=error.reason.value, detail=str(error))
-        self._change(zones_wanted=None)
-
-    def _resume_policy(self) -> None:
-        """A policy that was accepted, and is missing or damaged on the disk, is wanted again."""
-        if self._policy is not None and (self._policy.damaged or self._policy.ref is None):
-            self._change(zones_wanted=self._state.zones_wanted or self._policy.ref or self._state.zones)
+            log.warning("policy not fetched retry_s=%.1f error=%s", self._retry_s, e)
 
     def _check(self, ref: BundleRef, data: bytes) -> Bundle:
         """The bundle in signed bytes, if it is meant for this device and works here."""

@@ -19,6 +19,7 @@ from edge_agent.core.zones import Zones, parse_zones
 from edge_agent.fence import Fence
 from edge_agent.metrics import Metrics
 from edge_agent.policy import PolicyStore
+from edge_agent.policy_updates import PolicyUpdates
 from edge_agent.releases import RefusedError, RepositoryConfig
 from edge_agent.updater import Updater, UpdaterConfig
 from tests.edge_agent import models
@@ -51,9 +52,7 @@ class Device:
             here=lambda: "west",
             on_activate=lambda activation: None,
             on_report=lambda state: None,
-            policy=self.store,
-            on_policy=self.taken.append,
-            tell=lambda event, **fields: self.told.append({"event": event, **fields}),
+            policies=PolicyUpdates(self.store, self.taken.append, lambda event, **fields: self.told.append({"event": event, **fields})),
         )
         self.updater.start()
 
@@ -150,7 +149,7 @@ def test_a_policy_waits_for_a_repository_that_is_away(device: Device) -> None:
     device.accepted(ref)
 
 
-@pytest.mark.parametrize("broken", ["document", "name", "both missing"])
+@pytest.mark.parametrize("broken", ["document", "name", "document missing"])
 def test_a_damaged_policy_holds_everything_until_it_is_fetched_again(device: Device, broken: str) -> None:
     device.desire(ref := device.repository.add_zones(SECOND, 1))
     device.accepted(ref)
@@ -166,6 +165,8 @@ def test_a_damaged_policy_holds_everything_until_it_is_fetched_again(device: Dev
     device.restart()
     assert device.zones.endpoints("west") == () and device.zones.endpoints("east") == ()
     device.repository.start()
+    if broken == "name":  # which it was, the retained document says, at the next connection
+        device.updater.handle(Desired(version=device.version, zones=ref))
     assert device.accepted(ref).endpoints("west") == ("us",)
 
 
