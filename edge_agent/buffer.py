@@ -10,6 +10,7 @@
 - When the disk has no room, `append` refuses and nothing is dropped; RESERVE_BYTES stay free, so that receipts can be noted.
 - After an I/O error nothing is trusted: the file is opened again, brought to the disk once more and read afresh; then the same
   blocks are stored again from memory. A damaged file is salvaged (edge_agent.salvage), a damaged block taken out and named.
+- A file that was cut off or lost is noticed by the marks beside it (edge_agent.marks): what is missing is named.
 
 One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
 """
@@ -41,8 +42,9 @@ from edge_agent.core.ledger import Loss, coalesce, loss_table, read_losses
 from edge_agent.core.retention import FillForecast, Place, choose, portion
 from edge_agent.core.track import FIXES_MAX
 from edge_agent.draft import BufferState, Draft, LaneState, Retention, Sealed, StoredBlock, seal_block
+from edge_agent.marks import Marks
 from edge_agent.opening import load
-from edge_agent.salvage import OWED, SKIP, resume, salvage, skipped
+from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, resume, salvage, skipped
 from edge_agent.sealed import Keys, open_stored
 from edge_agent.store import PAGE_BYTES, BufferFullError, DamagedError, DiskError, log_limit, open_store
 
@@ -93,6 +95,8 @@ class Buffer:
         self._clock = clock or _clock
         self._write_lock = threading.RLock()
         self._fault: BaseException | None = None
+        self._doubt: tuple[list[Draft], list[Sealed]] | None = None  # of an append that failed: its commit may be on the disk
+        self._marks = Marks(path)
         self._policies: dict[str, str] = {}
         self._forecast = FillForecast()
         self._age_due_us = 0
@@ -118,6 +122,7 @@ class Buffer:
                 self._store.close(checkpoint=self._fault is None)
             except UnavailableError as e:
                 log.warning("buffer not closed cleanly error=%s", e)
+            self._marks.close()
 
     def append(self, drafts: list[Draft], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
         """Seal and store drafts and position fixes in one transaction; on return they are on disk.
@@ -127,21 +132,37 @@ class Buffer:
 
         Raises:
             BufferFullError: the buffer has reached its limit, or the disk has no room. Nothing was stored.
-            UnavailableError: the disk failed. Nothing of this call may be acknowledged; call again.
+            UnavailableError: the disk failed. Nothing of this call may be acknowledged; call again, with the same drafts.
         """
         if not drafts and not fixes:
             return []
         with self._write_lock:
-            self._recover()
-            sealed = self._seal(drafts, now)
             try:
-                return self._store_sealed(sealed, fixes, now)
+                return self._append(drafts, fixes, now)
             except (DiskError, DamagedError) as e:
                 log.error("buffer failed, opened again error=%s", e)
-                self._recover()
-            if sealed and self._is_stored(sealed):  # its commit did reach the disk
-                return [s.stored for s in sealed]
-            return self._store_sealed(self._seal(drafts, now), fixes, now)
+                return self._append(drafts, fixes, now)
+
+    def _append(self, drafts: list[Draft], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
+        self._recover()
+        landed = self._landed(drafts)
+        if landed:
+            return landed
+        stored = self._store_sealed(drafts, self._seal(drafts, now), fixes, now)
+        self._doubt = None
+        return stored
+
+    def _landed(self, drafts: list[Draft]) -> list[StoredBlock]:
+        """The blocks of these drafts, if they are on the disk from a call that failed: its commit did reach it."""
+        if self._doubt is None:
+            return []
+        before, sealed = self._doubt
+        with self._noting_faults():
+            found = [self._store.execute("SELECT block FROM blocks WHERE id = ?", (s.place.id,)) for s in sealed]
+        self._doubt = None
+        if len(before) != len(drafts) or not all(a is b for a, b in zip(before, drafts, strict=True)):
+            return []
+        return [s.stored for s in sealed] if [f[0][0] if f else None for f in found] == [s.on_disk for s in sealed] else []
 
     def pending(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
         """The next unsettled blocks of a lane, by rising sequence. Damaged ones are taken out on the way."""
@@ -214,7 +235,8 @@ class Buffer:
 
     def readings_stored(self) -> int:
         """How many readings this buffer has ever stored."""
-        return sum(self._catalogue.ordinals.values())
+        unused = sum(count for _, count in self._catalogue.gaps.values())
+        return sum(self._catalogue.ordinals.values()) - unused
 
     def used_bytes(self) -> int:
         """Bytes in use in the file, free pages left out."""
@@ -288,7 +310,7 @@ class Buffer:
             model=draft.model,
         )
 
-    def _store_sealed(self, sealed: list[Sealed], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
+    def _store_sealed(self, drafts: list[Draft], sealed: list[Sealed], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
         size = sum(_bytes_on_disk(len(s.on_disk)) for s in sealed)
         with self._noting_faults():
             self._make_room(size)
@@ -298,6 +320,7 @@ class Buffer:
         ledger: list[Sealed] = []
         with self._writing():
             ledger = self._give_up(victims, sealed, Reason.EVICTED_FULL, now) if victims else []
+            self._doubt = (drafts, [*kept, *ledger])
             self._insert([*kept, *ledger])
             self._write_fixes(fixes)
         self._checkpoint()
@@ -314,11 +337,6 @@ class Buffer:
             self._store.execute(
                 "DELETE FROM fixes WHERE time_us <= (SELECT time_us FROM fixes ORDER BY time_us DESC LIMIT 1 OFFSET ?)", (FIXES_MAX,)
             )
-
-    def _is_stored(self, sealed: list[Sealed]) -> bool:
-        with self._noting_faults():
-            found = [self._store.execute("SELECT block FROM blocks WHERE id = ?", (s.place.id,)) for s in sealed]
-        return [f[0][0] if f else None for f in found] == [s.on_disk for s in sealed]
 
     # Room.
 
@@ -507,9 +525,7 @@ class Buffer:
     def _floors(self) -> dict[str, int]:
         """Per stream, the ordinal from which readings are kept as history."""
         catalogue = self._catalogue
-        return {
-            s.stream: catalogue.ordinals.get(s.stream, 0) - self._history_rows.get(s.stream, 0) for s in list(catalogue.shelves.values())
-        }
+        return {s.stream: catalogue.floor(s.stream, self._history_rows.get(s.stream, 0)) for s in list(catalogue.shelves.values())}
 
     # Damage and faults.
 
@@ -594,15 +610,69 @@ class Buffer:
                 losses = msgspec.msgpack.decode(owed[0][0], type=list[Loss])
                 self._insert(self._seal_ledger(losses, self._catalogue.next_id, now))
                 self._store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
+        self._check_marks(now)
+
+    def _check_marks(self, now: Moment) -> None:
+        """Name what the file has given out and does not know any more: it was cut off, or another one lies in its place."""
+        mark = self._marks.read()
+        if mark is None:
+            return
+        known = self._catalogue.sequences if mark.epoch == self.epoch else {}
+        spans = {
+            lane: (max(first if mark.epoch != self.epoch else 1, known.get(lane, 0) + 1), last)
+            for lane, (first, last) in mark.lanes.items()
+        }
+        losses = [
+            Loss(
+                now.wall_us,
+                UNKNOWN_STREAM,
+                mark.epoch,
+                lane,
+                a,
+                b,
+                b - a + 1,
+                *3 * (math.nan,),
+                Reason.DAMAGED,
+                "the file was cut off or lost",
+            )
+            for lane, (a, b) in spans.items()
+            if a <= b
+        ]
+        if not losses:
+            return
+        log.error(
+            "buffer file lacks what was stored epoch=%s lost=%s",
+            mark.epoch,
+            {x.of_lane: (x.first_sequence, x.last_sequence) for x in losses},
+        )
+        with self._writing():
+            self._catalogue.write_tail()
+            for loss in losses if mark.epoch == self.epoch else ():
+                self._catalogue.skip(loss.of_lane, loss.last_sequence)
+            self._insert(self._seal_ledger(losses, self._catalogue.next_id, now))
+
+    def _write_marks(self) -> None:
+        first: dict[str, int] = {}
+        for shelf in self._catalogue.shelves.values():
+            if shelf.waiting:
+                first[shelf.lane] = min(max(1, shelf.first_waiting), first.get(shelf.lane, shelf.first_waiting))
+        self._marks.write(self.epoch, first, self._committed)
 
     def _open_and_load(self, suspect: bool, now: Moment) -> None:
-        self._store = open_store(self._path, log_bytes_max=self._log_bytes_max, vfs=self._vfs, suspect=suspect)
+        mark = self._marks.read()
+        known = mark is not None  # a commit that was under way at the end looks like damage to the log; the mark knows
+        self._store = open_store(self._path, log_bytes_max=self._log_bytes_max, vfs=self._vfs, suspect=suspect, check_log=not known)
         self._load(now)
+        if mark is not None and mark.epoch == self.epoch and not suspect:
+            for lane, (_, last) in mark.lanes.items():
+                if last > self._catalogue.sequences.get(lane, 0):
+                    raise DamagedError(f"the file ends at {self._catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
 
     def _salvage(self, cause: Exception) -> None:
         with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
             self._store.close(checkpoint=False)
-        salvage(self._path, self._device, self._keys, log_bytes_max=self._log_bytes_max, vfs=self._vfs, cause=str(cause))
+        mark = self._marks.read()
+        salvage(self._path, self._device, self._keys, log_bytes_max=self._log_bytes_max, vfs=self._vfs, cause=str(cause), mark=mark)
 
     def _load(self, now: Moment) -> None:
         self._catalogue, self._age = load(self._store, self._keys, self._boot, now.monotonic_us)
@@ -659,6 +729,7 @@ class Buffer:
                 self._fault = self._fault or e
                 raise
             self._note_commit()
+            self._write_marks()
 
     @contextlib.contextmanager
     def _noting_faults(self) -> Iterator[None]:

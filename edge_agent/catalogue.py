@@ -55,6 +55,7 @@ class Catalogue:
     sequences: dict[str, int] = field(default_factory=dict)
     gone: Counter[str] = field(default_factory=Counter)
     ordinals: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, tuple[int, int]] = field(default_factory=dict)  # by stream: where ordinals went on after a salvage, how many are unused
     tail: tuple[Place, ...] = ()
     next_id: int = 1
     committed_id: int = 0  # the tail beyond it is in a transaction under way: readers do not see it yet
@@ -93,6 +94,12 @@ class Catalogue:
             self.ordinals[shelf.stream] = max(self.ordinals.get(shelf.stream, 0), place.last_ordinal + 1)
             self.next_id = max(self.next_id, place.id + 1)
         self.tail = (*self.tail, *places)
+
+    def floor(self, stream: str, rows: int) -> int:
+        """The ordinal of the reading before which `rows` newest ones of a stream end, or some more."""
+        floor = self.ordinals.get(stream, 0) - rows
+        start, unused = self.gaps.get(stream, (0, 0))
+        return floor - unused if floor < start else floor
 
     def skip(self, lane: str, sequence: int) -> None:
         """Give out no name of this lane up to `sequence` any more."""

@@ -10,14 +10,17 @@ from __future__ import annotations
 import re
 import secrets
 from collections import Counter
+from itertools import pairwise
 from typing import Any
+
+import msgspec
 
 from edge_agent.catalogue import Catalogue, Shelf
 from edge_agent.contract.block import ORDINAL, BlockHeader, decode_block
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.retention import Age, Place
-from edge_agent.sealed import Keys, open_stored, stored_header
+from edge_agent.sealed import Keys, missing_key, open_stored, stored_header
 from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, DamagedError, Store
 
 _NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us")
@@ -27,6 +30,7 @@ _COUNTS = (
     " min(sequence) FILTER (WHERE settled = 0), min(sequence) FILTER (WHERE settled <> 0),"
     f" {', '.join(f'min({n}), max({n})' for n in _NUMBERS)} FROM places GROUP BY shelf"
 )
+GAPS = "gaps"  # a key of `meta`: where ordinals went on after a salvage
 _EPOCH = re.compile(r"[0-9a-f]{16}")
 _INT_MAX = 2**62
 Row = tuple[Any, ...]
@@ -58,6 +62,7 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tupl
     for stream, ordinal in store.execute("SELECT stream, next_ordinal FROM streams"):
         name = check_name(stream, "stream")
         catalogue.ordinals[name] = max(catalogue.ordinals.get(name, 0), _number(ordinal))
+    catalogue.gaps = _gaps(store)
     stored = {check_lane(lane): (_number(last), _number(gone)) for lane, last, gone in store.execute("SELECT * FROM lanes")}
     for lane, (last, gone) in stored.items():
         catalogue.sequences[lane] = max(catalogue.sequences.get(lane, 0), last)
@@ -72,6 +77,33 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tupl
                 f"lane {lane!r} holds {counts[lane]} blocks; {catalogue.sequences.get(lane, 0)} were stored, {catalogue.gone[lane]} left"
             )
     return catalogue, age
+
+
+def _gaps(store: Store) -> dict[str, tuple[int, int]]:
+    found = store.execute("SELECT value FROM meta WHERE key = ?", (GAPS,))
+    try:
+        return msgspec.msgpack.decode(found[0][0], type=dict[str, tuple[int, int]]) if found else {}
+    except (msgspec.MsgspecError, TypeError):  # only history depends on it
+        return {}
+
+
+def check_keys(store: Store, keys: Keys | None, next_id: int) -> None:
+    """See to it that every key is here that a block still needs, and note which one seals from `next_id` on.
+
+    `meta` holds a row per change of key: `key N` with the id of the key that seals the blocks from N on, or "".
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    rows = store.execute("SELECT CAST(substr(key, 5) AS INTEGER), value FROM meta WHERE key GLOB 'key [0-9]*' ORDER BY 1")
+    for (first, key_id), (end, _) in pairwise([*rows, (_INT_MAX, "")]):
+        needed = bool(key_id) and store.execute("SELECT 1 FROM blocks WHERE id >= ? AND id < ? LIMIT 1", (first, end))
+        if needed and (keys is None or key_id not in keys):
+            raise missing_key(key_id)
+    main = keys.main if keys is not None else ""
+    if main != (rows[-1][1] if rows else ""):
+        with store.transaction():
+            store.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"key {next_id}", main))
 
 
 def _epoch(store: Store) -> str:
@@ -131,8 +163,10 @@ def _newest_header(store: Store, catalogue: Catalogue, number: int) -> BlockHead
     """The header of the newest block that has a place; None if there is none, or it cannot be read."""
     if number == 0:
         return None
-    places = store.execute("SELECT shelf, sequence FROM places WHERE id = ?", (number,))
     found = store.execute("SELECT block FROM blocks WHERE id = ?", (number,))
+    last = "SELECT shelf, sequence FROM places WHERE shelf = ? AND sequence = (SELECT max(sequence) FROM places WHERE shelf = ?) AND id = ?"
+    places = [row for n in catalogue.shelves for row in store.execute(last, (n, n, number))]
+    places = places or store.execute("SELECT shelf, sequence FROM places WHERE id = ?", (number,))  # slow: only after a salvage
     if len(places) != 1 or not found:
         raise DamagedError(f"block {number} has {len(places)} places and is there {len(found)} times")
     header, shelf = _peek(found[0][0]), catalogue.shelves[places[0][0]]

@@ -31,7 +31,8 @@ from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
-from edge_agent.opening import last_ordinal
+from edge_agent.marks import Marked
+from edge_agent.opening import GAPS, last_ordinal
 from edge_agent.sealed import Keys, is_stored_block, open_stored, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
 
@@ -47,13 +48,18 @@ _NAN = float("nan")
 
 @dataclass
 class _Old:
-    """What the old tables still say: epoch, numbers, and of each block whether it was settled."""
+    """What the old tables still say: epoch, numbers, and of each block whether it was settled; and the mark beside the file."""
 
     epoch: str | None = None
     lanes: dict[str, int] = field(default_factory=dict)
     streams: dict[str, int] = field(default_factory=dict)
     fixes: list[tuple[int, str]] = field(default_factory=list)
     places: dict[tuple[str, int], tuple[str, int, int, int, bool]] | None = None  # stream, rows, first and last time, settled
+    mark: Marked | None = None
+
+    def given(self, epoch: str, lane: str) -> tuple[int, int] | None:
+        """The first name that waited and the last one given out, as the mark has it."""
+        return self.mark.lanes.get(lane) if self.mark is not None and self.mark.epoch == epoch else None
 
 
 @dataclass
@@ -69,8 +75,10 @@ class _New:
     held: Counter[str] = field(default_factory=Counter)
 
 
-def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str) -> None:
-    """Put a new file in the place of the damaged one at `path`; nobody may have it open.
+def salvage(
+    path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str, mark: Marked | None = None
+) -> None:
+    """Put a new file in the place of the damaged one at `path`; nobody may have it open. `mark` says which names it had given out.
 
     Raises:
         ConfigError: blocks are sealed under a key that is not here. Nothing was changed.
@@ -81,6 +89,7 @@ def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, v
     log.error("buffer damaged path=%s error=%s moved_to=%s", path, cause, aside)
     with translated("salvaged"):
         old = _read_old(path, vfs)
+        old.mark = mark
         try:
             new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=True)
         except BufferFullError as e:
@@ -189,14 +198,20 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
     if new.epoch is None:
         return  # nothing to go on from: a new epoch begins, and no name can be used twice
     losses = []
+    marked = old.mark.lanes if old.mark is not None and old.mark.epoch == new.epoch else {}
+    for lane, (_, given) in marked.items():
+        old.lanes[lane] = max(given, old.lanes.get(lane, 0))
     for lane in sorted(new.lanes.keys() | old.lanes.keys()):
         last = max(new.lanes.get(lane, 0), old.lanes.get(lane, 0))
         losses += _missing(new, old, lane, now_us, detail)
         losses.append(skipped(new.epoch, lane, last, now_us, detail))
         store.execute("INSERT INTO lanes VALUES (?, ?, ?)", (lane, last + SKIP, last + SKIP - new.held[lane]))
+    gaps = {}
     for stream in sorted(new.ordinals.keys() | old.streams.keys()):
-        ordinal = max(new.ordinals.get(stream, 0), old.streams.get(stream, 0))
-        store.execute("INSERT INTO streams VALUES (?, ?)", (stream, ordinal + SKIP))
+        following = max(new.ordinals.get(stream, 0), old.streams.get(stream, 0)) + SKIP
+        gaps[stream] = (following, SKIP)
+        store.execute("INSERT INTO streams VALUES (?, ?)", (stream, following))
+    store.execute("INSERT INTO meta VALUES (?, ?)", (GAPS, msgspec.msgpack.encode(gaps)))
     store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
     store.execute_many("INSERT INTO fixes VALUES (?, ?)", list(old.fixes))
     store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
@@ -221,6 +236,8 @@ def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[
     found = sorted(n for name, n in new.found if name == lane and n > known)
     if known or old.places is None:  # what was settled long ago is named too: the lake knows better
         found.insert(0, known)
+    elif not found and (given := old.given(epoch, lane)) is not None:
+        found = [given[0] - 1]
     reached = [*found, old.lanes[lane] + 1] if lane in old.lanes and found else found
     for a, b in pairwise(reached):
         if b > a + 1:

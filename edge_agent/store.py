@@ -159,8 +159,8 @@ def log_path(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False) -> Store:
-    """Open or create a buffer file.
+def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False, check_log: bool = True) -> Store:
+    """Open or create a buffer file. `check_log=False`: the caller knows better which commits there must be.
 
     Raises:
         DamagedError: it is not a buffer file of this version: salvage it.
@@ -181,7 +181,7 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
         try:
             writer.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
             writer.set_busy_timeout(BUSY_MS)
-            if not suspect and _lost_commits(log, writer):
+            if check_log and not suspect and _lost_commits(log, writer):
                 raise DamagedError("its log is damaged: there are commits behind a frame that is not whole")
             _set_up(writer, log_bytes_max)
             if suspect:
