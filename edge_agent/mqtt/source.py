@@ -313,7 +313,7 @@ class _Connection:
         data = b""
         if not self._more:
             try:
-                data = self._socket.recv(RECV_BYTES)
+                data = self._receive()
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return []
             except OSError as e:
@@ -330,6 +330,18 @@ class _Connection:
             self._open.add(cut.topics, cut.payloads)
             self._acks.append(cut.acks)
         return cut.packets
+
+    def _receive(self) -> bytes:
+        """What has come, at most RECV_BYTES. TLS gives one record at a time, and a broker makes one of every message."""
+        data = self._socket.recv(RECV_BYTES)
+        if not data or not isinstance(self._socket, ssl.SSLSocket):
+            return data
+        records, size = [data], len(data)
+        with contextlib.suppress(OSError):  # nothing more, or an end that the next call meets again
+            while size < RECV_BYTES and (data := self._socket.recv(RECV_BYTES - size)):
+                records.append(data)
+                size += len(data)
+        return b"".join(records)
 
     def _flush(self) -> None:
         """Send what the socket takes now."""

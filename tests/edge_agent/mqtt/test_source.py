@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -300,6 +301,38 @@ def test_a_server_of_another_ca_is_not_trusted(tmp_path: Path, certificates: Pat
     with nats_broker(tmp_path, tls=server) as broker, running(config(broker, tls=Tls()), connected=False) as source:
         until(lambda: source.status.error != "")
         assert "CERTIFICATE_VERIFY_FAILED" in source.status.error
+
+
+def test_messages_that_come_in_a_tls_record_each_are_read_together(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    reads: list[int] = []
+    feed = frames.Decoder.feed
+
+    def counted(decoder: frames.Decoder, data: bytes, packets_max: int) -> frames.Frames:
+        reads.append(len(data))
+        return feed(decoder, data, packets_max)
+
+    monkeypatch.setattr(frames.Decoder, "feed", counted)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            peer = context.wrap_socket(server.accept()[0], server_side=True)
+            with peer:
+                for answer in (b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x01"):
+                    peer.recv(65_536)
+                    peer.sendall(answer)
+                for n in range(2_000):
+                    peer.sendall(b"\x32\x09\x00\x01t" + struct.pack(">H", n + 1) + b"%04d" % n)
+                with contextlib.suppress(OSError):
+                    while peer.recv(65_536):  # acknowledgements
+                        pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        broker = SourceConfig("127.0.0.1", server.getsockname()[1], "agent", "#", tls=Tls(certificates / "ca.pem"))
+        with running(broker) as source:
+            assert numbers(collect(source, 2_000)) == list(range(2_000))
+    assert len(reads) < 1_000, "a read for each message: a breath of a millisecond each limits TLS to hundreds a second"
 
 
 def test_tls_files_that_do_not_load_are_a_configuration_error(tmp_path: Path) -> None:
