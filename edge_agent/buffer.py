@@ -43,7 +43,7 @@ from edge_agent.core.retention import FillForecast, Place, choose, portion
 from edge_agent.core.track import FIXES_MAX
 from edge_agent.draft import BufferState, Draft, LaneState, Retention, Sealed, StoredBlock, seal_block
 from edge_agent.marks import Marks
-from edge_agent.opening import load
+from edge_agent.opening import check_keys, load
 from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, resume, salvage, skipped
 from edge_agent.sealed import Keys, open_stored
 from edge_agent.store import PAGE_BYTES, BufferFullError, DamagedError, DiskError, log_limit, open_store
@@ -663,6 +663,7 @@ class Buffer:
         known = mark is not None  # a commit that was under way at the end looks like damage to the log; the mark knows
         self._store = open_store(self._path, log_bytes_max=self._log_bytes_max, vfs=self._vfs, suspect=suspect, check_log=not known)
         self._load(now)
+        check_keys(self._store, self._keys, self._catalogue.next_id)
         if mark is not None and mark.epoch == self.epoch and not suspect:
             for lane, (_, last) in mark.lanes.items():
                 if last > self._catalogue.sequences.get(lane, 0):

@@ -33,7 +33,7 @@ from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
 from edge_agent.marks import Marked
 from edge_agent.opening import GAPS, last_ordinal
-from edge_agent.sealed import Keys, is_stored_block, open_stored, stored_header
+from edge_agent.sealed import Keys, is_stored_block, open_stored, sealed_under, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ class _Old:
     streams: dict[str, int] = field(default_factory=dict)
     fixes: list[tuple[int, str]] = field(default_factory=list)
     places: dict[tuple[str, int], tuple[str, int, int, int, bool]] | None = None  # stream, rows, first and last time, settled
+    gone: dict[str, tuple[int, int]] = field(default_factory=dict)  # by lane: the last name when it was counted, and the count
+    owed: list[Loss] = field(default_factory=list)
     mark: Marked | None = None
 
     def given(self, epoch: str, lane: str) -> tuple[int, int] | None:
@@ -73,6 +75,7 @@ class _New:
     lanes: dict[str, int] = field(default_factory=dict)
     ordinals: dict[str, int] = field(default_factory=dict)
     held: Counter[str] = field(default_factory=Counter)
+    keys: dict[str, int] = field(default_factory=dict)
 
 
 def salvage(
@@ -187,6 +190,9 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
     place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
     store.execute("INSERT INTO blocks VALUES (?, ?)", (block_id, stored))
     store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
+    key_id = sealed_under(stored)
+    if key_id is not None:
+        new.keys.setdefault(key_id, block_id)
     new.held[header.lane] += 1
     new.lanes[header.lane] = max(new.lanes.get(header.lane, 0), header.sequence)
     new.ordinals[header.stream] = max(new.ordinals.get(header.stream, 0), ordinal + 1)
@@ -197,13 +203,13 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
     new.epoch = new.epoch or old.epoch  # the blocks' own word counts for more
     if new.epoch is None:
         return  # nothing to go on from: a new epoch begins, and no name can be used twice
-    losses = []
+    losses = list(old.owed)
     marked = old.mark.lanes if old.mark is not None and old.mark.epoch == new.epoch else {}
     for lane, (_, given) in marked.items():
         old.lanes[lane] = max(given, old.lanes.get(lane, 0))
     for lane in sorted(new.lanes.keys() | old.lanes.keys()):
         last = max(new.lanes.get(lane, 0), old.lanes.get(lane, 0))
-        losses += _missing(new, old, lane, now_us, detail)
+        losses += _missing(new, old, lane, last, now_us, detail)
         losses.append(skipped(new.epoch, lane, last, now_us, detail))
         store.execute("INSERT INTO lanes VALUES (?, ?, ?)", (lane, last + SKIP, last + SKIP - new.held[lane]))
     gaps = {}
@@ -215,6 +221,7 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
     store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
     store.execute_many("INSERT INTO fixes VALUES (?, ?)", list(old.fixes))
     store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
+    store.execute_many("INSERT OR IGNORE INTO meta VALUES (?, ?)", [(f"key {first}", key_id) for key_id, first in new.keys.items()])
     store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.msgpack.encode(coalesce(losses))))
 
 
@@ -225,24 +232,34 @@ def skipped(epoch: str, lane: str, last: int, now_us: int, detail: str) -> Loss:
     )
 
 
-def _missing(new: _New, old: _Old, lane: str, now_us: int, detail: str) -> list[Loss]:
-    """The blocks of a lane that should be there: by the old places, and every hole that those do not reach."""
-    epoch, losses, known = str(new.epoch), [], 0
+def _missing(new: _New, old: _Old, lane: str, last: int, now_us: int, detail: str) -> list[Loss]:
+    """The blocks of a lane that should be there: by the old places, and every other name that nothing explains."""
+    epoch, losses, names = str(new.epoch), [], {n for name, n in new.found if name == lane}
     for (name, n), (stream, rows, first_us, last_us, settled) in (old.places or {}).items():
-        if name == lane:
-            known = max(known, n)
-            if not settled and (name, n) not in new.found:
+        if name == lane and n <= last:
+            if not settled and n not in names:
                 losses.append(Loss(now_us, stream, epoch, lane, n, n, 1, rows, first_us, last_us, Reason.DAMAGED, detail))
-    found = sorted(n for name, n in new.found if name == lane and n > known)
-    if known or old.places is None:  # what was settled long ago is named too: the lake knows better
-        found.insert(0, known)
-    elif not found and (given := old.given(epoch, lane)) is not None:
-        found = [given[0] - 1]
-    reached = [*found, old.lanes[lane] + 1] if lane in old.lanes and found else found
-    for a, b in pairwise(reached):
-        if b > a + 1:
-            losses.append(Loss(now_us, UNKNOWN_STREAM, epoch, lane, a + 1, b - 1, b - a - 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail))
+            names.add(n)
+    for a, b in _unexplained(new, old, lane, last, names):
+        losses.append(Loss(now_us, UNKNOWN_STREAM, epoch, lane, a, b, b - a + 1, _NAN, _NAN, _NAN, Reason.DAMAGED, detail))
     return losses
+
+
+def _unexplained(new: _New, old: _Old, lane: str, last: int, names: set[int]) -> list[tuple[int, int]]:
+    """Ranges of names up to `last` that are neither in `names` nor counted as gone. Where the count does not fit, what was settled long
+    ago is among them, unless the mark says that it waits no more: the lake knows better."""
+    table_last, gone = old.gone.get(lane, (0, None))
+    holes = _holes(names, 0, last)
+    if gone is not None and sum(b - a + 1 for a, b in _holes(names, 0, table_last)) == gone:
+        return [(max(a, table_last + 1), b) for a, b in holes if b > table_last]
+    given = old.given(str(new.epoch), lane)
+    first = given[0] if given is not None else 1
+    return [(max(a, first), b) for a, b in holes if b >= first]
+
+
+def _holes(names: set[int], start: int, last: int) -> list[tuple[int, int]]:
+    inside = sorted(n for n in names if start < n <= last)
+    return [(a + 1, b - 1) for a, b in pairwise([start, *inside, last + 1]) if b > a + 1]
 
 
 def _read_old(path: Path, vfs: str | None) -> _Old:
@@ -255,7 +272,7 @@ def _read_old(path: Path, vfs: str | None) -> _Old:
     try:
         db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, True)
         db.pragma("wal_autocheckpoint", 0)
-        for read in (_read_epoch, _read_numbers, _read_fixes, _read_places):
+        for read in (_read_epoch, _read_numbers, _read_fixes, _read_places, _read_owed):
             with contextlib.suppress(apsw.Error, *UNREADABLE, ContractError, TypeError, ValueError):  # as far as it goes
                 read(db, old)
     finally:
@@ -270,10 +287,17 @@ def _read_epoch(db: apsw.Connection, old: _Old) -> None:
 
 
 def _read_numbers(db: apsw.Connection, old: _Old) -> None:
-    for lane, last in db.execute("SELECT lane, last_sequence FROM lanes").fetchall():
-        old.lanes[check_lane(str(lane))] = min(max(0, int(str(last))), 2**52)
+    for lane, last, gone in db.execute("SELECT lane, last_sequence, gone FROM lanes").fetchall():
+        old.lanes[check_lane(str(lane))] = number = min(max(0, int(str(last))), 2**52)
+        old.gone[str(lane)] = (number, int(str(gone)))
     for stream, ordinal in db.execute("SELECT stream, next_ordinal FROM streams").fetchall():
         old.streams[check_name(str(stream), "stream")] = min(max(0, int(str(ordinal))), 2**52)
+
+
+def _read_owed(db: apsw.Connection, old: _Old) -> None:
+    owed = db.execute("SELECT value FROM meta WHERE key = ?", (OWED,)).get
+    if isinstance(owed, bytes):
+        old.owed = msgspec.msgpack.decode(owed, type=list[Loss])
 
 
 def _read_fixes(db: apsw.Connection, old: _Old) -> None:

@@ -67,7 +67,7 @@ class Keys:
         key_id = sealed_under(stored)
         end = _PREFIX_BYTES + 8 + int.from_bytes(stored[_PREFIX_BYTES + 4 : _PREFIX_BYTES + 8], "little")
         if key_id not in self._ciphers:
-            raise ConfigError(f"buffer.key_file: the key {key_id} is missing; put its line back, nothing was deleted")
+            raise missing_key(str(key_id))
         if not _PREFIX_BYTES + 8 <= end <= min(len(stored), _PREFIX_BYTES + 8 + HEADER_BYTES_MAX):
             raise ContractError(f"sealed block of {len(stored)} bytes: its header is damaged")
         nonce = stored[len(SEALED_MAGIC) + KEY_ID_BYTES : _PREFIX_BYTES]
@@ -89,8 +89,13 @@ def open_stored(stored: bytes, keys: Keys | None) -> bytes:
     if key_id is None:
         return stored
     if keys is None:
-        raise ConfigError(f"the buffer holds blocks sealed under the key {key_id}; set buffer.key_file, nothing was deleted")
+        raise missing_key(key_id)
     return keys.open(stored)
+
+
+def missing_key(key_id: str) -> ConfigError:
+    """What to say when a stored block needs a key that is not here."""
+    return ConfigError(f"blocks are sealed under the key {key_id}: set buffer.key_file, or put its line back; nothing was deleted")
 
 
 def sealed_under(stored: bytes) -> str | None:
