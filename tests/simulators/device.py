@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 from collections import deque
@@ -67,7 +68,21 @@ class Gone(Exception):
 
 
 class QuickDisk(FaultyDisk):
-    """A faulty disk whose platter is the model alone: nothing waits for the real one."""
+    """A faulty disk whose platter is the model alone: nothing waits for the real one. No inode is used twice while it exists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[int, int] = {}
+
+    def platter(self, path: str) -> Any:
+        if (number := Path(path).stat().st_ino) not in self._held:
+            self._held[number] = os.open(path, os.O_PATH)
+        return super().platter(path)
+
+    def close(self) -> None:
+        for handle in self._held.values():
+            os.close(handle)
+        self.unregister()
 
     def xOpen(self, name: Any, flags: list[int]) -> apsw.VFSFile:
         return _QuickFile(self, name, flags)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from queue import SimpleQueue
@@ -62,14 +61,14 @@ class Lake:
         self.settled: dict[tuple[str, str], SequenceSet] = defaultdict(SequenceSet)
         self.copies = self.refused = 0
 
-    def commit(self, payload: bytes, allowed: Callable[[str], tuple[str, ...]], region: str) -> BlockHeader | None:
+    def commit(self, payload: bytes, world: World, region: str) -> BlockHeader | None:
         """Store a block once; None if this region may not hold it any more."""
         header, table = decode_block(payload)
-        if region not in allowed(header.lane):
+        if region not in world.zones.endpoints(header.lane):
             self.refused += 1  # the policy changed while it was under way
             return None
         known = self.blocks.get(header.identity)
-        assert known is None or known[2] == payload, f"two blocks are called {header.identity}"
+        assert known is None or known[2] == payload, world.story(f"two blocks have one name: {known[0]} and {header}")
         self.copies += known is not None
         self.blocks[header.identity] = (header, table, payload)
         self.settled[(header.epoch, header.lane)].add(header.sequence)
@@ -102,7 +101,7 @@ class Cloud:
     def _ingest(self, region: Region, life: int, topic: str, payload: bytes) -> None:
         if region.life != life:
             return
-        header = self.lake.commit(payload, self.world.zones.endpoints, region.name)
+        header = self.lake.commit(payload, self.world, region.name)
         if header is None:
             return
         where = parse(topic)

@@ -16,7 +16,7 @@ import pytest
 from tests.simulators.world import World, world
 
 WORLDS, WORLDS_LONG = 50, int(os.environ.get("FENCELINE_RUNS", "1000"))
-STEPS = 40
+STEPS = 30
 
 
 @pytest.fixture(autouse=True)

@@ -207,9 +207,11 @@ class World:
     # What is known.
 
     def note_acknowledged(self, payloads: list[str]) -> None:
+        self.tell(f"acknowledged {len(payloads)}")
         self.acknowledged.update(payloads)
 
     def note_stored(self, header: BlockHeader, table: Table) -> None:
+        self.tell(f"stored {header.lane} {header.sequence} {header.stream} rows={header.rows}")
         for key in keys_of(header, table):
             self.stored[key].add(header.identity)
 
@@ -308,7 +310,7 @@ def world(seed: int, folder: Path) -> Iterator[World]:
     finally:
         if made is not None:
             made.device.end()
-        disk.unregister()
+        disk.close()
         apsw.set_default_vfs(BASE)
 
 
