@@ -35,6 +35,7 @@ LOST, LIVE, OVERDUE, BACKLOG = "lost", "live", "overdue", "backlog"
 RECHECK_S = 0.025  # a late block that cannot be hedged now
 HEDGES_STEP_MAX = 64
 READ_AHEAD_BLOCKS = 32
+RISING_SPARE = 1_024  # settled sequences that the heap of a lane may still hold
 
 
 class Sendable(Protocol):
@@ -195,8 +196,7 @@ class Outbox(Generic[B]):
         before = state.flights.get(block.sequence)
         attempts = 1 if before is None else before.attempts + 1
         self.sent_again += attempts > 1
-        state.flights[block.sequence] = _Flight(attempts, block, [endpoint])
-        heapq.heappush(state.rising, block.sequence)
+        self._fly(state, block.sequence, _Flight(attempts, block, [endpoint]))
         self._pipe(endpoint, now).sent(mid, (block.lane, block.sequence), len(block.block), now)
         limits = self._limits
         self._hedge_bytes_left = min(limits.hedge_burst_bytes, self._hedge_bytes_left + limits.hedge_share_max * len(block.block))
@@ -357,7 +357,8 @@ class Outbox(Generic[B]):
         """When something is late, suspect, dead or due next; later than `now`. Overdue receipts do not need that precision."""
         times = [t for pipe in self._pipes.values() for t in self._times(pipe, now) if t > now]
         if self._replay_bytes_left <= 0 and self._limits.replay_bytes_per_s is not None:
-            times.append(max(now + 0.001, self._replay_at - self._replay_bytes_left / self._limits.replay_bytes_per_s))
+            again_at = self._replay_at - self._replay_bytes_left / self._limits.replay_bytes_per_s + 0.001
+            times += [again_at] if again_at > now else []  # a time that has passed was of no use: nothing waits for it
         return min(times, default=INFINITY)
 
     # What others may know.
@@ -399,6 +400,14 @@ class Outbox(Generic[B]):
     def _times(self, pipe: Pipe, now: float) -> tuple[float, ...]:
         return pipe.late_at, pipe.suspect_at(now), pipe.dead_at(now), pipe.beat_at(self._limits.heartbeat_s)
 
+    def _fly(self, state: _Lane[B], sequence: int, flight: _Flight[B]) -> _Flight[B]:
+        """A block is under way. What a receipt named beyond a gap that is never filled is dropped from the heap here."""
+        state.flights[sequence] = flight
+        heapq.heappush(state.rising, sequence)
+        if len(state.rising) > 2 * len(state.flights) + RISING_SPARE:
+            state.rising = sorted(state.flights)
+        return flight
+
     def _waiting(self, message: Message) -> B | None:
         """The block of a message, if no endpoint has acknowledged it and no receipt has come."""
         if message.key is None:
@@ -426,8 +435,7 @@ class Outbox(Generic[B]):
             if sequence not in state.queued:
                 return  # settled meanwhile
             state.queued.remove(sequence)  # taken from a suspect, which has answered after all
-            flight = state.flights[sequence] = _Flight(1, None, [])
-            heapq.heappush(state.rising, sequence)
+            flight = self._fly(state, sequence, _Flight(1, None, []))
         if endpoint in flight.at:
             flight.at.remove(endpoint)
         if flight.due_at == INFINITY:

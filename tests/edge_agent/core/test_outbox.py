@@ -268,6 +268,28 @@ def test_cursor_set_back_while_the_buffer_was_read_is_not_jumped_over() -> None:
     assert outbox.wants(EU) == [("europe", 10)]
 
 
+def test_throttle_that_nothing_waits_for_wakes_nobody() -> None:
+    outbox: Outbox[Block] = Outbox(replace(LIMITS, replay_bytes_per_s=15.0))
+    outbox.discover({"europe": 3})
+    outbox.load("europe", 0, stored("europe", 1, 3), complete=True)
+    assert drain(outbox, EU, 1.0) == [("europe", 1), ("europe", 2)]
+    for sequence in (1, 2):
+        outbox.acked("eu", sequence, 1.0)
+    assert 1.0 < outbox.wake_at(1.0) < 1.5  # the third one may go then
+    assert outbox.wake_at(5.0) == float("inf")  # its lane was held meanwhile
+
+
+def test_a_gap_that_is_never_filled_costs_no_memory_for_all_that_follows() -> None:
+    outbox: Outbox[Block] = Outbox(LIMITS)
+    for sequence in range(2, 5_000):  # the first was given up by a full buffer
+        outbox.offer(Block("europe", sequence))
+        drain(outbox, EU)
+        outbox.acked("eu", sequence, 0.0)
+        assert outbox.settle("europe", SequenceSet(0, [(2, sequence)])) == 1
+    assert outbox.unreceipted("europe") == 0
+    assert len(outbox._lane("europe").rising) < 2_000
+
+
 class OutboxAgainstABuffer(RuleBasedStateMachine):
     """Any order of events: memory stays bounded, and in the end every stored block has been sent and settled."""
 
