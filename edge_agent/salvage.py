@@ -219,7 +219,7 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
         store.execute("INSERT INTO streams VALUES (?, ?)", (stream, following))
     store.execute("INSERT INTO meta VALUES (?, ?)", (GAPS, msgspec.msgpack.encode(gaps)))
     store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
-    store.execute_many("INSERT INTO fixes VALUES (?, ?)", list(old.fixes))
+    store.execute_many("INSERT OR REPLACE INTO fixes VALUES (?, ?)", list(old.fixes))
     store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
     store.execute_many("INSERT OR IGNORE INTO meta VALUES (?, ?)", [(f"key {first}", key_id) for key_id, first in new.keys.items()])
     store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.msgpack.encode(coalesce(losses))))
