@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.sensor_topics import parse_shape
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}
 
@@ -33,7 +34,7 @@ class ConnectionSettings(Settings, frozen=True, kw_only=True):
     ca_file: str | None = None
     cert_file: str | None = None
     key_file: str | None = None
-    keepalive_s: int = 30
+    keepalive_s: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 30
 
 
 class BrokerSettings(ConnectionSettings, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ class Broker:
     host: str
     port: int
     username: str | None
-    password: str | None
+    password: str | None = field(repr=False)
     tls: Tls | None
     keepalive_s: int
 
@@ -186,6 +187,7 @@ def _subscription(settings: SensorSettings, base: Path, where: str, client_id: s
         raise ConfigError(f"{where}: give url and subscribe (a broker), or listen (sensors connect to the agent)")
     if settings.users_file is not None:
         raise ConfigError(f"{where}: users_file belongs to listen; for a broker give username and password_file")
+    _check_filter(settings.subscribe, where)
     broker = _broker(settings.url, settings, base, where)
     name = f"{settings.url} {settings.subscribe}"
     return Subscription(name, broker, settings.subscribe, settings.version, settings.client_id or client_id)
@@ -221,8 +223,26 @@ def _broker(url: str, settings: ConnectionSettings, base: Path, where: str) -> B
     password = None
     tls = _tls(settings, base, scheme, where)
     if settings.password_file is not None:
-        password = read_file(base / settings.password_file, f"{where}.password_file").decode().strip()
+        password = _password(base / settings.password_file, f"{where}.password_file")
     return Broker(host, port, settings.username, password, tls, settings.keepalive_s)
+
+
+def _check_filter(subscribe: str, where: str) -> None:
+    """A broker answers a filter that is none by closing the connection, again and again."""
+    bare = subscribe.split("/", 2)[-1] if subscribe.startswith("$share/") else subscribe
+    try:
+        shape = parse_shape(bare)
+    except ContractError as e:
+        raise ConfigError(f"{where}: subscribe {subscribe!r} is no filter: {e}") from e
+    if shape.names or (bare is not subscribe and subscribe.count("/") < 2):
+        raise ConfigError(f"{where}: subscribe {subscribe!r} is no filter; write + for a level that varies, $share/GROUP/FILTER to share")
+
+
+def _password(path: Path, what: str) -> str:
+    try:
+        return read_file(path, what).decode().strip()
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{what}: {path} is not UTF-8 text; write the password into it, in one line") from e
 
 
 def _address(url: str, where: str) -> tuple[str, str, int]:

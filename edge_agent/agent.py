@@ -165,7 +165,6 @@ class Agent:
     def _start(self, stack: contextlib.ExitStack) -> None:
         """Bring up every part; `stack` takes them down in the opposite order."""
         config, settings = self._config, self._config.settings
-        config.state_dir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_only_agent_in(config.state_dir))
         history = {c.stream: settings.buffer.history_rows for c in config.contracts}
         self._buffer = Buffer(
@@ -364,8 +363,12 @@ def _repository(config: AgentConfig) -> RepositoryConfig | None:
 
 @contextlib.contextmanager
 def _only_agent_in(state_dir: Path) -> Iterator[None]:
-    """Hold the state directory's lock: two agents on one buffer would give one name to two blocks."""
-    lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    """Make the state directory and hold its lock: two agents on one buffer would give one name to two blocks."""
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as e:
+        raise ConfigError(f"state_dir {state_dir} cannot be used: {e.strerror}; it must be a directory that the agent may write to") from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

@@ -37,6 +37,7 @@ from edge_agent.core.zones import Zones, parse_zones
 
 MIB = 1024 * 1024
 GPSD_PORT = 2947
+AGE_S_MAX = 100 * 365 * 86_400
 
 
 class StreamSettings(Settings, frozen=True, kw_only=True):
@@ -98,7 +99,7 @@ class BufferSettings(Settings, frozen=True, kw_only=True):
     """
 
     bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 1024 * MIB
-    age_s_max: Annotated[float, msgspec.Meta(gt=0)] | None = None
+    age_s_max: Annotated[float, msgspec.Meta(gt=0, le=AGE_S_MAX)] | None = None
     when_full: Literal["drop_oldest", "block"] = "drop_oldest"
     history_rows: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 20_000
     key_file: str | None = None
@@ -246,8 +247,8 @@ def _fixed(position: PositionSettings, zones: Zones, path: Path) -> Position | N
     if position.home is not None and position.home not in names:
         raise ConfigError(f"{path}: position.home {position.home!r} is not a zone; zones are {', '.join(names)}")
     if position.source == "mqtt":
-        if not position.topic:
-            raise ConfigError(f"{path}: position.source = 'mqtt' needs position.topic")
+        if not position.topic or set(position.topic) & set("+#"):
+            raise ConfigError(f"{path}: position.source = 'mqtt' needs position.topic, one without wildcards; it is {position.topic!r}")
         return None
     if position.source == "gpsd":
         gpsd_address(position.url)

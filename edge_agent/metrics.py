@@ -101,7 +101,7 @@ def parse_listen(listen: str | None) -> tuple[str, int] | None:
     if listen is None:
         return None
     host, _, port = listen.rpartition(":")
-    if host.strip("[]") not in LOOPBACK or not port.isdigit() or int(port) > 65_535:
+    if host.strip("[]") not in LOOPBACK or not port.isdecimal() or int(port) > 65_535:
         raise ConfigError(f"metrics.listen {listen!r} must be HOST:PORT on loopback ({', '.join(LOOPBACK)})")
     return host.strip("[]"), int(port)
 

@@ -104,6 +104,10 @@ def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
         ('name = "eu"=>name = "eu"\npassword_file = "p"', "endpoint 'eu': password_file needs username too"),
         ('name = "eu"=>name = "eu"\nca_file = "ca.pem"', "file .*ca.pem does not exist"),
         ('source = "static"=>source = "mqtt"', "needs position.topic"),
+        ('source = "static"=>source = "mqtt"\ntopic = "sensors/plane-01/+"', r"one without wildcards; it is 'sensors/plane-01/\+'"),
+        ('name = "eu"=>name = "eu"\nkeepalive_s = 100000', r"Expected `int` <= 65535 - at `\$.endpoints\[0\].keepalive_s`"),
+        ("[position]=>[buffer]\nage_s_max = inf\n[position]", r"Expected `float` <= 3153600000.0 - at `\$.buffer.age_s_max`"),
+        ('name = "eu"=>name = "eu"\nusername = "a"\npassword_file = "latin-1"', "latin-1 is not UTF-8 text; write the password into it"),
         ('source = "static"=>source = "gpsd"\nurl = "tcp://127.0.0.1"', "position.url 'tcp://127.0.0.1' must be gpsd://HOST:PORT"),
         ('source = "static"=>source = "gpsd"\nurl = "gpsd://127.0.0.1:x"', "position.url 'gpsd://127.0.0.1:x': Port could not be cast"),
         ("lat = 50.0=>lat = 50.0\nspeed_m_s_max = 0", r"Expected `float` > 0(.0)? - at `\$.position.speed_m_s_max`"),
@@ -115,8 +119,22 @@ def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_config_says_what_where_and_what_to_do(tmp_path: Path, change: str, says: str) -> None:
+    (tmp_path / "latin-1").write_bytes(b"gr\xfcn")
     with pytest.raises(ConfigError, match=says):
         load(write(tmp_path, change))
+
+
+def test_a_password_is_not_shown_with_the_settings(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("hunter2\n")
+    config = load(write(tmp_path, 'name = "eu"=>name = "eu"\nusername = "a"\npassword_file = "p"'))
+    assert config.endpoints["eu"].password == "hunter2"
+    assert "hunter2" not in repr(config)
+
+
+def test_a_state_directory_that_cannot_be_is_a_setting_to_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, 'state_dir = "state"=>state_dir = "zones.geojson"')
+    assert main(["run", "--config", str(path)]) == 2
+    assert "zones.geojson cannot be used: File exists; it must be a directory that the agent may write to" in capsys.readouterr().err
 
 
 LISTEN = 'url = "mqtt://127.0.0.1:1883"\nsubscribe = "sensors/plane-01/#"'
@@ -135,6 +153,10 @@ LISTEN = 'url = "mqtt://127.0.0.1:1883"\nsubscribe = "sensors/plane-01/#"'
         ('listen = "mqtts://0.0.0.0"\nusers_file = "c"', "needs cert_file and key_file"),
         ('listen = "mqtt://127.0.0.1"\nca_file = "c"', "ca_file, cert_file and key_file need an mqtts:// url"),
         ('listen = "mqtt://127.0.0.1"\nusers_file = "none"', "none does not exist; make it with: edge-agent passwd .*none USER"),
+        ('url = "mqtt://h"\nsubscribe = "sensors/#/x"', "subscribe 'sensors/#/x' is no filter: .* # the whole last level"),
+        ('url = "mqtt://h"\nsubscribe = ""', "subscribe '' is no filter: .* 1 to 65535 characters"),
+        ('url = "mqtt://h"\nsubscribe = "sensors/{pump}/#"', r"is no filter; write \+ for a level that varies"),
+        ('url = "mqtt://h"\nsubscribe = "$share/x"', r"\$share/GROUP/FILTER to share"),
         ('listen = "tcp://127.0.0.1"', "listen 'tcp://127.0.0.1' must be mqtt://HOST:PORT"),
         ('listen = "mqtt://127.0.0.1"\nconnections_max = 0', "connections_max"),
         ('url = "mqtt://h"\nsubscribe = "#"\nusers_file = "c"', "users_file belongs to listen"),
