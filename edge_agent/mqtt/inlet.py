@@ -4,7 +4,8 @@
   consumer has nothing else to do: low latency when quiet, large batches under load.
 - Back-pressure: while `batches_max` batches wait there is no `room`; a side whose open batch is full then reads no socket.
 - A batch carries its own acknowledgement: `release`, once, from any thread, without blocking.
-- A side that dies of a defect says so (`fail`), or the consumer would wait for ever.
+- A side that dies of a defect says so (`fail`), or the consumer would wait for ever, or go on deaf with the other sides. What waits
+  then is not taken any more: it is not acknowledged, so it comes again.
 - Memory: at most (batches_max + 2 per side) * (bytes_max + one packet).
 """
 
@@ -146,9 +147,9 @@ class Inlet:
         with self._changed:
             if not self._waiting and self._failure is None:
                 self._changed.wait(timeout_s)
-            batch = self._waiting.popleft() if self._waiting else None
-            if batch is None and self._failure is not None:
+            if self._failure is not None:
                 raise RuntimeError(f"sensor side died: {self._failure!r}") from self._failure
+            batch = self._waiting.popleft() if self._waiting else None
         if batch is not None:
             for wake in self._wakes:
                 wake()

@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_agent.mqtt import cutter, wire
 from edge_agent.mqtt.cutter import PACKET_BYTES_MAX
@@ -45,7 +45,7 @@ class Connect:
     clean: bool
     keepalive_s: int
     username: str | None = None
-    password: bytes | None = None
+    password: bytes | None = field(default=None, repr=False)
     will_qos: int | None = None
     will_retain: bool = False
     session_expiry_s: int = 0
