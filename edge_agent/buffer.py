@@ -44,7 +44,7 @@ from edge_agent.core.track import FIXES_MAX
 from edge_agent.draft import BufferState, Draft, LaneState, Retention, Sealed, StoredBlock, seal_block
 from edge_agent.marks import Marks
 from edge_agent.opening import check_keys, load
-from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, resume, salvage, skipped
+from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, UNUSED, resume, salvage, skipped
 from edge_agent.sealed import Keys, open_stored
 from edge_agent.store import PAGE_BYTES, BufferFullError, DamagedError, DiskError, log_limit, open_store
 
@@ -407,10 +407,17 @@ class Buffer:
             raise BufferFullError(full)
         with self._writing():
             self._catalogue.write_tail()
-        victims = choose(self._classes([s.place for s in sealed]), portion(lack, limit))[:EVICT_BLOCKS_MAX]
+        incoming = [s.place for s in sealed]
+        needed = choose(self._classes(incoming), lack)
+        worth = max((self._priority(p) for p in needed), default=0)  # what is worth more is not given up to have some room in hand
+        spare = {priority: shelves for priority, shelves in self._classes(incoming).items() if priority <= worth}
+        victims = choose(spare, portion(lack, limit))[:EVICT_BLOCKS_MAX]
         if sum(p.bytes for p in victims) < lack:
             raise BufferFullError(f"{full}, and only {len(victims)} blocks may be given up")
         return victims
+
+    def _priority(self, place: Place) -> int:
+        return self._limits.priority(self._catalogue.shelves[place.shelf].stream)
 
     def _classes(self, incoming: Iterable[Place] = ()) -> dict[int, list[Iterable[Place]]]:
         """Blocks that may be given up: by priority, one series per shelf."""
@@ -492,6 +499,8 @@ class Buffer:
 
     def _count_losses(self, losses: list[Loss]) -> None:
         for loss in losses:
+            if loss.of_stream == UNUSED:
+                continue
             self.lost_blocks[loss.reason] += loss.blocks
             if not math.isnan(loss.readings):
                 self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + loss.readings
