@@ -16,7 +16,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from bench.failover_site import ALLOWED, BRIDGE, DEVICE, Site
 from bench.report import Cell, Report, main
 
 RUNS, RUNS_QUICK = 20, 1
+SLOW_RUNS_MAX = 30
 BRIDGE_RUNS = 3
 DELTA_RUNS = 2
 ALL = (*FAULTS, "lossy", "foreign_only")
+QUICK = ("kill",)
 COLUMNS = (
     "fault",
     "runs",
@@ -50,6 +53,7 @@ COLUMNS = (
 def options(parser: argparse.ArgumentParser) -> None:
     """The benchmark's own options."""
     parser.add_argument("--runs", type=int, help=f"runs of each fault under load (default {RUNS}; --quick {RUNS_QUICK})")
+    parser.add_argument("--slow-runs", type=int, help=f"runs of lossy and foreign_only (default: as --runs, at most {SLOW_RUNS_MAX})")
     parser.add_argument("--idle-runs", type=int, help="runs of each fault when idle (default: a quarter of --runs, at least 1)")
     parser.add_argument(
         "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of one fault)"
@@ -63,85 +67,105 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="say on stderr what is being done")
 
 
-def measure(arguments: argparse.Namespace) -> Report:
-    """Run everything and check what may never happen."""
-    faults = [name for name in arguments.faults.split(",") if name]
-    if os.geteuid() != 0:
-        raise SystemExit("failover needs root: it makes network namespaces")
+@dataclass(frozen=True)
+class Plan:
+    """How many runs of each fault: of the agent under load, idle, and with a Delta lake behind, and of the bridge."""
+
+    loaded: dict[str, int]
+    idle: dict[str, int]
+    delta: dict[str, int]
+    bridge: dict[str, int]
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """What the command line asks for; `--quick` is one run of each and of the bridge's quickest."""
+    quick, faults = arguments.quick, [name for name in arguments.faults.split(",") if name]
     unknown = [name for name in faults if name not in ALL]
     if unknown:
         raise SystemExit(f"no such fault: {', '.join(unknown)}; there are {', '.join(ALL)}")
-    runs = arguments.runs or (RUNS_QUICK if arguments.quick else RUNS)
-    idle_runs = max(1, runs // 4) if arguments.idle_runs is None else arguments.idle_runs
-    bridge_runs = (int(not arguments.quick) * BRIDGE_RUNS or 1) if arguments.bridge_runs is None else arguments.bridge_runs
-    delta_runs = (0 if arguments.quick else DELTA_RUNS) if arguments.delta_runs is None else arguments.delta_runs
-    bridge_faults = faults if arguments.bridge_runs is not None else [f for f in faults if f == "kill" or not arguments.quick]
-    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
+    runs = _default(arguments.runs, RUNS_QUICK if quick else RUNS)
+    slow = _default(arguments.slow_runs, min(runs, SLOW_RUNS_MAX))
+    single, some = [f for f in faults if f in FAULTS], [f for f in faults if f in QUICK or not quick]
+    return Plan(
+        loaded={f: runs if f in FAULTS else slow for f in faults},
+        idle=dict.fromkeys([f for f in single if f in some], _default(arguments.idle_runs, max(1, runs // 4))),
+        delta=dict.fromkeys(single, _default(arguments.delta_runs, 0 if quick else DELTA_RUNS)),
+        bridge=dict.fromkeys(some, _default(arguments.bridge_runs, 1 if quick else BRIDGE_RUNS)),
+    )
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """Run everything and check what may never happen."""
+    if os.geteuid() != 0:
+        raise SystemExit("failover needs root: it makes network namespaces")
+    wanted, kind = plan(arguments), arguments.broker
+    seed = _default(arguments.seed, random.SystemRandom().randrange(2**32))
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.WARNING, stream=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder, Site(Path(folder) / "site", arguments.broker) as site:
-        offsets = site.puback_offset_ms(ALLOWED[1])
-        for name in ALLOWED:
-            site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
-        idle_faults = [f for f in faults if f in FAULTS and (f == "stop" or not arguments.quick)]
-        loaded, idle = with_agent(site, faults, runs, idle_faults if idle_runs else [], idle_runs, seed)
-        bridged = with_bridge(site, bridge_faults, bridge_runs, seed)
-    delta = with_delta_lake(arguments.broker, [f for f in faults if f in FAULTS], delta_runs, seed)
-    return _report(arguments.broker, seed, offsets, loaded, idle, delta, bridged)
+    with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder:
+        with Site(Path(folder) / "site", kind) as site:
+            offsets = site.puback_offset_ms(ALLOWED[1])
+            for name in ALLOWED:
+                site.network.join_slow(site.device, site.brokers[name].place, delay_ms=SLOW_MS, loss=SLOW_LOSS, seed=seed)
+            loaded, idle = with_agent(site, wanted.loaded, wanted.idle, seed)
+            bridged = with_bridge(site, wanted.bridge, seed)
+        delta = with_delta_lake(Path(folder) / "delta", kind, wanted.delta, seed)
+    return _report(kind, seed, offsets, loaded, idle, delta, bridged)
 
 
-def with_agent(
-    site: Site, faults: Sequence[str], runs: int, idle_faults: Sequence[str], idle_runs: int, seed: int
-) -> tuple[dict[str, Series], dict[str, Series]]:
+def _default(asked: int | None, otherwise: int) -> int:
+    return otherwise if asked is None else asked
+
+
+def with_agent(site: Site, loaded: Mapping[str, int], idle: Mapping[str, int], seed: int) -> tuple[dict[str, Series], dict[str, Series]]:
     """The agent's runs, under load and idle."""
     agent, sensors = Agent(site), Sensors(site, DEVICE)
     try:
         trial = Trial(site, agent, sensors, seed)
-        loaded = {fault: trial.series(fault, runs) for fault in faults if fault in FAULTS}
-        idle = {fault: trial.series(fault, idle_runs, idle=True) for fault in idle_faults}
+        found = {fault: trial.series(fault, runs) for fault, runs in loaded.items() if runs and fault in FAULTS}
+        found_idle = {fault: trial.series(fault, runs, idle=True) for fault, runs in idle.items() if runs}
         # Last: after a slow link deadlines are longer for a while, as they should be.
-        loaded |= {fault: trial.series(fault, runs) for fault in faults if fault not in FAULTS}
+        found |= {fault: trial.series(fault, runs) for fault, runs in loaded.items() if runs and fault not in FAULTS}
     except Exception:
         logging.getLogger(__name__).error("agent's log ends: %s", agent.log()[-5_000:])
         raise
     finally:
         sensors.close()
         agent.close()
-    _check({**loaded, **{f"idle {name}": series for name, series in idle.items()}}, seed)
-    return loaded, idle
+    _check({**found, **{f"idle {name}": series for name, series in found_idle.items()}}, seed)
+    return found, found_idle
 
 
-def with_delta_lake(kind: str, faults: Sequence[str], runs: int, seed: int) -> dict[str, Series]:
+def with_delta_lake(folder: Path, kind: str, runs: Mapping[str, int], seed: int) -> dict[str, Series]:
     """The agent's runs under load with the real lake, which two ingests write to."""
-    if not runs or not faults:
+    if not any(runs.values()):
         return {}
-    with tempfile.TemporaryDirectory(prefix="fenceline-failover-") as folder:
-        lake = DeltaLake(Path(folder) / "lake")
-        with Site(Path(folder) / "site", kind, lake.writer) as site:
-            found, _ = with_agent(site, faults, runs, [], 0, seed)
-            readings = len(site.lake.committed)
-        if lake.rows() != (readings, readings):
-            raise RuntimeError(f"the Delta lake has {lake.rows()} rows and different readings, {readings} were stored; seed {seed}")
+    lake = DeltaLake(folder / "lake")
+    with Site(folder / "site", kind, lake.writer) as site:
+        found, _ = with_agent(site, runs, {}, seed)
+        readings = len(site.lake.committed)
+    if lake.rows() != (readings, readings):
+        raise RuntimeError(f"the Delta lake has {lake.rows()} rows and different readings, {readings} were stored; seed {seed}")
     return found
+
+
+def with_bridge(site: Site, runs: Mapping[str, int], seed: int) -> dict[str, Series]:
+    """The same faults with a Mosquitto bridge."""
+    if not any(runs.values()):
+        return {}
+    bridge, sensors = Bridge(site), Sensors(site, BRIDGE)
+    try:
+        site.lake.forget()
+        trial = Trial(site, bridge, sensors, seed)
+        return {fault: trial.series(fault, count) for fault, count in runs.items() if count}
+    finally:
+        sensors.close()
+        bridge.close()
 
 
 def _check(found: dict[str, Series], seed: int) -> None:
     for name, series in found.items():
         if series.lost or series.duplicates or series.foreign_bytes:
             raise RuntimeError(f"a promise is broken, fault {name}, seed {seed}: {series.numbers()}")
-
-
-def with_bridge(site: Site, faults: Sequence[str], runs: int, seed: int) -> dict[str, Series]:
-    """The same faults with a Mosquitto bridge."""
-    if not runs or not faults:
-        return {}
-    bridge, sensors = Bridge(site), Sensors(site, BRIDGE)
-    try:
-        site.lake.forget()
-        trial = Trial(site, bridge, sensors, seed)
-        return {fault: trial.series(fault, runs) for fault in faults}
-    finally:
-        sensors.close()
-        bridge.close()
 
 
 def _report(
