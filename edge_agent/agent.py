@@ -30,6 +30,7 @@ from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig, gpsd_address
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
+from edge_agent.contract.stream import QUARANTINE
 from edge_agent.core.deadline import DeadlineLimits
 from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.outbox import OutboxLimits
@@ -57,6 +58,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 REPORT_S = 20.0  # also the sign of life that `fenceline status` shows
 RETRY_S = 0.5
+UNDER_WAY_MAX = 65_536  # what one MQTT connection can have unacknowledged: all of it may come again after it was stored
 
 
 class _StoppedError(Exception):
@@ -175,7 +177,7 @@ class Agent:
             history_rows=history,
             age_s_max=settings.buffer.age_s_max,
             when_full=settings.buffer.when_full,
-            priorities={c.stream: s.priority for c, s in zip(config.contracts, settings.streams, strict=True)},
+            priorities=_priorities(config),
             keys=load_keys(config.key_file),
             clock=self._clock.now,
         )
@@ -187,7 +189,8 @@ class Agent:
         self._track = Track(zones, _rules(config), config.fixed, self._buffer.fixes(), last)
         self._fence = Fence(self._track, _locations(config), self.metrics, self._tell, anchor)
         node_state = NodeState(config.state_dir / "sparkplug.state")
-        intake = Intake(config.contracts, position.topic, self._fence, settings.buffer.history_rows, node_state.load())
+        recent_rows = max(settings.buffer.history_rows, UNDER_WAY_MAX)
+        intake = Intake(config.contracts, position.topic, self._fence, recent_rows, node_state.load())
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
@@ -343,6 +346,12 @@ def _rules(config: AgentConfig) -> Rules:
         accuracy_m_min=position.accuracy_m,
         boot_us=round((time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)) * 1e6),
     )
+
+
+def _priorities(config: AgentConfig) -> dict[str, int]:
+    """Of a full buffer, what was refused goes before any reading: whoever sends rubbish cannot push readings out."""
+    streams = {c.stream: s.priority for c, s in zip(config.contracts, config.settings.streams, strict=True)}
+    return {**streams, QUARANTINE.stream: min(streams.values()) - 1}
 
 
 def _locations(config: AgentConfig) -> dict[str, Precision]:

@@ -44,7 +44,8 @@ class StreamSettings(Settings, frozen=True, kw_only=True):
     """One stream: the path of its contract, and how exactly its readings may say where they were captured.
 
     `zone-only`: the lane, and nothing finer is stored anywhere. `rounded` (two decimals of a degree, some 1 km) and `exact` add the
-    columns `latitude` and `longitude`. `priority`: of a full buffer, streams of higher ones are kept longer.
+    columns `latitude` and `longitude`. `priority`: of a full buffer, streams of higher ones are kept longer; what was refused
+    (quarantine) goes first.
     """
 
     contract: str
@@ -120,8 +121,8 @@ class FlushSettings(Settings, frozen=True, kw_only=True):
 class UplinkSettings(Settings, frozen=True, kw_only=True):
     """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again or elsewhere too.
 
-    A block without PUBACK after the deadline of its endpoint (from the round trips measured, at least `deadline_ms_min`) goes to the standby
-    too; such copies take at most `hedge_share_max` of the bytes sent. An idle connection is asked every `heartbeat_s` (some 100 bytes
+    A block without PUBACK after the deadline of its endpoint (from the round trips measured, at least `deadline_ms_min`) goes to the
+    standby too; such copies take at most `hedge_share_max` of the bytes sent. An idle connection is asked every `heartbeat_s` (some 100 bytes
     with TLS: a metered link may want a minute). A lane goes back to a better endpoint when that has answered for `failback_s`.
     Reconnects wait at most a twentieth of the outage (a quarter while another endpoint serves), and never more than `backoff_s_max`:
     with N devices on one broker, N / backoff_s_max attempts a second is what it must bear after a long outage.

@@ -212,3 +212,38 @@ def test_two_brokers_and_a_listener_at_once(tmp_path: Path) -> None:
             sensors: dict[str, Any] = device.status()["sensors"]
             assert [side["messages"] for side in sensors["sides"].values()] == [60, 50, 60]
             assert f"mqtt://127.0.0.1:{two.port}" in sensors["error"]
+
+
+def test_more_messages_than_history_keeps_come_again_and_are_stored_once(tmp_path: Path) -> None:
+    count = 30_000  # history_rows is 20,000; a connection can have 65,535 unacknowledged
+    publishes = [publish_packet(reading(n), packet_id=n, topic=TOPIC) for n in range(1, count + 1)]
+    again = [bytes([p[0] | 0x08]) + p[1:] for p in publishes]
+    acknowledged: list[int] = []
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for packets in (publishes, again):  # a broker that lost what it got: the same messages come to the next connection
+                peer, _ = server.accept()
+                with peer:
+                    peer.recv(65_536)
+                    peer.sendall(b"\x20\x02\x01\x00")
+                    peer.recv(65_536)
+                    peer.sendall(b"\x90\x03\x00\x01\x01")
+                    threading.Thread(target=peer.sendall, args=(b"".join(packets),), daemon=True).start()
+                    got = 0
+                    while got < 4 * count:
+                        got += len(peer.recv(65_536))
+                    acknowledged.append(got // 4)
+                    if packets is again:
+                        done.wait(20)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        address = f'[sensors]\nurl = "mqtt://127.0.0.1:{server.getsockname()[1]}"\nsubscribe = "sensors/plane-01/#"'
+        with gateway(tmp_path, address) as bench:
+            bench.start()
+            wait_for(lambda: len(acknowledged) == 2, bench.log, 40)
+            assert bench.status()["buffer"]["readings_stored"] == count
+            done.set()
+        thread.join(20)

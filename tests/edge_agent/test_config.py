@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_agent.addresses import Listen, Subscription, covers
-from edge_agent.agent import _uplink_config
+from edge_agent.agent import _priorities, _uplink_config
 from edge_agent.cli import main
 from edge_agent.config import gpsd_address, load
 from edge_agent.contract.errors import ConfigError
@@ -76,6 +76,12 @@ replay_bytes_per_s = 20000
     limits = config.limits
     assert (limits.deadline.floor_s, limits.hedge_share_max, limits.heartbeat_s, limits.replay_bytes_per_s) == (0.06, 0.2, 5.0, 20_000.0)
     assert (config.routing.failback_s, config.routing.backoff_max_s) == (3.0, 8.0)
+
+
+def test_what_was_refused_is_given_up_before_any_reading(tmp_path: Path) -> None:
+    assert _priorities(load(write(tmp_path))) == {"turbofan": 0, "quarantine": -1}
+    low = write(tmp_path, 'odcs.yaml"=>odcs.yaml"\npriority = -3')
+    assert _priorities(load(low)) == {"turbofan": -3, "quarantine": -4}
 
 
 def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
