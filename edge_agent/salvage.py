@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 SKIP = 2**20
 ASIDE_MAX = 2
 UNKNOWN_STREAM = "unknown"
+UNUSED = "unused"
+"""Stands for a stream in ledger rows of names that are not given out: nothing known had them."""
 OWED = "owed"
 _BATCH = 256
 _NAN = float("nan")
@@ -227,9 +229,7 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
 
 def skipped(epoch: str, lane: str, last: int, now_us: int, detail: str) -> Loss:
     """The row for names that are not given out, because they may be in use already."""
-    return Loss(
-        now_us, UNKNOWN_STREAM, epoch, lane, last + 1, last + SKIP, SKIP, _NAN, _NAN, _NAN, Reason.DAMAGED, f"names skipped; {detail}"
-    )
+    return Loss(now_us, UNUSED, epoch, lane, last + 1, last + SKIP, SKIP, _NAN, _NAN, _NAN, Reason.DAMAGED, f"names skipped; {detail}")
 
 
 def _missing(new: _New, old: _Old, lane: str, last: int, now_us: int, detail: str) -> list[Loss]:

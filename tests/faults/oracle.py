@@ -20,7 +20,7 @@ from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
-from edge_agent.salvage import SKIP
+from edge_agent.salvage import UNUSED
 
 DEVICE = "plane-01"
 STREAM = "pump"
@@ -101,7 +101,7 @@ def names(loss: Loss, name: Name) -> bool:
 
 def is_skip(loss: Loss) -> bool:
     """Whether a row of the ledger only says that names are not given out: nothing had them."""
-    return loss.blocks == SKIP and loss.detail.startswith("names skipped")
+    return loss.of_stream == UNUSED
 
 
 def check(buffer: Buffer, acknowledged: dict[Name, bytes], settled: Collection[Name] = ()) -> Found:

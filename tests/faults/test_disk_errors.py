@@ -16,7 +16,7 @@ from tests.faults.oracle import Name, check, draft, is_skip, moment, open_buffer
 
 APPENDS = 6
 ATTEMPTS_MAX = 50
-SAMPLE = 20  # operations broken in `make test`, of each kind
+SAMPLE = 10  # operations broken in `make test`, of each kind
 TIMES = (1, 3, 25)  # how long the disk fails
 
 

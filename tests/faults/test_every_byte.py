@@ -15,8 +15,8 @@ import pytest
 from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
 
 SMALL_APPENDS = 4
-FLIPS_SAMPLED = 150
-CUTS_SAMPLED = 80
+FLIPS_SAMPLED = 100
+CUTS_SAMPLED = 60
 LARGE_APPENDS = 600
 LARGE_FLIPS = 100_000
 FLIPS_AT_ONCE = 100
