@@ -122,10 +122,10 @@ class UplinkSettings(Settings, frozen=True, kw_only=True):
     """Sending blocks: what may be under way per endpoint, and when an unreceipted block goes again or elsewhere too.
 
     A block without PUBACK after the deadline of its endpoint (from the round trips measured, at least `deadline_ms_min`) goes to the
-    standby too; such copies take at most `hedge_share_max` of the bytes sent. An idle connection is asked every `heartbeat_s` (some 100 bytes
-    with TLS: a metered link may want a minute). A lane goes back to a better endpoint when that has answered for `failback_s`.
-    Reconnects wait at most a twentieth of the outage (a quarter while another endpoint serves), and never more than `backoff_s_max`:
-    with N devices on one broker, N / backoff_s_max attempts a second is what it must bear after a long outage.
+    standby too; such copies take at most `hedge_share_max` of the bytes sent. An idle connection is asked every `heartbeat_s` (some 100
+    bytes with TLS: a metered link may want a minute). A lane goes back to a better endpoint when that has answered for `failback_s`.
+    Reconnects wait at most a twentieth of the outage (a quarter while another endpoint serves), and never more than `backoff_s_max`: with
+    N devices on one broker, N / backoff_s_max attempts a second is what it must bear after a long outage.
     `replay_bytes_per_s` throttles the backlog; without it, it takes what live blocks leave.
     """
 
