@@ -23,7 +23,7 @@ from edge_agent.buffer_file import BufferFile, Found, connect
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
-from edge_agent.salvage import salvage
+from edge_agent.salvage import UNUSED, salvage
 from edge_agent.sealed import Keys
 from edge_agent.store import LOG_BYTES_MAX, SCHEMA, SETTLED
 
@@ -104,7 +104,7 @@ def inspect(path: Path, keys: Keys | None) -> Inspection:
     if not file.carved:
         _check_counts(found)
     for loss in losses:
-        if loss.of_epoch == found.epoch and loss.of_lane in found.lanes:
+        if loss.of_epoch == found.epoch and loss.of_lane in found.lanes and loss.of_stream != UNUSED:
             found.lanes[loss.of_lane].named += loss.blocks
     return found
 
