@@ -2,7 +2,8 @@
 
 - Once started, all of it happens in a thread of its own: the uplink never waits for a disk, and a deadline is not missed
   because of an fsync. Answers are put where the uplink takes its events. Not started (in a simulation), `work` does it.
-- Receipts that come in while an earlier one is being written are merged: one transaction settles them all.
+- Receipts that come in while an earlier one is being written are merged: one transaction settles them all. Each keeps its epoch: a
+  buffer that had to be made new meanwhile gives the same numbers to other blocks.
 - A read has READ_BYTES at most, judged by the size of the lane's last blocks.
 - While the buffer is unavailable, the work is kept and tried again.
 """
@@ -75,9 +76,9 @@ class Backlog:
 
     def __init__(self, buffer: Buffer, device: str, put: Callable[[Answer], None]) -> None:
         self._buffer, self._device, self._put = buffer, device, put
-        self._jobs: SimpleQueue[Job | LaneReceipt | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Job | Receipt | None] = SimpleQueue()
         self._read_blocks: dict[str, int] = {}
-        self._unsettled: dict[str, list[LaneReceipt]] = {}
+        self._unsettled: dict[str, dict[str, list[LaneReceipt]]] = {}  # by epoch and lane
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -104,22 +105,21 @@ class Backlog:
         """`Counted` follows."""
         self._ask(lambda: Counted({s.lane: s.blocks for s in self._buffer.lanes()}))
 
-    def settle(self, receipts: Sequence[LaneReceipt]) -> None:
+    def settle(self, receipt: Receipt) -> None:
         """`Settled` follows."""
-        for receipt in receipts:
-            self._ask(receipt)
+        self._ask(receipt)
 
     def work(self) -> None:
         """Do what was asked for, if no thread does."""
         if self._thread is None and (jobs := self._take()):
             self._work(jobs)
 
-    def _ask(self, job: Job | LaneReceipt) -> None:
+    def _ask(self, job: Job | Receipt) -> None:
         self._jobs.put(job)
 
     def _run(self) -> None:
         try:
-            jobs: list[Job | LaneReceipt | None] = []
+            jobs: list[Job | Receipt | None] = []
             while None not in jobs:
                 jobs = [self._jobs.get(), *self._take()]
                 self._work(jobs)
@@ -127,8 +127,8 @@ class Backlog:
             log.exception("backlog failed")
             self._put(Failed(e))
 
-    def _take(self) -> list[Job | LaneReceipt | None]:
-        jobs: list[Job | LaneReceipt | None] = []
+    def _take(self) -> list[Job | Receipt | None]:
+        jobs: list[Job | Receipt | None] = []
         try:
             while len(jobs) < JOBS_STEP_MAX:
                 jobs.append(self._jobs.get_nowait())
@@ -136,15 +136,17 @@ class Backlog:
             pass
         return jobs
 
-    def _work(self, jobs: list[Job | LaneReceipt | None]) -> None:
+    def _work(self, jobs: list[Job | Receipt | None]) -> None:
         """Settle first: what is settled need not be read."""
         for job in jobs:
-            if isinstance(job, LaneReceipt):
-                self._unsettled.setdefault(job.lane, []).append(job)
+            if isinstance(job, Receipt):
+                of_epoch = self._unsettled.setdefault(job.epoch, {})
+                for lane in job.lanes:
+                    of_epoch.setdefault(lane.lane, []).append(lane)
         if self._unsettled:
             self._try(self._settle)
         for job in jobs:
-            if job is not None and not isinstance(job, LaneReceipt):
+            if job is not None and not isinstance(job, Receipt):
                 self._try(job)
 
     def _try(self, job: Job) -> None:
@@ -173,9 +175,11 @@ class Backlog:
         return found[0] if found and found[0].sequence == sequence else None
 
     def _settle(self) -> Settled:
-        lanes = [merged for receipts in self._unsettled.values() for merged in _merge(receipts)]
-        settled = self._buffer.settle(Receipt(device=self._device, epoch=self._buffer.epoch, lanes=lanes))
-        self._unsettled.clear()
+        settled = 0
+        for epoch, receipts in list(self._unsettled.items()):
+            lanes = [merged for of_lane in receipts.values() for merged in _merge(of_lane)]
+            settled += self._buffer.settle(Receipt(device=self._device, epoch=epoch, lanes=lanes))
+            del self._unsettled[epoch]
         return Settled(settled)
 
 

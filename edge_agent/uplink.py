@@ -9,7 +9,8 @@ no longer than until the next deadline.
   another one answers is suspected and left; the connection stays, and is given up after a longer silence.
 - An idle connection is asked by a heartbeat (an empty publish), the standby's too: what does not answer is no standby.
 - When a link is lost, what it had not acknowledged goes to the lane's next endpoint at once.
-- A block leaves the buffer when the lake's receipt names it; without one it is sent again (the lake removes copies).
+- A block leaves the buffer when the lake's receipt names it; without one it is sent again (the lake removes copies). A receipt counts
+  only from an endpoint that the lane allows: a region cannot make the device forget what it may not hold.
 - `desired` may come from several endpoints, in any order: the updater refuses the older one.
 
 Callbacks run in the uplink's thread: they must not raise, and must not wait.
@@ -27,6 +28,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
+
+import msgspec
 
 from edge_agent.backlog import Backlog, Counted, Failed, Found, Loaded, Settled
 from edge_agent.buffer import Buffer, StoredBlock
@@ -312,9 +315,9 @@ class Uplink:
                 else:
                     self._notices.acked(name, mid)
             case Message(_, topic, payload):
-                self._read_message(topic, payload)
+                self._read_message(name, topic, payload)
 
-    def _read_message(self, topic: str, payload: bytes) -> None:
+    def _read_message(self, endpoint: str, topic: str, payload: bytes) -> None:
         if topic == self._topics.desired:
             if payload:  # an empty one only clears what was retained
                 self._on_desired(payload)
@@ -323,12 +326,23 @@ class Uplink:
             receipt = decode_receipt(payload)
         except ContractError as e:
             self._refused += 1
-            log.warning("receipt refused error=%s", e)
+            log.warning("receipt refused endpoint=%s error=%s", endpoint, e)
             return
-        if receipt.device == self._config.device and receipt.epoch == self._buffer.epoch:
-            for lane in receipt.lanes:
-                self._outbox.settle(lane.lane, lane.settles())
-            self._backlog.settle(receipt.lanes)
+        if receipt.device != self._config.device or receipt.epoch != self._buffer.epoch:
+            return
+        mine = [lane for lane in receipt.lanes if self._may_settle(endpoint, lane.lane)]
+        if len(mine) < len(receipt.lanes):
+            self._refused += 1
+            log.warning("receipt refused endpoint=%s error=%s", endpoint, "it names lanes that may not go there")
+        for lane in mine:
+            self._outbox.settle(lane.lane, lane.settles())
+        self._backlog.settle(msgspec.structs.replace(receipt, lanes=mine))
+
+    def _may_settle(self, endpoint: str, lane: str) -> bool:
+        try:
+            return endpoint in self._allowed(lane)
+        except ContractError:  # no lane at all
+            return False
 
     def _lose(self, link: Link, reason: str) -> None:
         log.warning("endpoint lost endpoint=%s reason=%s", link.name, reason)

@@ -17,6 +17,7 @@ from edge_agent.contract.errors import UNREADABLE, ContractError
 
 RANGES_MAX = 1_000
 LANES_MAX = 256
+SEQUENCE_MAX = 2**62  # a device that a receipt makes skip names still has some left
 
 
 class SequenceSet:
@@ -91,6 +92,6 @@ def decode_receipt(data: bytes) -> Receipt:
         raise ContractError(f"receipt names {len(receipt.lanes)} lanes; at most {LANES_MAX}")
     for lane in receipt.lanes:
         edges = [lane.cumulative, *(edge for pair in lane.ranges for edge in pair)]
-        if lane.cumulative < 0 or len(lane.ranges) > RANGES_MAX or edges != sorted(edges):
-            raise ContractError(f"receipt for lane {lane.lane!r}: ranges must rise, at most {RANGES_MAX}")
+        if lane.cumulative < 0 or len(lane.ranges) > RANGES_MAX or edges != sorted(edges) or edges[-1] > SEQUENCE_MAX:
+            raise ContractError(f"receipt for lane {lane.lane!r}: ranges must rise, at most {RANGES_MAX}, to {SEQUENCE_MAX} at most")
     return receipt
