@@ -12,7 +12,9 @@ import contextlib
 import enum
 import socket
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.mqtt import server_frames
@@ -60,6 +62,7 @@ class Peer:
         self.state = State.TLS if isinstance(sock, ssl.SSLSocket) else State.CONNECTING
         self.connect: server_frames.Connect | None = None
         self.session: tuple[str, str] | None = None
+        self.identity = ""  # the name in its verified certificate
         self.more = False  # the decoder holds whole packets
         self.reading = self.writing = False  # whether the listener waits for it
         self.unread_since = now
@@ -74,18 +77,6 @@ class Peer:
     def __str__(self) -> str:
         client = f" client {self.connect.client_id[:64]!r}" if self.connect is not None else ""
         return f"{self.address}{client}"
-
-    @property
-    def identity(self) -> str:
-        """The name in its verified certificate; empty without one."""
-        certificate = self._socket.getpeercert() if isinstance(self._socket, ssl.SSLSocket) else None
-        if not certificate:
-            return ""
-        for part in certificate.get("subject", ()):
-            for pair in part:
-                if pair[0] == "commonName":
-                    return str(pair[1])
-        return str(certificate.get("subject", ()))
 
     @property
     def wants_reading(self) -> bool:
@@ -112,6 +103,7 @@ class Peer:
         assert isinstance(self._socket, ssl.SSLSocket)
         try:
             self._socket.do_handshake()
+            self.identity = _name(self._socket.getpeercert())  # now: it cannot be asked for once the connection has ended
         except ssl.SSLWantReadError:
             return False
         except ssl.SSLWantWriteError:  # a handshake fits a socket's buffer, unless the peer reads nothing at all
@@ -248,3 +240,10 @@ class Peer:
             if self._partial_since is not None and now - self._partial_since > self._limits.packet_s:
                 return f"a packet not whole after {self._limits.packet_s} s", KEEPALIVE_TIMEOUT
         return None
+
+
+def _name(certificate: Mapping[str, Any] | None) -> str:
+    """The common name of a certificate, or else its whole subject; empty without one."""
+    subject = (certificate or {}).get("subject", ())
+    names = [value for part in subject for key, value in part if key == "commonName"]
+    return str(names[0] if names else subject or "")

@@ -254,6 +254,26 @@ def test_tls_with_and_without_client_certificates(certificates: Path, users: Pat
         assert "certificate" in bench.listener.status.last_lost.lower()
 
 
+def test_who_connects_and_vanishes_at_once_takes_nobody_along(certificates: Path) -> None:
+    tls = Tls(None, certificates / "server.pem", certificates / "server.key")
+    trusting = ssl.create_default_context(cafile=certificates / "ca.pem")
+    with (
+        listening(tls=tls, batches=BatchLimits(rows_max=1), batches_max=1, consume=False) as bench,
+        RawSensor(bench.port, trusting) as good,
+        RawSensor(bench.port, trusting) as unlucky,
+    ):
+        good.connect("good")
+        for n in range(3):
+            good.publish(b"%d" % n, n + 1)
+        until(lambda: bench.listener.status.paused, lambda: bench.listener.status)
+        unlucky.send(connect_packet("unlucky"))
+        unlucky.socket.shutdown(socket.SHUT_WR)  # without TLS's goodbye: the listener reads CONNECT and the end together
+        bench.take(3)
+        assert good.acks(3) == [1, 2, 3]
+        with RawSensor(bench.port, trusting) as later:
+            later.connect("later")
+
+
 def test_connack_of_mqtt_5_says_what_there_is_not() -> None:
     codec = pytest.importorskip("mqtt5", reason="the independent codec is not installed (pip install mqtt5)")
     limits = PeerLimits(packet_bytes_max=50_000, unacked_messages_max=99, keepalive_s_max=120)
