@@ -677,6 +677,17 @@ class Buffer:
             for lane, (_, last) in mark.lanes.items():
                 if last > self._catalogue.sequences.get(lane, 0):
                     raise DamagedError(f"the file ends at {self._catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
+        if not suspect:
+            self._bring_log_in()
+
+    def _bring_log_in(self) -> None:
+        """Bring the log that was found into the file, and both to the disk: a process before this one may have ended after a sync
+        that failed, and then the log is whole in the page cache, but not on the disk."""
+        try:
+            if self._store.log_bytes():
+                self._store.checkpoint(truncate=True)
+        except BufferFullError as e:  # no reason not to start: receipts make room
+            log.warning("buffer log not brought into the file error=%s", e)
 
     def _salvage(self, cause: Exception) -> None:
         with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
