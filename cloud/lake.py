@@ -17,7 +17,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from cloud.clocks import Boot, Clocks, Place, correct
-from cloud.rows import ORDER, Contracts, Shifted, schema, stamped, to_rows
+from cloud.rows import ORDER, TEXT_BYTES_MAX, Contracts, Shifted, schema, stamped, text_bytes, to_rows
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, UnavailableError
@@ -93,7 +93,8 @@ class Lake:
         self._clocks.learn(header for header, _ in unique.values())
         for (stream, lane), group in groups.items():
             self._open_lane(lane)
-            committed += self._append_group(region, stream, lane, group, received_us)
+            for part in _portions(group):
+                committed += self._append_group(region, stream, lane, part, received_us)
         added = set(committed)
         return Settled(committed, [i for i in unique if i not in added], self._receipts(unique))
 
@@ -347,6 +348,20 @@ class Lake:
 
 def _directories(path: Path) -> list[Path]:
     return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def _portions(group: list[tuple[BlockHeader, Table]]) -> Iterator[list[tuple[BlockHeader, Table]]]:
+    """Blocks whose rows fit one commit."""
+    portion: list[tuple[BlockHeader, Table]] = []
+    size = 0
+    for header, table in group:
+        more = text_bytes(header, table)
+        if portion and size + more > TEXT_BYTES_MAX:
+            yield portion
+            portion, size = [], 0
+        portion.append((header, table))
+        size += more
+    yield portion
 
 
 def _chunks(items: list[LaneReceipt], size: int) -> list[list[LaneReceipt]]:

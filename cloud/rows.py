@@ -7,6 +7,7 @@
 - NaN ("missing", "not scored", "place not known") becomes null; timestamps become `timestamp[us, UTC]`.
 - The columns of a block must be those of its contract and `ordinal`; it may have `score`, and the two of its place together. Anything
   else is refused.
+- A text that many rows share takes its room once in a block, and in each row here: blocks and commits have a limit of TEXT_BYTES_MAX.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edge_agent.contract.columns import Column, Strings, Table, concat
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
 
+TEXT_BYTES_MAX = 256 * 1024 * 1024  # Arrow counts the bytes of a text column in 31 bits
 TIME = pa.timestamp("us", "UTC")
 ORDER = ("device", "epoch", "ordinal", "row")
 
@@ -85,6 +87,18 @@ def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -
     for name, kind in wanted.items():
         if _kind(table[name]) != kind:
             raise ContractError(f"block {header.identity}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
+    if (size := text_bytes(header, table)) > TEXT_BYTES_MAX:
+        raise ContractError(f"block {header.identity}: {size} bytes of text in its rows; at most {TEXT_BYTES_MAX}")
+
+
+def text_bytes(header: BlockHeader, table: Table) -> int:
+    """The bytes of text in the rows of a block."""
+    each = (header.device, header.epoch, header.lane, header.contract_version, header.model or "", header.policy, header.boot)
+    size = header.rows * sum(len(text.encode()) for text in each)
+    for column in table.values():
+        if isinstance(column, Strings):
+            size += int(np.array([len(text.encode()) for text in column.values], np.int64)[column.codes].sum())
+    return size
 
 
 def stamped(contract: StreamContract) -> tuple[str, ...]:

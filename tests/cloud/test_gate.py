@@ -91,6 +91,14 @@ def test_a_header_number_that_no_column_can_hold_is_refused_instead_of_stopping_
     assert reason is Reason.CORRUPT and str(2**63) in detail
 
 
+def test_a_small_block_whose_rows_would_fill_the_memory_is_refused(gate: Gate) -> None:
+    header, table = block(1, lane="canada", rows=65_536)
+    bomb = encode_block(header, {**table, "pump": Strings(np.zeros(65_536, np.int32), ("x" * 65_536,))})
+    assert len(bomb) < 512 * 1024
+    reason, detail = refusal(gate.inspect(up(), bomb))
+    assert reason is Reason.CORRUPT and "bytes of text" in detail
+
+
 def test_every_flipped_byte_of_a_block_is_refused_as_corrupt(gate: Gate) -> None:
     good = block_bytes(1, lane="canada")
     for place in range(len(good)):
