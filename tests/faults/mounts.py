@@ -12,6 +12,7 @@ import os
 import shutil
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.conftest import SYSTEM_PATH
 
 _FS_IOC_SHUTDOWN = (2 << 30) | (4 << 16) | (ord("X") << 8) | 125
 _NO_LOG_FLUSH = 2
+PATIENCE_S = 30.0
 SIZES_MB = {"ext4": 64, "xfs": 320}  # XFS makes none below 300
 _MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
 
@@ -58,7 +60,8 @@ class LoopDisk:
         loop = _run("losetup", "--find", "--show", str(self._image))
         self._loops.append(loop)
         options = ["-o", self._options] if self._options else []
-        _run("mount", "-t", self._kind, *options, loop, str(self.path))
+        _patiently("mount", "-t", self._kind, *options, loop, str(self.path))
+        _run("mount", "--make-shared", str(self.path))  # so that copies in others' mount namespaces go when this one goes
 
     def power_cut(self) -> None:
         """Cut the power and start the machine again. Freeze who writes first: it would see errors, which no power cut shows."""
@@ -99,6 +102,20 @@ def _kernel_has(kind: str) -> bool:
     if kind in Path("/proc/filesystems").read_text().split():
         return True
     return bool(shutil.which("modprobe", path=SYSTEM_PATH)) and not subprocess.run(["modprobe", kind], capture_output=True).returncode
+
+
+def _patiently(*command: str) -> None:
+    """Run a mount; XFS refuses while a copy of the one before lives in the namespace of another test."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            _run(*command)
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+        else:
+            return
 
 
 def _run(*command: str) -> str:
