@@ -28,6 +28,7 @@ SOAK_S = float(os.environ.get("FENCELINE_SOAK_S", "1800"))
 WARM_SHARE = 0.3
 SAMPLE_S = 2.0
 SLOPE_MB_PER_H_MAX = 1.0
+QUIET_S = 60.0  # longer than a block waits for its receipt before it goes again
 
 pytestmark = pytest.mark.needs_mosquitto
 
@@ -70,9 +71,11 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[f
         assert sensors.returncode == 0
         report = json.loads(out.read_text())
         assert report["acked"] == report["sent"]
-        plant.wait(lambda: rows(plant)[1] >= report["sent"], timeout_s=120)
+        wait_for_rows(plant, report["sent"])
         total, distinct = rows(plant)
-        assert (report["sent"] - distinct, total - distinct) == (0, 0), f"{report['sent']} sent, {total} rows, {distinct} distinct"
+        assert (report["sent"] - distinct, total - distinct) == (0, 0), (
+            f"{report['sent']} sent, {total} rows, {distinct} distinct; the agent: {plant.status()}; its log ends\n{plant.agent_log()[-3000:]}"
+        )
     return samples
 
 
@@ -98,6 +101,16 @@ def faults_of(plant: Plant, link: Proxy, rng: random.Random) -> list[Callable[[]
 
 def descriptors(pid: int) -> int:
     return sum(len(list(Path(f"/proc/{member}/fd").iterdir())) for member in family(pid))
+
+
+def wait_for_rows(plant: Plant, count: int) -> None:
+    """Wait until the lake has that many rows, or gets no more for a while."""
+    seen, since = -1, time.monotonic()
+    while seen < count and time.monotonic() - since < QUIET_S:
+        found = DeltaTable(plant.cloud.lake_dir / STREAM / ZONE).to_pyarrow_dataset().count_rows()
+        if found != seen:
+            seen, since = found, time.monotonic()
+        time.sleep(1.0)
 
 
 def rows(plant: Plant) -> tuple[int, int]:
