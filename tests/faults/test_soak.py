@@ -73,9 +73,8 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[f
         assert report["acked"] == report["sent"]
         wait_for_rows(plant, report["sent"])
         total, distinct = rows(plant)
-        assert (report["sent"] - distinct, total - distinct) == (0, 0), (
-            f"{report['sent']} sent, {total} rows, {distinct} distinct; the agent: {plant.status()}; its log ends\n{plant.agent_log()[-3000:]}"
-        )
+        found = f"{report['sent']} sent, {total} rows, {distinct} distinct; the agent: {plant.status()}"
+        assert (report["sent"] - distinct, total - distinct) == (0, 0), f"{found}; its log ends\n{plant.agent_log()[-3000:]}"
     return samples
 
 
