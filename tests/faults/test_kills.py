@@ -19,7 +19,9 @@ from tests.faults.account import settle_accounts
 
 KILLS = 1_000
 KILLS_REDUCED = 5
-LIFE_S_MAX = 1.2
+LIFE_S_MAX = 0.8
+START_S_MAX = 1.2
+WHILE_STARTING = 0.25  # this share of them dies before it is ready
 BROKER_EVERY = 7  # kills per restart of the sensors' broker
 READINGS_PER_S = 150
 READINGS_WAITING_MAX = 400
@@ -76,8 +78,12 @@ def run(bench: Bench, kills: int, chance: random.Random) -> None:
     sensor = Sensor(bench.sensors)
     try:
         for number in range(1, kills + 1):
-            bench.start_now()
-            time.sleep(chance.uniform(0, LIFE_S_MAX))  # some of them die while they still start
+            if chance.random() < WHILE_STARTING:
+                bench.start_now()
+                time.sleep(chance.uniform(0, START_S_MAX))
+            else:
+                bench.start()
+                time.sleep(chance.uniform(0, LIFE_S_MAX))
             if number % BROKER_EVERY == 0:
                 bench.sensors.restart()
             bench.kill()
