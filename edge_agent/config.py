@@ -110,7 +110,8 @@ class FlushSettings(Settings, frozen=True, kw_only=True):
     """When a batch is stored and becomes a block: at so many rows or bytes, or this long after its first message.
 
     A block of one reading costs some 600 bytes, one of hundreds a twentieth of their JSON: slow sensors on a metered link want a
-    longer `ms_max` (a minute, say). Messages are acknowledged to the sensor broker when the batch is stored.
+    longer `ms_max` (a minute, say). Messages are acknowledged to the sensor broker when the batch is stored, so its window of messages in
+    flight (Mosquitto: `max_inflight_messages`, by default 20) must hold those of `ms_max`, or it queues them, and drops what does not fit.
     """
 
     rows_max: Annotated[int, msgspec.Meta(ge=1, le=ROWS_MAX)] = 4_096
