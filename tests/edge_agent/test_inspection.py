@@ -144,7 +144,7 @@ def test_no_file_and_no_database_are_told_apart(tmp_path: Path) -> None:
 
 def test_an_encrypted_buffer_needs_its_key(tmp_path: Path) -> None:
     path = made(tmp_path / "buffer.db", Keys([KEY]))
-    with pytest.raises(ConfigError, match="set buffer.key_file"):
+    with pytest.raises(ConfigError, match=r"set buffer\.key_file"):
         inspect(path, None)
     assert inspect(path, Keys([KEY])).clean
     assert len(lines(path, keys=Keys([KEY]))) == 18
