@@ -64,7 +64,7 @@ class Fence:
         zones = None
         while not self._offers.empty():
             zones = self._offers.get()
-        if zones is None or zones.digest == self.policy:
+        if zones is None or zones == self.track.zones:  # not by digest alone: that of a damaged policy's place-holder is the same
             return
         before, lanes = self.policy, sorted(waiting())
         self.track.adopt(zones)

@@ -6,6 +6,7 @@
   zone that the device can have reached. After `max_age_s` the lane is `nowhere`.
 - A position is refused, with a Reason, if it is not on Earth, is 0/0 where that means "no fix", is from the future, is older than
   all that is remembered, or cannot have been reached from an accepted fix at `speed_m_s_max`.
+- A position with a wide circle does not make the places within it reachable: what is judged by is the last position that said most.
 - Two positions that contradict each other are both doubted: from the refused one until the next one that is accepted, the
   lane is that of both (the fix before, grown, and the refused one). So an outlier or a spoofed jump can hold readings back, but
   not send them where only one of the two allows.
@@ -73,7 +74,7 @@ class Track:
 
     @property
     def anchor(self) -> Position | None:
-        """The last position that was believed."""
+        """The last position that was believed, and that was no wider than what the one before still said."""
         return None if self._anchor is None else self._anchor.position
 
     def adopt(self, zones: Zones) -> None:
@@ -245,8 +246,16 @@ class Track:
             self._fixes.insert(place, fix)
         self._forgotten |= len(self._fixes) > FIXES_MAX
         del self._fixes[:-FIXES_MAX]
-        if not fix.doubted and fix.position is not None:
+        if not fix.doubted and self._says_more(fix):
             self._anchor = fix
+
+    def _says_more(self, fix: Fix) -> bool:
+        """Whether a fix with a position is no wider than the anchor, grown until then: a wide one does not allow the next jump."""
+        anchor = self.anchor
+        if fix.position is None or anchor is None:
+            return fix.position is not None
+        grown_m = anchor.accuracy_m + self.rules.speed_m_s_max * abs(fix.time_us - anchor.time_us) / 1e6
+        return fix.position.accuracy_m <= grown_m
 
     def _fixed_lane(self) -> str | None:
         return None if self._fixed is None else self.zones.locate(self._fixed.lat, self._fixed.lon, self._fixed.accuracy_m)

@@ -170,6 +170,18 @@ def test_a_damaged_policy_holds_everything_until_it_is_fetched_again(device: Dev
     assert device.accepted(ref).endpoints("west") == ("us",)
 
 
+def test_a_damaged_policy_that_is_the_one_of_the_installation_is_in_force_again_when_it_was_fetched(tmp_path: Path) -> None:
+    ref = ZonesRef(target="zones/zones.geojson", version=1, sha256=parse_zones(FIRST).digest)
+    PolicyStore(tmp_path).accept(ref, FIRST)
+    PolicyStore(tmp_path).path(ref).write_bytes(FIRST[:-3])
+    store = PolicyStore(tmp_path)
+    fence = Fence(Track(store.load(parse_zones(FIRST)), Rules()), {}, Metrics(), lambda event, **fields: None)
+    assert fence.endpoints("west") == ()
+    fence.offer(store.accept(ref, FIRST))
+    fence.swap(list)
+    assert fence.endpoints("west") == ("eu",)
+
+
 def test_a_new_policy_does_not_try_a_rejected_bundle_again(device: Device) -> None:
     good = device.repository.add(models.bundle(model_version="1"))
     bad = msgspec.structs.replace(good, sha256="0" * 64)

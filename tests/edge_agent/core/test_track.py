@@ -142,6 +142,16 @@ def test_a_wrong_first_fix_is_outlived(zones: Zones) -> None:
     assert lanes(track, 1, 300, 705) == ["north_south", "north_south", "south"]
 
 
+def test_a_position_that_says_little_does_not_make_the_next_jump_possible(zones: Zones) -> None:
+    track = Track(zones, RULES)
+    track.take(at(0, 1_000))
+    assert track.take(at(1, 900, accuracy_m=3_000_000.0)).reason is None  # true, but of no use
+    assert track.take(at(2, -1_000)).reason is Reason.IMPOSSIBLE_JUMP
+    assert lanes(track, 2, 3) == [NOWHERE, NOWHERE]
+    assert track.take(at(4, 1_000)).reason is None
+    assert lanes(track, 4) == ["north"]
+
+
 def test_a_flood_of_spoofed_positions_does_not_make_the_track_forget_where_it_was(zones: Zones) -> None:
     track = Track(zones, Rules(max_age_s=3_600.0, speed_m_s_max=1.0))
     track.take(at(0, -300))
