@@ -87,7 +87,10 @@ def encode_block(header: BlockHeader, table: Table, level: int = 3) -> bytes:
     """
     _check(header)
     head = _encode_header(header)
-    body = zstandard.ZstdCompressor(level=level).compress(encode_columns(table, header.rows))
+    raw = encode_columns(table, header.rows)
+    if len(raw) > RAW_BYTES_MAX:  # nobody could read it
+        raise ContractError(f"block {header.identity}: {len(raw)} raw bytes; at most {RAW_BYTES_MAX}")
+    body = zstandard.ZstdCompressor(level=level).compress(raw)
     block = b"".join([MAGIC, len(head).to_bytes(4, "little"), head, body])
     if len(block) + 4 > BLOCK_BYTES_MAX:
         raise ContractError(f"block of {len(block) + 4} bytes; at most {BLOCK_BYTES_MAX}")

@@ -164,6 +164,13 @@ def test_block_may_not_be_huge() -> None:
         encode_block(changed(rows=ROWS_MAX), noise)
 
 
+def test_a_block_that_nobody_could_read_is_not_sealed() -> None:
+    long = RAW_BYTES_MAX // 16
+    texts: Table = {f"s{i}": Strings.of([str(i) + "x" * long]) for i in range(17)}
+    with pytest.raises(ContractError, match=f"raw bytes; at most {RAW_BYTES_MAX}"):
+        encode_block(changed(rows=1), texts)
+
+
 @pytest.mark.parametrize("claimed", [RAW_BYTES_MAX + 1, 2**40, 2**63 - 1])
 def test_bomb_is_refused_before_memory_is_taken(claimed: int) -> None:
     # A zstd frame: magic, descriptor (8-byte content size, single segment), the size, one empty last block.
