@@ -6,6 +6,7 @@
   A writer that has not seen another's commit for the same lane is refused by Delta; it reads what the other stored, drops
   that, and tries again. A commit that Delta rebased over others is followed by reading those, before the next one.
 - What is settled is rebuilt from the rows themselves when a lane is first touched; compaction does not change rows.
+- What the loss ledger names is settled too, but not stored: see `cloud.settled`.
 
     lake = Lake(settings.lake_dir)
     table = lake.read("turbofan", lanes=["europe"], versions={"europe": 12}, columns=["engine", "score"])
@@ -17,31 +18,32 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 
 from cloud.clocks import Boot, Clocks, Place, correct
 from cloud.rows import ORDER, TEXT_BYTES_MAX, Contracts, Shifted, schema, stamped, text_bytes, to_rows
+from cloud.settled import LEDGER_COLUMNS, Identity, SettledIndex
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, UnavailableError
-from edge_agent.contract.receipt import LANES_MAX, RANGES_MAX, LaneReceipt, Receipt, SequenceSet
-from edge_agent.contract.stream import AGENT_STREAMS, StreamContract
+from edge_agent.contract.receipt import Receipt
+from edge_agent.contract.stream import AGENT_STREAMS, LOSSES, StreamContract
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 20
 BLOCKS_KEY = "fenceline.blocks"
 LABELS = "_labels"
-
-Identity = tuple[str, str, str, int]
-LaneKey = tuple[str, str, str]
+REFRESH_S = 5.0
+"""How often a lane is read again for what others committed to it, while its receipts are cut off."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Settled:
 class _Handle:
     """An open table. Blocks of all commits up to `seen` are in the settled index."""
 
+    stream: str
     lane: str
     table: DeltaTable
     seen: int
@@ -72,8 +75,9 @@ class Lake:
 
     def __post_init__(self) -> None:
         self._handles: dict[tuple[str, str], _Handle] = {}
-        self._settled: defaultdict[LaneKey, SequenceSet] = defaultdict(SequenceSet)
+        self._settled = SettledIndex()
         self._lanes_seen: set[str] = set()
+        self._refresh_due: dict[str, float] = {}
         self._clocks = Clocks()
 
     # Writing
@@ -96,7 +100,9 @@ class Lake:
             for part in _portions(group):
                 committed += self._append_group(region, stream, lane, part, received_us)
         added = set(committed)
-        return Settled(committed, [i for i in unique if i not in added], self._receipts(unique))
+        for lane in self._settled.cut(unique):
+            self._refresh(lane)
+        return Settled(committed, [i for i in unique if i not in added], self._settled.receipts(unique))
 
     def _append_group(
         self, region: str, stream: str, lane: str, group: list[tuple[BlockHeader, Table]], received_us: int
@@ -106,7 +112,7 @@ class Lake:
                 handle = self._handle(stream, lane, group[0][0])
                 if attempt:
                     self._sync(handle)
-                fresh = [(h, t) for h, t in group if h.sequence not in self._settled[h.identity[:3]]]
+                fresh = [(h, t) for h, t in group if h.identity not in self._settled]
                 if fresh:
                     self._commit(handle, self._rows(region, fresh, received_us), [h for h, _ in fresh])
                 return [h.identity for h, _ in fresh]
@@ -148,8 +154,10 @@ class Lake:
             ),
         )
         for header in headers:
-            self._settled[header.identity[:3]].add(header.sequence)
+            self._settled.add(header.identity)
             self._clocks.stored((header.stream, header.lane), header)
+        if handle.stream == LOSSES.stream:
+            self._settled.give_up(rows)
         handle.commits += 1
         if handle.table.version() == handle.seen + 1:
             handle.seen += 1
@@ -162,7 +170,7 @@ class Lake:
         path, columns = self._path(stream, lane), schema(self._contract(header))
         path.mkdir(parents=True, exist_ok=True)
         table = DeltaTable.create(str(path), schema=columns, mode="ignore", name=f"{stream}-{lane}")
-        self._handles[stream, lane] = handle = _Handle(lane, table, -1)
+        self._handles[stream, lane] = handle = _Handle(stream, lane, table, -1)
         self._sync(handle)  # another process may have created it, and more, a moment ago
         return handle
 
@@ -176,19 +184,36 @@ class Lake:
             if (stream, lane) not in self._handles and lane in self.lanes(stream):
                 try:
                     table = DeltaTable(str(self._path(stream, lane)))
-                    self._index(lane, table)
+                    self._index(stream, lane, table)
                     self._clocks.index((stream, lane), table)
                 except (DeltaError, OSError) as e:
                     raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
-                self._handles[stream, lane] = _Handle(lane, table, table.version())
+                self._handles[stream, lane] = _Handle(stream, lane, table, table.version())
         self._lanes_seen.add(lane)
 
-    def _index(self, lane: str, table: DeltaTable) -> None:
+    def _refresh(self, lane: str) -> None:
+        """See what others committed to any table of a lane: with it, receipts may reach further."""
+        if self._refresh_due.get(lane, 0.0) > time.monotonic():
+            return
+        self._refresh_due[lane] = time.monotonic() + REFRESH_S
+        self._lanes_seen.discard(lane)  # others may have made tables
+        self._open_lane(lane)
+        for place, handle in [(p, h) for p, h in self._handles.items() if h.lane == lane]:
+            try:
+                self._sync(handle)
+            except (DeltaError, OSError) as e:
+                del self._handles[place]  # it is read from its rows, next time
+                self._lanes_seen.discard(lane)
+                raise UnavailableError(f"lake {'/'.join(place)} does not read: {e}") from e
+
+    def _index(self, stream: str, lane: str, table: DeltaTable) -> None:
+        if stream == LOSSES.stream:
+            self._settled.give_up(table.to_pyarrow_dataset().to_table(columns=list(LEDGER_COLUMNS)))
         scanner = table.to_pyarrow_dataset().scanner(columns=["device", "epoch", "sequence"])
         for batch in scanner.to_batches():
             found = pa.table(batch).group_by(["device", "epoch", "sequence"]).aggregate([])
             for device, epoch, sequence in sorted(zip(*(c.to_pylist() for c in found.columns), strict=True)):
-                self._settled[device, epoch, lane].add(sequence)
+                self._settled.add((device, epoch, lane, sequence))
 
     def _sync(self, handle: _Handle) -> None:
         """See the commits of others."""
@@ -206,23 +231,14 @@ class Lake:
             limit *= 2  # history starts from the newest commit, and others commit while we read
             commits = handle.table.history(limit)
         if min((c["version"] for c in commits), default=newest) > handle.seen + 1:  # Delta has cleaned up its log since
-            self._index(handle.lane, handle.table)
-        for commit in commits:
-            for device, epoch, lane, sequence in json.loads(commit.get(BLOCKS_KEY, "[]")):
-                self._settled[device, epoch, lane].add(sequence)
+            self._index(handle.stream, handle.lane, handle.table)
+        found = {(d, e, lane, n) for commit in commits for d, e, lane, n in json.loads(commit.get(BLOCKS_KEY, "[]"))}
+        for identity in sorted(found):
+            self._settled.add(identity)
+        if found and handle.stream == LOSSES.stream:
+            theirs = pc.field("sequence").isin(sorted({identity[3] for identity in found}))
+            self._settled.give_up(handle.table.to_pyarrow_dataset().to_table(columns=list(LEDGER_COLUMNS), filter=theirs))
         handle.seen = newest
-
-    def _receipts(self, identities: Iterable[Identity]) -> list[Receipt]:
-        """One receipt per device and epoch that sent something, for the lanes it was sent in."""
-        lanes: defaultdict[tuple[str, str], dict[str, LaneReceipt]] = defaultdict(dict)
-        for device, epoch, lane, _ in identities:
-            settled = self._settled[device, epoch, lane]
-            lanes[device, epoch][lane] = LaneReceipt(lane=lane, cumulative=settled.cumulative, ranges=settled.ranges[:RANGES_MAX])
-        return [
-            Receipt(device=device, epoch=epoch, lanes=part)
-            for (device, epoch), found in lanes.items()
-            for part in _chunks(list(found.values()), LANES_MAX)
-        ]
 
     # Upkeep
 
@@ -362,7 +378,3 @@ def _portions(group: list[tuple[BlockHeader, Table]]) -> Iterator[list[tuple[Blo
         portion.append((header, table))
         size += more
     yield portion
-
-
-def _chunks(items: list[LaneReceipt], size: int) -> list[list[LaneReceipt]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -50,6 +50,20 @@ class SequenceSet:
             self.ranges.insert(i, (first, last))
         return True
 
+    def add_range(self, first: int, last: int) -> None:
+        """Add all from `first` to `last`, however many they are."""
+        first = max(first, self.cumulative + 1)
+        if first > last:
+            return
+        i = bisect.bisect_left(self.ranges, first - 1, key=lambda pair: pair[1])
+        j = bisect.bisect_right(self.ranges, last + 1, key=lambda pair: pair[0])
+        if i < j:  # those that it meets or touches become one
+            first, last = min(first, self.ranges[i][0]), max(last, self.ranges[j - 1][1])
+        if first == self.cumulative + 1:
+            self.cumulative, self.ranges = last, self.ranges[j:]
+        else:
+            self.ranges[i:j] = [(first, last)]
+
 
 class LaneReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """The settled sequences of one lane; ranges are inclusive, at most RANGES_MAX of the lowest."""

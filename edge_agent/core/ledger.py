@@ -63,11 +63,12 @@ def _joined(rows: list[Loss], gap_max: int) -> list[Loss]:
 
 
 def _join(a: Loss, b: Loss) -> Loss:
+    twice = max(0, min(a.last_sequence, b.last_sequence) - b.first_sequence + 1)  # names that both may mean: never said to be two
     return replace(
         a,
         lost_at=min(a.lost_at, b.lost_at),
         last_sequence=max(a.last_sequence, b.last_sequence),
-        blocks=a.blocks + b.blocks,
+        blocks=max(a.blocks, b.blocks, a.blocks + b.blocks - twice),
         readings=a.readings + b.readings,
         first_at=_edge(min, a.first_at, b.first_at),
         last_at=_edge(max, a.last_at, b.last_at),

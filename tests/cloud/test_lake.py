@@ -238,7 +238,8 @@ sys.stdin.readline()
 while left:
     batch, left = left[:4], left[4:]
     lake.append(f"r{seed}", [block(s, device=d) for d, s in batch])
-print(*sorted(lake._settled["d1", "e1", "europe"].ranges), lake._settled["d1", "e1", "europe"].cumulative)
+settled = lake._settled.stored["d1", "e1", "europe"]
+print(*sorted(settled.ranges), settled.cumulative)
 """
 
 

@@ -52,6 +52,26 @@ def test_sequence_set_is_kept_as_short_as_can_be(numbers: list[int]) -> None:
         last = end
 
 
+@given(sequences, st.lists(st.tuples(st.integers(-3, 60), st.integers(-3, 12))), sequences)
+def test_ranges_are_added_as_their_numbers_would_be(before: list[int], ranges: list[tuple[int, int]], after: list[int]) -> None:
+    settled, model = filled(before), filled(before)
+    for first, more in ranges:
+        settled.add_range(first, first + more)
+        for n in range(max(1, first), first + more + 1):
+            model.add(n)
+    for n in after:
+        assert settled.add(n) is model.add(n)
+    assert (settled.cumulative, settled.ranges) == (model.cumulative, model.ranges)
+
+
+def test_a_range_of_any_length_is_added_at_once() -> None:
+    settled = filled([1, 3, 9])
+    settled.add_range(5, 2**61)
+    assert (settled.cumulative, settled.ranges) == (1, [(3, 3), (5, 2**61)])
+    settled.add_range(2, 4)
+    assert (settled.cumulative, settled.ranges) == (2**61, [])
+
+
 @given(sequences)
 def test_set_survives_the_receipt(numbers: list[int]) -> None:
     settled = filled(numbers)

@@ -97,6 +97,12 @@ def test_counts_stay_exact_however_rows_are_joined(sequences: set[int], rows_max
     assert all(any(r.first_sequence <= n <= r.last_sequence for r in rows) for n in sequences)
 
 
+def test_names_that_are_lost_twice_count_once_and_never_cover_for_others() -> None:
+    assert [(r.first_sequence, r.last_sequence, r.blocks) for r in coalesce([loss(1, 5), loss(1, 5), loss(3, 7)])] == [(1, 7, 7)]
+    (row,) = coalesce([loss(1, 3), loss(3, 3), loss(5, 5)], rows_max=1)
+    assert (row.first_sequence, row.last_sequence, row.blocks) == (1, 5, 4)
+
+
 def test_a_table_gives_its_rows_back() -> None:
     rows = [loss(1, 2, readings=8.0), loss(9, 2**50, "alarm", "damaged")]
     found = read_losses(loss_table(rows))
