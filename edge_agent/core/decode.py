@@ -194,8 +194,7 @@ class Payloads:
         if isinstance(error, PayloadError):
             return reject(index, error.reason, str(error))
         if self._inflater is not None:
-            self._inflater.begin()  # it fitted the first time
-            payload = self._inflater.inflate(payload)
+            payload = self._inflater.again(payload)
         return self._explain(index, payload, error)
 
 

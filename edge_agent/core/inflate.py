@@ -42,6 +42,14 @@ class Inflater:
         self._left -= len(out)
         return out
 
+    def again(self, payload: bytes) -> bytes:
+        """The bytes of a payload that was inflated before; they count only once."""
+        left, self._left = self._left, self._limit
+        try:
+            return self.inflate(payload)
+        finally:
+            self._left = left
+
     def _zlib_bytes(self, payload: bytes, limit: int) -> bytes:
         machine = zlib.decompressobj(_WINDOW_BITS[self._compression])
         try:

@@ -207,6 +207,17 @@ def test_a_batch_of_well_sized_bombs_is_cut_short() -> None:
         assert "one batch" in got.rejects[0].detail
 
 
+def test_payloads_that_do_not_decode_give_the_batch_no_new_room() -> None:
+    contract = dataclasses.replace(NAMED, compression=Compression.GZIP, payload_bytes_max=64 * 1_024)
+    plain = json.dumps({"at": 5, "flow": 1.5, "pad": "x" * 65_000}).encode()
+    good, bad = gzip.compress(plain), gzip.compress(b"not json")
+    fit = BATCH_BYTES_MAX // len(plain)
+    payloads = [good, bad] * (2 * fit)
+    got = Decoder(contract).decode(payloads, ["plant/p-1/json"] * len(payloads))
+    assert len(got.rows) <= fit
+    assert {r.reason for r in got.rejects} == {Reason.MALFORMED, Reason.OVERSIZE}
+
+
 @given(st.lists(st.tuples(st.sampled_from(["temperature", "flow"]), st.floats(allow_nan=False, allow_infinity=False)), max_size=20))
 def test_every_number_comes_back_bit_for_bit(sent: list[tuple[str, float]]) -> None:
     got = values(*((f"plant/p/{field}", repr(number).encode()) for field, number in sent))
