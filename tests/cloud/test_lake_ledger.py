@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 
 from cloud.lake import Lake
 from cloud.rows import Contracts
-from edge_agent.contract.block import ORDINAL, BlockHeader
+from edge_agent.buffer import Buffer
+from edge_agent.clock import Moment
+from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block
 from edge_agent.contract.columns import Table
 from edge_agent.contract.receipt import RANGES_MAX, LaneReceipt, Receipt, decode_receipt, encode_receipt
 from edge_agent.contract.stream import LOSSES
-from edge_agent.core.ledger import Loss, loss_table
+from edge_agent.core.ledger import Loss, loss_table, read_losses
+from edge_agent.draft import Draft
 from tests.cloud.blocks import block, contract
 from tests.cloud.test_lake import lose_log
 
@@ -184,7 +188,7 @@ def test_another_writers_ledger_is_known_once_its_commits_are_seen(tmp_path: Pat
     answer = eu.append("eu", [block(7), ledger(8, loss(5))])  # Delta refuses: it has not seen the other's commit to this table
 
     assert settled(answer.receipts) == LaneReceipt(lane="europe", cumulative=8)
-    assert [i[3] for i in eu.append("eu", [block(3), block(6)]).committed] == [3, 6]
+    assert [i[3] for i in eu.append("eu", [block(3), block(6)]).committed] == [3], "the name 6 is the ledger's"
     assert eu.append("eu", [ledger(6, loss(3, 4))]).committed == []
 
 
@@ -207,3 +211,31 @@ def test_it_looks_again_only_now_and_then(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(eu, "_refresh_due", {})  # the time has passed
     assert reach(eu, 8).cumulative == 8
+
+
+def draft(number: int, stream: str) -> Draft:
+    header, table = block(number, rows=200)
+    columns = {name: table[name] for name in ("ts", "pump", "count")} | {"pressure": np.random.default_rng(number).normal(size=200)}
+    return Draft("europe", stream, "1.0.0", FixQuality.STATIC, "p", columns, 200, header.first_us, header.last_us)
+
+
+def test_a_real_buffer_that_gave_up_every_other_block_is_emptied_by_receipts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.settled.RANGES_MAX", 10)
+    buffer = Buffer(tmp_path / "buffer.db", "d1", "b", bytes_max=450_000, priorities={"alarm": 5}, history_rows={})
+    for n in range(1, 121):  # pump blocks go, those in between stay
+        buffer.append([draft(n, "pump"), draft(n, "alarm")], [], Moment(n, n, True))
+    waiting = [decode_block(b.block) for b in buffer.pending("europe", 0, 1_000)]
+    others, rows = ([x for x in waiting if (x[0].stream == LOSSES.stream) is whose] for whose in (False, True))
+    lost = [x for _, table in rows for x in read_losses(table)]
+    assert len({x.first_sequence for x in lost if x.of_stream == "pump"}) > 10
+
+    lake = Lake(tmp_path / "lake", Contracts([contract(), replace(contract(), stream="alarm")]))
+    for receipt in lake.append("eu", others).receipts:
+        buffer.settle(receipt)
+    left = sum(s.blocks for s in buffer.lanes())
+    assert left > len(rows), "the receipt had no room for the newest ones"
+    for receipt in lake.append("eu", rows).receipts:
+        buffer.settle(receipt)
+
+    assert buffer.lanes() == []
+    buffer.close()
