@@ -32,12 +32,13 @@ import numpy as np
 from edge_agent.contract.block import NOWHERE, FixQuality
 from edge_agent.contract.columns import Floats, Ints, Strings
 from edge_agent.contract.errors import Reason
-from edge_agent.core.fix import ROUNDED_DIGITS, Fix, Position, Precision, Rules, changes, metres, place
+from edge_agent.core.fix import EARTH_M, ROUNDED_DIGITS, Fix, Position, Precision, Rules, changes, metres, place
 from edge_agent.core.zones import ACCURACY_M_MAX, Zones, join
 
 FIXES_MAX = 4_096
 FUTURE_S_MAX = 300.0  # clocks of sensors and devices differ; a fix this far ahead is wrong
 NULL_ISLAND_M = 1_000.0
+ANYWHERE_M = math.pi * EARTH_M  # half around the Earth
 
 
 class Taken(NamedTuple):
@@ -250,12 +251,20 @@ class Track:
             self._anchor = fix
 
     def _says_more(self, fix: Fix) -> bool:
-        """Whether a fix with a position is no wider than the anchor, grown until then: a wide one does not allow the next jump."""
+        """Whether a fix with a position is no wider than the anchor, grown until then: a wide one does not allow the next jump.
+
+        One so far ahead that the anchor says nothing about it counts from the second on: the first may have its time wrong.
+        """
         anchor = self.anchor
         if fix.position is None or anchor is None:
             return fix.position is not None
-        grown_m = anchor.accuracy_m + self.rules.speed_m_s_max * abs(fix.time_us - anchor.time_us) / 1e6
+        grown_m = anchor.accuracy_m + self._reach_m(fix.time_us, anchor.time_us)
+        if fix.time_us > anchor.time_us and grown_m > ANYWHERE_M:
+            return self._arrived is not None and self._reach_m(fix.time_us, self._arrived.time_us) <= ANYWHERE_M
         return fix.position.accuracy_m <= grown_m
+
+    def _reach_m(self, a_us: int, b_us: int) -> float:
+        return self.rules.speed_m_s_max * abs(a_us - b_us) / 1e6
 
     def _fixed_lane(self) -> str | None:
         return None if self._fixed is None else self.zones.locate(self._fixed.lat, self._fixed.lon, self._fixed.accuracy_m)

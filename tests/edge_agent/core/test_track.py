@@ -152,6 +152,21 @@ def test_a_position_that_says_little_does_not_make_the_next_jump_possible(zones:
     assert lanes(track, 4) == ["north"]
 
 
+def test_a_position_from_the_far_future_does_not_make_the_next_jump_possible_after_a_restart(zones: Zones) -> None:
+    track = Track(zones, RULES)
+    kept = [track.take(p).fix for p in (at(0, 1_000), at(1, 1_000), at(1e9, -1_000))]  # nobody knows the time here
+    again = Track(zones, RULES, fixes=[stored(f, Precision.ZONE_ONLY) for f in kept if f], anchor=track.anchor)
+    assert again.take(at(2, -1_000)).reason is Reason.IMPOSSIBLE_JUMP
+    assert "south" not in lanes(again, 2, 3)
+
+
+def test_after_a_long_silence_the_second_position_is_the_one_to_judge_by(zones: Zones) -> None:
+    track = Track(zones, RULES)
+    for position in (at(0, 1_000), at(1e6, -1_000), at(1e6 + 10, -1_000)):
+        assert track.take(position).reason is None
+    assert track.anchor == at(1e6 + 10, -1_000)
+
+
 def test_a_flood_of_spoofed_positions_does_not_make_the_track_forget_where_it_was(zones: Zones) -> None:
     track = Track(zones, Rules(max_age_s=3_600.0, speed_m_s_max=1.0))
     track.take(at(0, -300))
