@@ -8,6 +8,7 @@
   they take at the best rate seen of late. So a large block on a slow link is not late, and a small one is not waited for.
 - Silence is judged by the worst round trip of late (`peak_s`, halved every minute): TCP sends a lost packet again after 200 ms
   at the earliest, then after twice that, and a link that loses packets is no dead link.
+- But a suspect is not waited for beyond `patience_s_max`, or as many round trips: until then every block goes twice.
 
 >>> trips = RoundTrips(DeadlineLimits())
 >>> trips.deadline_s(0)
@@ -41,6 +42,8 @@ class DeadlineLimits:
     dead_s: float = 3.0
     unknown_dead_s: float = 10.0
     suspect_peaks: float = 3.0
+    patience_s_max: float = 2.0  # one bad moment must not make a minute of copies
+    patience_round_trips_max: float = 8.0
     dead_peaks: float = 8.0
 
 
@@ -94,7 +97,8 @@ class RoundTrips:
     def suspect_s(self, ahead_bytes: int, now: float) -> float:
         """After this silence, while others answer, the endpoint is suspected."""
         limits = self._limits
-        return max(limits.suspect_s, limits.suspect_peaks * self.peak_s(now), self.deadline_s(ahead_bytes))
+        patience_s = max(limits.patience_s_max, limits.patience_round_trips_max * (self.srtt_s or 0.0))
+        return max(limits.suspect_s, min(limits.suspect_peaks * self.peak_s(now), patience_s), self.deadline_s(ahead_bytes))
 
     def dead_s(self, ahead_bytes: int, now: float) -> float:
         """After this silence the connection is given up."""

@@ -50,7 +50,7 @@ def test_block_behind_the_usual_queue_needs_no_more_time_than_usual() -> None:
 
 def test_worst_round_trip_of_late_makes_patient_and_is_forgotten() -> None:
     trips = measured([0.05] * 9 + [1.0])
-    assert trips.suspect_s(300, 9.0) == pytest.approx(3.0)
+    assert trips.suspect_s(300, 9.0) == pytest.approx(2.0)  # and not 3.0: there is a limit
     assert trips.dead_s(300, 9.0) == pytest.approx(8.0)
     assert trips.suspect_s(300, 9.0 + 600.0) == trips.deadline_s(300)
 
@@ -131,3 +131,17 @@ def test_idle_endpoint_is_asked_and_a_busy_one_is_not() -> None:
         now += 0.102
         pipe.answered(mid, now)
     assert pipe.beat_at(1.0) == pytest.approx(now + 1.0)
+
+
+def test_one_long_stall_does_not_make_silence_unsuspicious_for_a_minute() -> None:
+    trips = RoundTrips(DeadlineLimits())
+    for n in range(100):
+        trips.answered(waited_s=0.002, ahead_bytes=600, answered_bytes=600, now=n / 50)
+    trips.answered(waited_s=2.5, ahead_bytes=600, answered_bytes=600, now=4.5)
+    for n in range(100):
+        trips.answered(waited_s=0.002, ahead_bytes=600, answered_bytes=600, now=4.5 + n / 50)
+    assert trips.suspect_s(600, 7.0) == 2.0
+    satellite = RoundTrips(DeadlineLimits())
+    for n in range(100):
+        satellite.answered(waited_s=0.7 if n % 10 else 1.5, ahead_bytes=600, answered_bytes=600, now=float(n))
+    assert satellite.suspect_s(600, 100.0) > 3.0
