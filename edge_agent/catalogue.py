@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
-from edge_agent.core.retention import Place
+from edge_agent.core.retention import Age, Place
 from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, Store
 
 READ_BLOCKS = 512
@@ -60,6 +60,8 @@ class Catalogue:
     next_id: int = 1
     committed_id: int = 0  # the tail beyond it is in a transaction under way: readers do not see it yet
     lanes_changed: bool = False
+    age: Age = field(default_factory=lambda: Age(0, 0))  # how much time the file has seen pass
+    receipts: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by lane: the ranges that the last receipt settled
     _numbers: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def shelf(self, lane: str, stream: str) -> Shelf:
@@ -100,6 +102,10 @@ class Catalogue:
         floor = self.ordinals.get(stream, 0) - rows
         start, unused = self.gaps.get(stream, (0, 0))
         return floor - unused if floor < start else floor
+
+    def floors(self, rows: Mapping[str, int]) -> dict[str, int]:
+        """The floor of each stream, for as many rows of it."""
+        return {s.stream: self.floor(s.stream, rows.get(s.stream, 0)) for s in list(self.shelves.values())}
 
     def skip(self, lane: str, sequence: int) -> None:
         """Give out no name of this lane up to `sequence` any more."""

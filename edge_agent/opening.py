@@ -36,8 +36,8 @@ _INT_MAX = 2**62
 Row = tuple[Any, ...]
 
 
-def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tuple[Catalogue, Age]:
-    """The catalogue of an open file, and the count of time that it has seen pass.
+def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Catalogue:
+    """The catalogue of an open file, with the count of time that it has seen pass.
 
     Raises:
         DamagedError: what the file holds does not fit together.
@@ -50,7 +50,7 @@ def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tuple
         raise DamagedError(f"buffer {store.path} is damaged: {e}") from e
 
 
-def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tuple[Catalogue, Age]:
+def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Catalogue:
     catalogue = Catalogue(store, _epoch(store))
     for number, lane, stream in store.execute("SELECT shelf, lane, stream FROM shelves"):
         catalogue.add_shelf(Shelf(_number(number, 1), check_lane(lane), check_name(stream, "stream")))
@@ -68,7 +68,7 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tupl
         catalogue.sequences[lane] = max(catalogue.sequences.get(lane, 0), last)
         catalogue.gone[lane] = gone
     catalogue.next_id = newest[0] + 1
-    tail, age = _tail(store, catalogue, keys, *newest, boot, monotonic_us)
+    tail, catalogue.age = _tail(store, catalogue, keys, *newest, boot, monotonic_us)
     catalogue.put_tail(tail)
     counts.update(catalogue.shelves[p.shelf].lane for p in tail)
     for lane in catalogue.sequences.keys() | counts.keys():
@@ -76,7 +76,7 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> tupl
             raise DamagedError(
                 f"lane {lane!r} holds {counts[lane]} blocks; {catalogue.sequences.get(lane, 0)} were stored, {catalogue.gone[lane]} left"
             )
-    return catalogue, age
+    return catalogue
 
 
 def _gaps(store: Store) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,129 @@
+"""Reading stored blocks: each is checked; a damaged one is taken out, kept for study and named in the loss ledger.
+
+- A block whose CRC or key does not fit is damaged. One that is whole but lies where another should means that the file is: it is salvaged.
+- After a fault of the file it is opened again, and read once more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from edge_agent.clock import Moment
+from edge_agent.contract.block import ORDINAL, decode_block, read_header
+from edge_agent.contract.columns import Table, concat, take
+from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.core.retention import Place
+from edge_agent.draft import StoredBlock
+from edge_agent.loss_ledger import LossLedger
+from edge_agent.owned_file import OwnedFile
+from edge_agent.sealed import Keys, open_stored
+from edge_agent.store import DamagedError, DiskError
+
+log = logging.getLogger(__name__)
+
+READ_ATTEMPTS = 3
+DAMAGED_BLOCKS_MAX = 64  # kept for study
+
+Read = Callable[[str], list[tuple[int, bytes]]]
+
+
+class Reader:
+    """Reads the blocks of an owned file; see the module's rules."""
+
+    def __init__(self, file: OwnedFile, ledger: LossLedger, keys: Keys | None, clock: Callable[[], Moment]) -> None:
+        self._file, self._ledger, self._keys, self._clock = file, ledger, keys, clock
+
+    def waiting(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
+        """The next unsettled blocks of a lane, by rising sequence."""
+        for _ in range(READ_ATTEMPTS):
+            blocks, damaged = self._look(lambda: self._file.catalogue.waiting(lane, after_sequence, limit))
+            if not damaged:
+                break
+            self._bury(damaged)  # a block of the ledger has come instead: look again
+        return [StoredBlock(lane, p.sequence, self._file.catalogue.shelves[p.shelf].stream, p.rows, block) for p, block in blocks]
+
+    def newest(self, stream: str, contract_version: str) -> Table | None:
+        """The newest readings of a stream, in the order seen; None if there are none of this contract version."""
+        blocks, damaged = self._look(lambda: self._file.catalogue.newest(stream, self._file.floors().get(stream, 0)))
+        if damaged:
+            self._bury(damaged)
+        tables = [table for header, table in (decode_block(b) for _, b in blocks) if header.contract_version == contract_version]
+        if not tables:
+            return None
+        shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
+        rows = concat([{name: column for name, column in table.items() if name in shared} for table in tables])
+        ordinals = rows[ORDINAL]
+        assert isinstance(ordinals, np.ndarray)
+        return take(rows, np.argsort(ordinals, kind="stable"))
+
+    def _look(self, find: Callable[[], list[Place]]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+        """What `find` finds, read; after a fault of the file once more, when it is open again."""
+        try:
+            self._file.recover()
+            with self._file.noting_faults():
+                return self._read_blocks(find())
+        except (DiskError, DamagedError) as e:
+            log.error("buffer cannot be read, opened again error=%s", e)
+            self._file.recover()
+            with self._file.noting_faults():
+                return self._read_blocks(find())
+
+    def _read_blocks(self, places: list[Place], read: Read | None = None) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+        """The blocks of places, and the places whose blocks are damaged, or gone meanwhile. `read` is for who holds the lock.
+
+        Raises:
+            DamagedError: a block is whole, but another one than its place says; or (with `read`) it is not there at all.
+        """
+        wanted = ",".join(str(p.id) for p in places)
+        found = dict((read or self._file.store.read)(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
+        whole, damaged = [], []
+        for place in places:
+            shelf = self._file.catalogue.shelves[place.shelf]
+            if read and place.id not in found:  # blocks do not vanish one by one: the tables are damaged
+                raise DamagedError(f"block {place.id} of {shelf.lane} {place.sequence} is not there")
+            try:
+                block = open_stored(found[place.id], self._keys)
+                header = read_header(block)
+            except (ContractError, KeyError, TypeError):  # TypeError: no blob at all
+                damaged.append(place)
+                continue
+            named = (header.epoch, header.lane, header.sequence, header.stream, header.rows)
+            if named != (self._file.catalogue.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
+                raise DamagedError(f"block {header.identity} lies where {shelf.lane} {place.sequence} should")
+            whole.append((place, block))
+        return whole, damaged
+
+    def _bury(self, damaged: list[Place]) -> None:
+        """Take damaged blocks out; if the file does not even let that be done, it will be salvaged before it is read again."""
+        try:
+            self._take_out(damaged)
+        except (DiskError, DamagedError) as e:
+            log.error("damaged blocks not taken out blocks=%s error=%s", len(damaged), e)
+
+    def _take_out(self, damaged: list[Place]) -> None:
+        """Keep what can be read of damaged blocks, and name in the ledger those that the lake does not hold."""
+        now = self._clock()
+        with self._file.writing():
+            catalogue = self._file.catalogue
+            catalogue.write_tail()
+            # Memory knows of blocks a moment before they are committed: only what is not whole now is damaged.
+            _, there = self._read_blocks(catalogue.still(damaged), self._file.store.execute)
+            for place in there:
+                self._keep_for_study(place, now)
+            self._file.store.execute("DELETE FROM damaged WHERE id <= (SELECT max(id) FROM damaged) - ?", (DAMAGED_BLOCKS_MAX,))
+            catalogue.remove([p for p in there if p.settled])
+            waiting = [p for p in there if not p.settled]
+            if waiting:
+                self._file.insert(self._ledger.give_up(catalogue, waiting, [], Reason.DAMAGED, now))
+
+    def _keep_for_study(self, place: Place, now: Moment) -> None:
+        shelf = self._file.catalogue.shelves[place.shelf]
+        log.error("stored block damaged lane=%s sequence=%s stream=%s", shelf.lane, place.sequence, shelf.stream)
+        self._file.store.execute(
+            "INSERT INTO damaged (lane, stream, sequence, rows, found_us, block)"
+            " VALUES (?, ?, ?, ?, ?, (SELECT block FROM blocks WHERE id = ?))",
+            (shelf.lane, shelf.stream, place.sequence, place.rows, now.wall_us, place.id),
+        )

@@ -1,0 +1,81 @@
+"""Is there room? On the disk, and below the buffer's limit: file and log together.
+
+- History gives way first; what waits for a receipt is given up elsewhere (edge_agent.eviction).
+- RESERVE_BYTES of the disk stay free, so that receipts can be noted when nothing else fits.
+- The log is brought into the file when it has become long, or when the disk has no room for it to grow.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from edge_agent.contract.errors import UnavailableError
+from edge_agent.owned_file import OwnedFile
+from edge_agent.store import PAGE_BYTES, BufferFullError
+
+log = logging.getLogger(__name__)
+
+RESERVE_BYTES = 256 * 1024
+SHED_BLOCKS = 64  # history given up at a time
+
+
+class Room:
+    """The room of an owned file that may take `bytes_max` in all."""
+
+    def __init__(self, file: OwnedFile, bytes_max: int) -> None:
+        self._file, self._bytes_max = file, bytes_max
+
+    def make(self, size: int) -> None:
+        """See to it that `size` bytes fit on the disk, and in the buffer as far as history can give way.
+
+        Raises:
+            BufferFullError: the disk has no room.
+        """
+        while True:
+            self.shrink_log(2 * size + RESERVE_BYTES)
+            disk = self._disk_lack(size)
+            if not disk and self.lack_bytes(size) <= 0:
+                return
+            if not self._shed_history():
+                break
+        if disk:
+            raise BufferFullError(disk)
+
+    def lack_bytes(self, size: int) -> int:
+        """How many bytes are too many if `size` come, the log at its largest; not above zero: they fit."""
+        return self._file.store.used_bytes() + size + self._file.log_bytes_max - self._bytes_max
+
+    def shrink_log(self, wanted: int = RESERVE_BYTES) -> None:
+        """Bring the log into the file, unless the disk has room for it once more and for `wanted` bytes."""
+        log_bytes = self._file.store.log_bytes()
+        if log_bytes and self._file.store.free_bytes() < log_bytes + wanted:
+            self._file.store.checkpoint(truncate=True)
+
+    def checkpoint(self) -> None:
+        """Bring the log into the file if it has become long. What was committed is safe in it: a failure is noted for the next call."""
+        try:
+            with self._file.noting_faults():
+                if self._file.store.log_due():
+                    self._file.store.checkpoint()
+        except UnavailableError as e:
+            log.error("buffer log not brought into the file error=%s", e)
+
+    def _disk_lack(self, size: int) -> str:
+        """Why the disk has no room for `size` bytes; empty if it has. They go to the log first, then to free or new pages."""
+        free, wanted = self._file.store.free_bytes(), 2 * size + RESERVE_BYTES
+        if size > self._file.store.spare_bytes():  # the file grows and never shrinks: leave room for the log of blocks to come
+            wanted *= 2
+        return f"disk of {self._file.path.parent} has {free} bytes free; {wanted} wanted" if free < wanted else ""
+
+    def _shed_history(self) -> int:
+        """Give up the oldest settled blocks; returns how many."""
+        with self._file.writing():
+            self._file.catalogue.write_tail()
+            settled = self._file.catalogue.settled(SHED_BLOCKS)
+            self._file.catalogue.remove(settled)
+        return len(settled)
+
+
+def bytes_on_disk(size: int) -> int:
+    """Bytes that a block of `size` takes in the file, at most: whole overflow pages, its leaf, its place."""
+    return (size // (PAGE_BYTES - 4) + 3) * PAGE_BYTES
