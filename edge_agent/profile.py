@@ -34,6 +34,7 @@ from edge_agent.core.sparkplug_rows import SparkplugDecoder
 from edge_agent.core.track import Track
 from edge_agent.datapath import DataPath
 from edge_agent.mqtt.inlet import Batch
+from edge_agent.sealing import Sealer
 from edge_agent.uplink import Uplink
 
 REPORT_S = 5.0
@@ -48,7 +49,7 @@ STEPS: tuple[tuple[Any, str, str], ...] = (
     (Track, "stamp", "zone"),
     (Windows, "push", "windows"),
     (ActiveModel, "score", "model"),
-    (Buffer, "_seal", "seal"),
+    (Sealer, "seal", "seal"),
     (Buffer, "append", "commit"),
     (Batch, "release", "release"),
     (Uplink, "offer", "uplink offer"),
