@@ -2,8 +2,10 @@
 
 - `stored` are the blocks in the lake; only they make a copy a copy. A block that the ledger names and that comes all the same (it was
   under way when it was given up, or was rescued from a file) is stored like any other.
-- A row of the ledger counts if it means every name of its range (`blocks` is the range's length), of its own device and lane, and, in
-  its own epoch, only names that were given out before it. Ranges are kept as ranges: a row may name 2**20 at once.
+- A row of the ledger counts if it means every name of its range (`blocks` is the range's length), of its own device, epoch and lane, and
+  only names that were given out before it. Ranges are kept as ranges: a row may name 2**20 at once.
+- Names of another epoch are those of a file that was gone. If a receipt is ever asked for there, that file is back with its blocks: they
+  must not be settled unsent.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class SettledIndex:
             *(distinct[name].to_pylist() for name in LEDGER_COLUMNS), strict=True
         ):
             whole = 1 <= first <= last <= SEQUENCE_MAX and blocks == last - first + 1
-            if whole and of_lane == lane and (of_epoch != epoch or last < sequence):
+            if whole and (of_epoch, of_lane) == (epoch, lane) and last < sequence:
                 self._named[device, of_epoch, lane].add_range(first, last)
 
     def cut(self, identities: Iterable[Identity]) -> set[str]:

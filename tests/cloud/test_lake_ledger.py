@@ -147,12 +147,12 @@ def test_a_row_settles_nothing_of_a_lane_if_it(tmp_path: Path, row: Loss) -> Non
     assert reach(lake, 7) == reach(open_lake(tmp_path), 7) == LaneReceipt(lane="europe", cumulative=1, ranges=[(6, 7)])
 
 
-def test_the_ledger_of_a_new_epoch_settles_names_of_the_one_before(tmp_path: Path) -> None:
+def test_a_file_that_was_given_up_for_lost_and_is_back_still_delivers_its_blocks(tmp_path: Path) -> None:
     lake = open_lake(tmp_path)
     lake.append("eu", [block(1, epoch="e0"), ledger(1, loss(2, 9, epoch="e0"))])
 
-    assert settled(lake.append("eu", [block(10, epoch="e0")]).receipts).cumulative == 10
-    assert settled(lake.append("eu", [block(2)]).receipts).cumulative == 2
+    assert settled(lake.append("eu", [block(10, epoch="e0")]).receipts) == LaneReceipt(lane="europe", cumulative=1, ranges=[(10, 10)])
+    assert settled(lake.append("eu", [block(n, epoch="e0") for n in range(2, 10)]).receipts).cumulative == 10
 
 
 def test_devices_and_lanes_do_not_settle_each_others_names(tmp_path: Path) -> None:
