@@ -19,6 +19,7 @@ from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.core.fix import Fix
 from edge_agent.core.track import FIXES_MAX
+from edge_agent.store import DamagedError
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
 
@@ -173,3 +174,25 @@ def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path:
         db.execute("UPDATE blocks SET block = zeroblob(100) WHERE id = 3")
     history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [2.0]
+
+
+def test_receipt_that_waits_while_the_file_is_made_new_settles_none_of_the_new_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0]), draft([2.0])], [], NOW)
+    old = receipt(buffer, 2)
+
+    def another_thread_is_faster() -> None:
+        monkeypatch.undo()
+        buffer._file.store.close(checkpoint=False)
+        for path in tmp_path.iterdir():
+            path.write_bytes(b"not a database" * 1_000)
+        buffer._file.fault = DamagedError("damaged")
+        buffer.append([draft([3.0]), draft([4.0])], [], NOW)
+
+    monkeypatch.setattr(buffer._file, "recover", another_thread_is_faster)
+    assert buffer.settle(old) == 0
+    assert buffer.epoch != old.epoch
+    assert [b.stream for b in buffer.pending("europe", 0, 9)].count("pump") == 2
+    buffer.close()
