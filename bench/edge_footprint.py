@@ -1,7 +1,7 @@
 """What the agent takes of a small gateway: memory, time to start, disk.
 
-- Memory is PSS (shared pages by share) of the agent's processes, between two real Mosquittos, at rest and after a while at 1,000 readings/s: without a model, and with
-  the model worker (200 trees, windows of 30 readings). The limit is for the larger of both figures.
+- Memory is PSS (shared pages by share) of the agent's processes, between two real Mosquittos, at rest and after a while at 1,000
+  readings/s: without a model, and with the model worker (200 trees, windows of 30 readings). The limit is for the larger figure.
 - `ready_s`: from exec until the agent answers `edge-agent status`. `help_s`: `edge-agent --help`, `status_s`: `edge-agent status`
   of a running agent, the median of five, interpreter included.
 - `installed_mb`: the files of `fenceline[edge]` and all it needs, as installed here, compiled Python files left out.

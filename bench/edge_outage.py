@@ -1,8 +1,8 @@
 """The uplink is down for 20 s at 2,000 readings a second, with and without kill -9 of the agent in the middle.
 
-Real Mosquitto on both sides, real ingest and Delta lake; the link is a proxy that is cut and restored. Times run from the moment at which the
-link is back: until everything captured before is in the lake (`drain_s`), and, for what is captured while that goes on, from
-capture to the lake (`live_p99_ms_while_draining`).
+Real Mosquitto on both sides, real ingest and Delta lake; the link is a proxy that is cut and restored. Times run from the moment at
+which the link is back: until everything captured before is in the lake (`drain_s`), and, for what is captured while that goes on,
+from capture to the lake (`live_p99_ms_while_draining`).
 """
 
 from __future__ import annotations
