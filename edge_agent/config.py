@@ -116,7 +116,7 @@ class FlushSettings(Settings, frozen=True, kw_only=True):
 
     rows_max: Annotated[int, msgspec.Meta(ge=1, le=ROWS_MAX)] = 4_096
     bytes_max: Annotated[int, msgspec.Meta(ge=1_024, le=BLOCK_BYTES_MAX // 2)] = 4 * MIB
-    ms_max: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = 20.0
+    ms_max: Annotated[float, msgspec.Meta(ge=0, le=600_000)] = 12.0
 
 
 class UplinkSettings(Settings, frozen=True, kw_only=True):
