@@ -3,8 +3,8 @@
 - The agent reads a real Mosquitto and sends blocks of ROWS readings (five minutes at 1 Hz) over TLS to another, through a proxy that
   counts what TCP carries. Receipts come back the same way and count too. Every float64 is compared with what was published.
 - One JSON message per reading, and zstd batches of ROWS JSON messages, go by paho, QoS 1, over the same TLS and proxy.
-- Not counted, for nobody: TCP's own headers and the handshake. Readings go in as fast as they are taken, so what idle links cost (the agent's
-  heartbeat, some 100 bytes every `heartbeat_s`, and everybody's keepalive) hardly shows: on a metered link, make `heartbeat_s` long.
+- Not counted, for nobody: TCP's own headers and the handshake. Readings go in as fast as they are taken, so what idle links cost
+  (the agent's heartbeat, some 100 bytes every `heartbeat_s`, and keepalives) hardly shows: on a metered link, make `heartbeat_s` long.
 """
 
 from __future__ import annotations
