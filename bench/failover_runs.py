@@ -188,9 +188,9 @@ class Trial:
         raise RuntimeError(f"nothing on the standby within {HOLD_S_MAX:g} s: {self._forwarder.log()[-3_000:]}")
 
     def _gap_ms(self, since: float) -> float:
-        """The longest time without a commit from just before `since` until now."""
+        """The longest time without a commit from just before `since` until now; all of it if there was no more than one."""
         commits = [c for c in self._site.lake.commits[-50_000:] if c >= since - AFTER_S]
-        return max((b - a) * 1e3 for a, b in itertools.pairwise(commits))
+        return max(((b - a) * 1e3 for a, b in itertools.pairwise(commits)), default=(time.monotonic() - since + AFTER_S) * 1e3)
 
     def _warm_route(self) -> tuple[str, str]:
         """The endpoint and its standby, once all has been warm for AFTER_S and somewhat more."""
