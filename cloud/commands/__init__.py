@@ -1,0 +1,1 @@
+"""The commands of `fenceline`, a module per group; each has `declare`. `cloud.cli` puts them together."""

@@ -1,0 +1,77 @@
+"""`fenceline device|broker`: gateways and the brokers that they speak to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cloud import config
+from cloud.commands.output import add_command, add_group, print_devices, print_json
+
+if TYPE_CHECKING:
+    from cloud.enrol import Position
+
+
+def declare(commands: Any) -> None:
+    """Declare the commands of this group."""
+    device = add_group(commands, "device", "the fleet")
+    add = add_command(device, "add", _device_add, "register a device and write its agent.toml")
+    add.add_argument("name")
+    add.add_argument("--out", type=Path, metavar="FILE", help="agent.toml (default: STATE/devices/NAME/agent.toml)")
+    add.add_argument("--home", type=_position, metavar="LAT,LON", help="where the gateway stands (default: it moves)")
+    add_command(device, "list", _device_list, "all devices and what they run")
+    broker = add_group(commands, "broker", "brokers of your own")
+    acl = add_command(broker, "acl", _broker_acl, "print the ACL file of a region's Mosquitto: who may publish and subscribe what")
+    acl.add_argument("--region", required=True, help="an endpoint name of zones.geojson")
+    acl.add_argument(
+        "--cloud",
+        action="append",
+        default=[],
+        metavar="CN",
+        help="a certificate of the cloud; may be repeated (default: ingest-1, control-1)",
+    )
+
+
+def _device_add(args: argparse.Namespace) -> int:
+    from cloud.enrol import enrol
+    from cloud.fleet import Fleet
+
+    settings = config.load(args.project, args.state)
+    path = enrol(settings, Fleet(settings.fleet_path), args.name, args.out, args.home)
+    if args.json:
+        print_json({"device": args.name, "config": path})
+    else:
+        print(f"device {args.name} added\nedge-agent run --config {path}")
+    return 0
+
+
+def _broker_acl(args: argparse.Namespace) -> int:
+    from cloud.gate import load_zones
+    from cloud.rights import CLOUD, mosquitto_acl
+
+    acl = mosquitto_acl(load_zones(config.load(args.project, args.state)), args.region, args.cloud or CLOUD)
+    if args.json:
+        print_json({"region": args.region, "acl": acl})
+    else:
+        print(acl, end="")
+    return 0
+
+
+def _device_list(args: argparse.Namespace) -> int:
+    from cloud.fleet import Fleet
+    from cloud.status import devices
+
+    found = devices(Fleet(config.load(args.project, args.state).fleet_path))
+    if args.json:
+        print_json(found)
+    else:
+        print_devices(found)
+    return 0
+
+
+def _position(text: str) -> Position:
+    from cloud.enrol import Position
+
+    lat, _, lon = text.partition(",")
+    return Position(float(lat), float(lon))
