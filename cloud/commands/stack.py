@@ -68,7 +68,7 @@ def _status(args: argparse.Namespace) -> int:
         last = found["rollout"]
         print(f"rollout  {last['id']}: {last['target']} {last['status']} {last['moved']}/{last['devices']} {last['reason']}")
     if found["audit_broken_at"] is not None:
-        print(f"the audit trail was changed: entry {found['audit_broken_at']} does not fit", file=sys.stderr)
+        say(f"the audit trail was changed: entry {found['audit_broken_at']} does not fit")
         return 1
     return 0
 
