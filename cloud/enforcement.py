@@ -85,6 +85,11 @@ def check(contract: StreamContract, table: Table) -> Violations:
     return Violations(rows.astype(np.int64), first[rows], tuple(rules))
 
 
+def broken_fields(contract: StreamContract, table: Table) -> dict[str, str]:
+    """What is allowed in each field that any row of a table breaks."""
+    return {f.name: rule.detail for f in contract.fields for rule, bad in _broken(f, table[f.name]) if bad.any()}
+
+
 def allowed(field: Field) -> str:
     """The range of a field in words."""
     unit = f" {field.unit}" if field.unit else ""

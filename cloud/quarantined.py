@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
+from cloud.enforcement import broken_fields
 from cloud.lake import Lake
-from cloud.quarantine import CheckedLake
+from cloud.quarantine import CheckedLake, rows_of
 from cloud.rows import Contracts
 from cloud.tables import is_table, open_table, read_table
 from edge_agent.contract.errors import ConfigError
@@ -216,3 +217,39 @@ def listing(lake: CheckedLake) -> list[dict[str, Any]]:
                 }
             )
     return groups
+
+
+def describe(lake: CheckedLake, shelf: Shelf, limit: int) -> list[dict[str, Any]]:
+    """The first rows of a shelf, for people and machines.
+
+    Keys of each: name, origin, stream, reason, detail, at, released_at; of a refused payload topic and payload; of a row values and
+    broken: what the newest contract allows in the fields that break it, by field.
+    """
+    part = replace(shelf, table=shelf.table.slice(0, limit))
+    contract = newest(lake.lake.contracts, shelf.stream)
+    rows = []
+    for i, name in enumerate(part.names):
+        row: dict[str, Any] = {
+            "name": str(name),
+            "origin": shelf.origin.value,
+            "stream": shelf.stream,
+            "reason": part.reasons[i].as_py(),
+            "detail": part.details[i],
+            "at": part.table["arrived_at"][i].as_py(),
+            "released_at": part.table["released"][i].as_py(),
+        }
+        if shelf.origin is Origin.DEVICE:
+            row |= {key: part.table[key][i].as_py() for key in ("topic", "payload")}
+        elif contract is not None:
+            one = part.table.slice(i, 1)
+            fields = [f for f in contract.fields if f.name in one.column_names]
+            row["values"] = {f.name: one[f.name][0].as_py() for f in fields}
+            row["broken"] = broken_fields(replace(contract, fields=tuple(fields)), rows_of(one, replace(contract, fields=tuple(fields))))
+        rows.append(row)
+    return rows
+
+
+def newest(contracts: Contracts, stream: str) -> StreamContract | None:
+    """The contract of a stream with the highest version; None if there is none."""
+    found = [c for c in contracts.listed if c.stream == stream]
+    return max(found, key=lambda c: [int(part) if part.isdigit() else -1 for part in c.version.split(".")], default=None)

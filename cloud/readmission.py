@@ -28,8 +28,8 @@ from cloud.audit import Audit
 from cloud.enforcement import check
 from cloud.lake import ATTEMPTS_MAX, PARQUET
 from cloud.quarantine import CheckedLake, rows_of, whole_blocks
-from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, shelves, topic_of
-from cloud.rows import EVENT_DATE, NO_DAY, ORDINAL, TIME, Contracts, event_days, schema
+from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
+from cloud.rows import EVENT_DATE, NO_DAY, ORDINAL, TIME, event_days, schema
 from cloud.tables import Tables, read_table
 from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
@@ -192,12 +192,6 @@ class Readmission:
             write_deltalake(root.path(shelf.lane, RELEASED), marked, mode="append", storage_options=root.storage_options())
         except (DeltaError, OSError) as e:
             raise UnavailableError(f"the rows are in {shelf.lane}/{shelf.stream}, but not marked: {e}; release again") from e
-
-
-def newest(contracts: Contracts, stream: str) -> StreamContract | None:
-    """The contract of a stream with the highest version; None if there is none."""
-    found = [c for c in contracts.listed if c.stream == stream]
-    return max(found, key=lambda c: [int(part) if part.isdigit() else -1 for part in c.version.split(".")], default=None)
 
 
 def to_arrow(contract: StreamContract, table: pa.Table, values: Table) -> pa.Table:
