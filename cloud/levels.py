@@ -1,6 +1,6 @@
 """Do streams keep the service levels that their contracts promise? What a level means stands in `contract.service`.
 
-- `freshness` is looked at per device, `frequency` per entity; an entity that was silent for RETIRED_S is taken for gone, and so is a device.
+- `freshness` is looked at per device, `frequency` per entity; what was silent for RETIRED_S is taken for gone.
 - `latency` and missing values are those of blocks that arrived in the last WINDOW_S; a block counts with its earliest reading.
 - `completeness` is the share of blocks that are in the lake or in its quarantine (`cloud.completeness`), of all the lake knows of.
 - All versions of a stream's contract have one table; the newest version's levels count.

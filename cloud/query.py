@@ -6,7 +6,8 @@
   reached from SQL. Tables of other lanes are not hidden, they are not there.
 - One SELECT at a time, with limits of memory, time and rows. Nothing can be written to the lake.
 - Rights: `[query.users]` of fenceline.toml lists the zones of each user of this machine (`"*"`: all). Without that section only
-  the owner of the state directory may ask, and sees all: the files are his anyway. The view is a fence for tools, not for who can read the files.
+  the owner of the state directory may ask, and sees all: the files are his anyway. It is a fence for tools; who can read the files can
+  read the files.
 
     with Query(lake, zones=["europe"]) as query:
         query.run('SELECT engine, avg(sensor_2) FROM turbofan GROUP BY engine').read_all()

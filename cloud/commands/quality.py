@@ -27,9 +27,7 @@ def declare(commands: Any) -> None:
     show = add_command(quarantine, "show", _show, "the rows themselves: payloads, values, and what was allowed")
     _selection_arguments(show)
     show.add_argument("--limit", type=int, default=SHOWN_MAX, metavar="ROWS", help=f"default: {SHOWN_MAX}")
-    release = add_command(
-        quarantine, "release", _release, "check them against the present contract, and put those that keep it into their stream"
-    )
+    release = add_command(quarantine, "release", _release, "put those that keep the present contract into their stream")
     _selection_arguments(release)
     release.add_argument("--as-is", action="store_true", help="whatever the contract says; needs --by")
     release.add_argument("--by", metavar="NAME", help="who answers for it (default: the user of this shell)")
@@ -136,9 +134,8 @@ def _completeness(args: argparse.Namespace) -> int:
     if args.json:
         print_json({**scope, "share": found.share, "blocks": blocks, "readings": readings, "gaps": found.gaps, "alarm": found.alarm})
         return 1 if found.alarm else 0
-    print(
-        f"{100 * found.share:.4f} percent of {found.captured} blocks are in the lake: " + ", ".join(f"{k} {v}" for k, v in blocks.items())
-    )
+    counts = ", ".join(f"{name} {count}" for name, count in blocks.items())
+    print(f"{100 * found.share:.4f} percent of {found.captured} blocks are in the lake: {counts}")
     print(f"readings: {readings['stored']} in streams, {readings['quarantined']} in quarantine, {readings['lost']:.0f} lost at least")
     if found.gaps:
         names = ("device", "epoch", "lane", "first", "last", "state", "stream", "reason", "readings")

@@ -28,10 +28,11 @@ SPARKPLUG = "spBv1.0"
 # Columns that blocks and the lake add to a stream's fields.
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
 _CAPTURE = ("contract_version", "model", "policy", "fix", "region")
-_VIOLATION = ("violation", "violation_field", "violation_detail", "block_rows", "quarantined_at", "released_us", "released_by")
-_CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "received_at")
+_VIOLATION = ("violation", "violation_field", "violation_detail", "block_rows", "quarantined_at")
+_CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "arrived_at")
 _PLACE = ("latitude", "longitude")
-RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE, *_VIOLATION))
+_PARTITION = ("event_date",)
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE, *_PARTITION, *_VIOLATION))
 
 
 class FieldType(StrEnum):
