@@ -12,7 +12,7 @@ Of every number up to the highest that the lake has seen of a device's epoch and
 | unaccounted | is not here, and nobody said why: an alarm |
 
 - A number that the ledger says was never used is no block. A block that the ledger names and that came all the same is stored.
-- A ledger row that means fewer blocks than its range has numbers accounts for that range if no more are missing there.
+- A ledger row that means fewer blocks than its range has numbers accounts for what is missing there if that is no more.
 - What a device captured and never numbered, or numbered above all that came, the lake cannot know; `waiting` says what the device reports.
 - Sequences are shared by the streams of a lane: whose block is missing is known from the ledger only.
 """
@@ -107,10 +107,10 @@ class _Loss:
     readings: float | None
     reason: str
 
-    def explains(self, first: int, last: int, start: int, stop: int) -> bool:
-        """Whether it accounts for `start` to `stop`, part of the gap `first` to `last`."""
-        missing = min(last, self.last_sequence) - max(first, self.first_sequence) + 1
-        return self.first_sequence <= start and stop <= self.last_sequence and self.blocks >= missing
+    def excuses(self, stored: Ints) -> bool:
+        """Whether it means as many blocks as are missing in its range; `stored` are the sequences that are here, rising."""
+        here = np.searchsorted(stored, self.last_sequence, "right") - np.searchsorted(stored, self.first_sequence)
+        return bool(self.blocks >= self.last_sequence - self.first_sequence + 1 - here)
 
 
 @dataclass
@@ -233,24 +233,25 @@ def _gaps(key: LaneKey, lane: _Lane, old_us: int, since_us: int | None) -> Itera
         return
     sequences, first = np.unique(np.concatenate(lane.stored), return_index=True)
     arrived = np.concatenate(lane.arrived)[first]
+    losses = [loss for loss in lane.ledger if loss.excuses(sequences)]
     above_us = np.minimum.accumulate(arrived[::-1])[::-1]  # when the first block from here on came
     before = np.concatenate([[0], sequences[:-1]])
     for place in np.flatnonzero(sequences - before > 1).tolist():
         if since_us is not None and above_us[place] < since_us:
             continue
         state = State.UNACCOUNTED if above_us[place] <= old_us else State.PENDING
-        yield from _accounted(key, lane, int(before[place]) + 1, int(sequences[place]) - 1, state)
+        yield from _accounted(key, losses, int(before[place]) + 1, int(sequences[place]) - 1, state)
 
 
-def _accounted(key: LaneKey, lane: _Lane, first: int, last: int, otherwise: State) -> Iterable[Gap]:
+def _accounted(key: LaneKey, ledger: list[_Loss], first: int, last: int, otherwise: State) -> Iterable[Gap]:
     """The gap, parted by what the ledger says of it."""
-    losses = [loss for loss in lane.ledger if loss.first_sequence <= last and loss.last_sequence >= first]
+    losses = [loss for loss in ledger if loss.first_sequence <= last and loss.last_sequence >= first]
     cuts = {first, last + 1}
     for loss in losses:
         cuts |= {max(first, loss.first_sequence), min(last, loss.last_sequence) + 1}
     for start, following in itertools.pairwise(sorted(cuts)):
         stop = following - 1
-        named = next((loss for loss in losses if loss.explains(first, last, start, stop)), None)
+        named = next((loss for loss in losses if loss.first_sequence <= start and stop <= loss.last_sequence), None)
         if named is None:
             yield Gap(*key, start, stop, following - start, otherwise)
         elif named.of_stream != UNUSED:

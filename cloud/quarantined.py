@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from deltalake import DeltaTable
 
 from cloud.enforcement import broken_fields
+from cloud.evolution import order
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake, rows_of
 from cloud.rows import Contracts
@@ -252,4 +253,4 @@ def describe(lake: CheckedLake, shelf: Shelf, limit: int) -> list[dict[str, Any]
 def newest(contracts: Contracts, stream: str) -> StreamContract | None:
     """The contract of a stream with the highest version; None if there is none."""
     found = [c for c in contracts.listed if c.stream == stream]
-    return max(found, key=lambda c: [int(part) if part.isdigit() else -1 for part in c.version.split(".")], default=None)
+    return max(found, key=lambda c: order(c.version), default=None)

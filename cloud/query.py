@@ -142,7 +142,7 @@ class Query:
             raise ConfigError("one SELECT at a time: the lake is only looked at here")
 
     def _fetch(self, sql: str) -> pa.Table:
-        reader = self._db.execute(sql).to_arrow_reader(10_000)
+        reader = self._db.sql(sql).to_arrow_reader(10_000)
         batches, rows = [], 0
         for batch in reader:
             batches.append(batch)

@@ -29,7 +29,7 @@ from cloud.enforcement import check
 from cloud.lake import ATTEMPTS_MAX, PARQUET
 from cloud.quarantine import CheckedLake, rows_of, whole_blocks
 from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
-from cloud.rows import EVENT_DATE, NO_DAY, ORDINAL, TIME, event_days, schema
+from cloud.rows import DAY_US, DAYS, EVENT_DATE, ORDINAL, TIME, schema
 from cloud.tables import Tables, read_table
 from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
@@ -197,12 +197,15 @@ class Readmission:
 def to_arrow(contract: StreamContract, table: pa.Table, values: Table) -> pa.Table:
     """Rows of the stream's table: `values` as fields, everything else as it stands in `table`; they arrive now."""
     now = pa.array([time.time_ns() // 1_000] * table.num_rows, pa.int64()).cast(TIME)
-    days = event_days(contract, values)
+    times = values[contract.event_time]
+    assert isinstance(times, np.ndarray)
+    days = times.astype(np.int64) // DAY_US
+    dateless = (days < DAYS.start) | (days >= DAYS.stop)
     told: dict[str, Any] = {
         **{f.name: _array(values[f.name], f.type) for f in contract.fields},
         "contract_version": pa.array([contract.version] * table.num_rows, pa.string()),
         "arrived_at": now,
-        EVENT_DATE: pa.array(days.astype(np.int32), mask=days == NO_DAY).cast(pa.date32()),
+        EVENT_DATE: pa.array(np.where(dateless, 0, days).astype(np.int32), mask=dateless).cast(pa.date32()),
     }
     wanted = schema(contract)
     whole = pa.table({name: told[name] if name in told else table[name] for name in wanted.names}, schema=wanted)
