@@ -72,8 +72,8 @@ class BufferImport:
         contracts, self._zones = load_contracts(settings), load_zones(settings)
         self._gates = {settings.region(name).name: Gate(name, contracts, self._zones) for name in names}
         self._lake = Lake(settings.lake_dir, contracts)
-        self._fleet = set(Fleet(settings.fleet_path).devices())
-        self._audit = Audit(settings.audit_path)
+        self._fleet = set(Fleet(settings.fleet_db).devices())
+        self._audit = Audit(settings.audit_db)
 
     def run(self, path: Path, key_file: Path | None = None) -> Imported:
         """Import a file; again does no harm.

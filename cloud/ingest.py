@@ -265,7 +265,7 @@ def build(settings: Settings, region_name: str) -> Ingest:
         gate=Gate(region.name, contracts, zones),
         lake=Lake(settings.lake_dir, contracts),
         intake=Intake(region, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER)),
-        audit=Audit(settings.audit_path),
+        audit=Audit(settings.audit_db),
         limits=settings.ingest,
         status_file=status_path(settings, region.name),
         small_files_max=settings.small_files_max,

@@ -25,7 +25,7 @@ def collect(settings: Settings) -> dict[str, Any]:
     Keys: state_dir, stack (None if it does not run), devices, ingest (by region), lake (rows' tables by stream and lane:
     version), refused (by reason), audit_broken_at, rollout (the last one, or None).
     """
-    fleet, audit, lake = Fleet(settings.fleet_path), Audit(settings.audit_path), Lake(settings.lake_dir)
+    fleet, audit, lake = Fleet(settings.fleet_db), Audit(settings.audit_db), Lake(settings.lake_dir)
     reports = {r.name: ingest.read_status(settings, r.name) for r in settings.regions}
     return {
         "state_dir": str(settings.state_dir),
@@ -83,7 +83,7 @@ def exposition(settings: Settings) -> bytes:
             refused.labels(region.name, reason).inc(count)
         connected.labels(region.name).set(report.connected)
     known = Gauge("fenceline_devices", "Devices by phase of their model.", ["phase"], registry=registry)
-    for device in devices(Fleet(settings.fleet_path)):
+    for device in devices(Fleet(settings.fleet_db)):
         known.labels(device["phase"]).inc()
     return generate_latest(registry)
 

@@ -169,7 +169,7 @@ def test_what_is_refused_is_counted_audited_and_alarmed_and_the_next_block_goes_
         assert work.status.refused == {reason: 1}
         alarm = device.alarms.get(timeout=WAIT_S)
         assert (alarm["event"], alarm["region"], alarm["reason"], alarm["count"]) == ("block_refused", "eu", reason, 1)
-        (entry,) = Audit(settings.audit_path).entries()
+        (entry,) = Audit(settings.audit_db).entries()
         assert (entry.subject, entry.region, entry.reason) == ("d1", "eu", reason)
         assert len(rows(settings)) == 3
         time.sleep(1.5)  # past ack_wait: an unacknowledged message would have come again
@@ -181,7 +181,7 @@ def test_a_storm_of_refusals_is_a_few_entries_with_their_number(settings: Settin
         for sequence in range(1, 31):
             device.send(block_bytes(sequence, lane="atlantis"), "atlantis")
         wait_until(lambda: work.status.refused == {"wrong_region": 30})
-    audit = Audit(settings.audit_path)
+    audit = Audit(settings.audit_db)
     assert audit.counts() == {"wrong_region": 30} and len(audit.entries()) <= 2
 
 
