@@ -22,8 +22,8 @@ from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.gate import Gate, Refusal, load_contracts, load_zones
-from cloud.ingest import REFUSED
 from cloud.lake import Lake
+from cloud.refusals import REFUSED
 from edge_agent.buffer_file import BufferFile, Found
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table

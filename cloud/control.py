@@ -24,6 +24,7 @@ from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, K
 
 log = logging.getLogger(__name__)
 
+NAME = "control-1"  # client id, and CN of the certificate
 TICK_S = 0.2
 ROLLOUT_S = 1.0
 REFRESH_S = 3600.0
@@ -130,6 +131,4 @@ class Control:
 
 
 def _intake(region: Region, secret: str) -> Intake:
-    return Intake(
-        region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=f"control-{region.name}", persistent=False
-    )
+    return Intake(region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=NAME, persistent=False)

@@ -15,7 +15,22 @@ import secrets
 import time
 
 import msgspec
-from sqlalchemy import BigInteger, CheckConstraint, Column, Integer, LargeBinary, MetaData, Row, Select, Table, Text, delete, insert, select, update
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Column,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Row,
+    Select,
+    Table,
+    Text,
+    delete,
+    insert,
+    select,
+    update,
+)
 
 from cloud.metadata import Database, Store
 from edge_agent.contract.errors import ConfigError, ContractError

@@ -10,10 +10,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from cloud import config, ingest, rollout
+from cloud import config, rollout
 from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.fleet import Fleet
+from cloud.ingest_status import read_status
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef
@@ -26,7 +27,7 @@ def collect(settings: Settings) -> dict[str, Any]:
     version), refused (by reason), audit_broken_at, rollout (the last one, or None).
     """
     fleet, audit, lake = Fleet(settings.fleet_db), Audit(settings.audit_db), Lake(settings.lake_dir)
-    reports = {r.name: ingest.read_status(settings, r.name) for r in settings.regions}
+    reports = {r.name: read_status(settings, r.name) for r in settings.regions}
     return {
         "state_dir": str(settings.state_dir),
         "stack": config.running_stack(settings),
@@ -74,7 +75,7 @@ def exposition(settings: Settings) -> bytes:
     refused = Counter("fenceline_ingest_refused_blocks", "Blocks refused.", ["region", "reason"], registry=registry)
     connected = Gauge("fenceline_ingest_connected", "1 if the region's broker is connected.", ["region"], registry=registry)
     for region in settings.regions:
-        report = ingest.read_status(settings, region.name)
+        report = read_status(settings, region.name)
         if report is None:
             continue
         for name, counter in counters.items():

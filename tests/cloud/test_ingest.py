@@ -20,6 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud import brokers, config, ingest
 from cloud.audit import Audit
 from cloud.config import Settings
+from cloud.ingest_status import read_status
 from cloud.lake import Lake
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
@@ -237,7 +238,7 @@ ingest.main()
 def test_killed_between_commit_and_receipt_it_stores_nothing_twice(settings: Settings, device: Device) -> None:
     arguments = ["--region", "eu", "--project", str(settings.project)]
     work = subprocess.Popen([sys.executable, "-c", DIES_BEFORE_THE_RECEIPT, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_until(lambda: (status := ingest.read_status(settings, "eu")) is not None and status.connected)
+    wait_until(lambda: (status := read_status(settings, "eu")) is not None and status.connected)
     device.send(block_bytes(1))
     assert work.wait(WAIT_S) == -9
     assert len(rows(settings)) == 3 and device.receipts.empty()
