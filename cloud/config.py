@@ -299,9 +299,7 @@ def _metadata_url(read: _Metadata, root: Path, origin: str) -> str | None:
     if scheme != "postgresql" or not where:
         raise ConfigError(f"{origin}: metadata.url {read.url!r} must be postgresql://USER@HOST:PORT/DATABASE, or be left out for SQLite")
     if ":" in user:
-        raise ConfigError(
-            f"{origin}: metadata.url holds a password; put it in a file that metadata.password_file names, or in {PASSWORD_VARIABLE}"
-        )
+        raise ConfigError(f"{origin}: metadata.url holds a password; put it in a file (metadata.password_file) or in {PASSWORD_VARIABLE}")
     password = os.environ.get(PASSWORD_VARIABLE)
     if password is None and read.password_file is not None:
         try:
@@ -349,14 +347,8 @@ def _check(settings: Settings, origin: str) -> None:
     if len(set(ports.values())) != len(ports):
         raise ConfigError(f"{origin}: two parts share a port: {ports}")
     limits = settings.ingest
-    least = (
-        limits.batch_blocks_max,
-        limits.batch_bytes_max,
-        limits.linger_ms + 1,
-        limits.receipt_interval_ms + 1,
-        settings.small_files_max,
-    )
-    if min(least) < 1:
+    times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
+    if min(limits.batch_blocks_max, limits.batch_bytes_max, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
     if not 1 <= limits.workers <= WORKERS_MAX:
         raise ConfigError(f"{origin}: ingest.workers {limits.workers} is not between 1 and {WORKERS_MAX}")

@@ -49,8 +49,9 @@ class RegionControl:
                 self._held = self._held or self.intake.queue.get_nowait()
             except queue.Empty:
                 break
-            self._take(self._held)
-            self.intake.release([self._held])
+            if self._held is not None:
+                self._take(self._held)
+                self.intake.release([self._held])
             self._held = None
         if self.intake.connected:
             self._publish()

@@ -1,4 +1,4 @@
-"""Ingest: blocks from a region's broker into the lake. `fenceline ingest --region eu --workers N`, or `python -m cloud.ingest` for one worker.
+"""Ingest: blocks from a region's broker into the lake. `fenceline ingest --region eu`.
 
 - The order is the promise: check, commit to the lake, send receipts, then PUBACK. Whatever stops in between is sent again, by the
   broker or by the device, and stored once. A receipt may wait for the next one to the same device, and then comes after the PUBACK: that
@@ -39,7 +39,7 @@ from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
 from cloud.receipts import Receipts
 from cloud.refusals import DENIED, REFUSED, Entry, Kind, Refusals
-from cloud.workers import NAME, Worker, end_unused
+from cloud.workers import NAME, ONE, Worker, end_unused
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
@@ -244,9 +244,9 @@ class Ingest:
 
     def _raise_alarm(self, entry: Entry) -> None:
         """Tell the device's operator what stands in the audit trail."""
-        kind, count, detail = entry
+        kind, times, detail = entry
         if _is_device(kind.device):
-            event = {"event": kind.by, "region": self.gate.region, "reason": kind.reason, "detail": detail, "count": count}
+            event = {"event": kind.by, "region": self.gate.region, "reason": kind.reason, "detail": detail, "count": times}
             self.intake.publish(DeviceTopics(kind.device).events, msgspec.json.encode(event))
 
 
@@ -258,7 +258,7 @@ def _is_device(name: str) -> bool:
     return True
 
 
-def build(settings: Settings, region_name: str, worker: Worker = Worker()) -> Ingest:  # noqa: B008, frozen
+def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
     """A worker of a region, its intake not yet connected."""
     region = settings.region(region_name)
     contracts, zones = load_contracts(settings), load_zones(settings)

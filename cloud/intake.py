@@ -135,7 +135,7 @@ class Intake:
         except UnicodeDecodeError:
             topic = repr(message._topic)
         if self._kept(topic):
-            self.queue.put(Received(topic, message.payload, self.connection, message.mid, message.retain, message.qos))
+            self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
         elif message.qos:
             client.ack(message.mid, QOS)
 
@@ -161,8 +161,8 @@ def forget(region: Region, client_id: str, user: str, password: str) -> None:
 
 def _client(region: Region, client_id: str, user: str, password: str, *, persistent: bool) -> Client:
     five = region.mqtt == 5
-    session = {} if five else {"clean_session": not persistent}
-    client = Client(CallbackAPIVersion.VERSION2, client_id=client_id, protocol=MQTTv5 if five else MQTTv311, manual_ack=True, **session)
+    clean = None if five else not persistent
+    client = Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=MQTTv5 if five else MQTTv311, manual_ack=True)
     if region.tls is not None:
         client.tls_set_context(region.tls.context(client_id))
     if region.tls is None or region.tls.cert_file is None:  # otherwise the certificate says who we are

@@ -41,13 +41,8 @@ def parts(settings: Settings) -> list[Part]:
     """All parts; each may need those before it, and waits for them by itself."""
     where = {SENSORS: settings.sensors, **{r.name: Address(r.host, r.port) for r in settings.regions}}
     servers = [Part(broker_part(name), brokers.command(settings, name), _listens(where[name])) for name in brokers.names(settings)]
-    return [
-        *servers,
-        *(part for r in settings.regions for part in _ingest(settings, r)),
-        _release(settings),
-        _api(settings),
-        _mlflow(settings),
-    ]
+    workers = [part for region in settings.regions for part in _ingest(settings, region)]
+    return [*servers, *workers, _release(settings), _api(settings), _mlflow(settings)]
 
 
 def broker_part(name: str) -> str:

@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     """An entry to write: so many refusals of a kind, and what was wrong with the last one."""
 
     kind: Kind
-    count: int
+    times: int
     detail: str
 
 
@@ -90,14 +90,14 @@ class Refusals:
             for entry in self._writing.result():
                 self._add(entry, 0.0)
         for entry in self._write(self._due(float("inf"))):
-            log.warning("refusals not written down kind=%s count=%d detail=%s", entry.kind, entry.count, entry.detail)
+            log.warning("refusals not written down kind=%s count=%d detail=%s", entry.kind, entry.times, entry.detail)
 
     def _add(self, entry: Entry, now: float) -> None:
         kind = entry.kind
         if kind not in self._counts and len(self._counts) >= KINDS_MAX:
             kind = Kind(kind.by, "", "", "", kind.reason)
         waiting = self._counts.setdefault(kind, _Count(now))
-        waiting.count, waiting.detail = waiting.count + entry.count, entry.detail
+        waiting.count, waiting.detail = waiting.count + entry.times, entry.detail
 
     def _due(self, now: float) -> list[Entry]:
         due = []
@@ -111,9 +111,9 @@ class Refusals:
 
     def _write(self, entries: list[Entry]) -> list[Entry]:
         """Write entries; those that the database did not take."""
-        for i, (kind, count, detail) in enumerate(entries):
+        for i, (kind, times, detail) in enumerate(entries):
             try:
-                self._audit.add(kind.by, region=self._region, subject=kind.device, reason=kind.reason, detail=detail, count=count)
+                self._audit.add(kind.by, region=self._region, subject=kind.device, reason=kind.reason, detail=detail, count=times)
             except UnavailableError as e:
                 log.warning("audit unavailable region=%s waiting=%d reason=%s", self._region, len(entries) - i, e)
                 return entries[i:]

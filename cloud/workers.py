@@ -50,9 +50,7 @@ class Worker:
     def __post_init__(self) -> None:
         check_name(self.prefix, "worker name")
         if not 1 <= self.number <= self.count <= WORKERS_MAX:
-            raise ConfigError(
-                f"worker {self.number} of {self.count}: the number must be at least 1 and at most the count, and that at most {WORKERS_MAX}"
-            )
+            raise ConfigError(f"worker {self.number} of {self.count}: numbers begin with 1, and {WORKERS_MAX} workers are the most")
 
     @property
     def name(self) -> str:
@@ -73,6 +71,9 @@ class Worker:
         if region.shared_subscriptions or self.count == 1:
             return everything
         return lambda topic: zlib.crc32(_device(topic)) % self.count == self.number - 1
+
+
+ONE = Worker()
 
 
 def _device(topic: str) -> bytes:
