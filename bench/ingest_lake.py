@@ -48,7 +48,7 @@ class Run:
 
     @property
     def rows(self) -> Any:
-        return Lake(self.settings.lake_dir).read(STREAM)
+        return Lake(self.settings.lake).read(STREAM)
 
 
 @contextlib.contextmanager
@@ -94,7 +94,7 @@ def run(
             time.sleep(1.0)  # the status is written twice a second
             status = read_status(settings, "eu")
         found: dict[str, Any] = json.loads(out.read_text())
-        table = Lake(settings.lake_dir).read(STREAM)
+        table = Lake(settings.lake).read(STREAM)
         expected = devices * blocks * rows
         distinct = table.select(["device", "sequence", "row"]).group_by(["device", "sequence", "row"]).aggregate([]).num_rows
         found |= {"readings": expected, "lost": expected - distinct, "duplicates": table.num_rows - distinct, "status": status}

@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from cloud.roots import Bucket, Roots, parse_roots
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
@@ -106,6 +107,7 @@ class Settings:
     api: Address
     contracts: tuple[Path, ...]
     zones_path: Path
+    lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
     metadata_url: str | None = None
@@ -113,10 +115,6 @@ class Settings:
     @property
     def keys_dir(self) -> Path:
         return self.state_dir / "keys"
-
-    @property
-    def lake_dir(self) -> Path:
-        return self.state_dir / "lake"
 
     @property
     def releases_dir(self) -> Path:
@@ -232,6 +230,9 @@ class _Metadata(msgspec.Struct, frozen=True):
 
 
 class _Lake(msgspec.Struct, frozen=True):
+    root: str = ""
+    zones: dict[str, str] = {}
+    buckets: dict[str, Bucket] = {}
     small_files_max: int = 200
 
 
@@ -275,6 +276,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         api=Address(read.api.host, read.api.port),
         contracts=tuple(root / c for c in read.contracts),
         zones_path=root / read.zones,
+        lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
         metadata_url=_metadata_url(read.metadata, root, str(path)),

@@ -186,6 +186,8 @@ class Ingest:
         self.status.lake_available, self._retry_s = True, RETRY_S[0]
         if settled is not None:
             batch, self._committing = self._committing, Batch()
+            for refusal in settled.refused:
+                self._refuse(refusal)
             self._receipts.add(settled.receipts, now)
             self.intake.release(batch.messages)
             self._count(batch, settled)
@@ -200,7 +202,7 @@ class Ingest:
         status.bytes += batch.size_bytes
         status.blocks += len(settled.committed)
         status.rows += sum(rows[i] for i in settled.committed)
-        status.duplicates += len(batch.blocks) - len(settled.committed)
+        status.duplicates += len(batch.blocks) - len(settled.committed) - len(settled.refused)
         status.commits += bool(settled.committed)
 
     # Refusals, policy, status
@@ -268,7 +270,7 @@ def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
     place = settings.run_dir / f"broker-log-{region.name}.json"
     return Ingest(
         gate=Gate(region.name, contracts, zones),
-        lake=Lake(settings.lake_dir, contracts),
+        lake=Lake(settings.lake, contracts),
         intake=intake,
         audit=Audit(settings.audit_db),
         limits=settings.ingest,
