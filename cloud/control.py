@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import sqlite3
 import threading
 import time
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, K
 
 log = logging.getLogger(__name__)
 
+NAME = "control-1"  # client id, and CN of the certificate
 TICK_S = 0.2
 ROLLOUT_S = 1.0
 REFRESH_S = 3600.0
@@ -42,16 +42,19 @@ class RegionControl:
         self._fleet = fleet
         self._connection = 0
         self._published: dict[str, int] = {}
+        self._held: Received | None = None  # taken from the queue, and not yet written down
 
     def step(self) -> None:
         """Take what came in, and publish the desired documents that this connection has not seen."""
         for _ in range(MESSAGES_PER_TICK_MAX):
             try:
-                message = self.intake.queue.get_nowait()
+                self._held = self._held or self.intake.queue.get_nowait()
             except queue.Empty:
                 break
-            self._take(message)
-            self.intake.release([message])
+            if self._held is not None:
+                self._take(self._held)
+                self.intake.release([self._held])
+            self._held = None
         if self.intake.connected:
             self._publish()
 
@@ -84,7 +87,7 @@ class Control:
     """The loop, in a thread of its own from `start` to `stop`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.fleet = Fleet(settings.fleet_path)
+        self.fleet = Fleet(settings.fleet_db)
         self._settings = settings
         self._rollouts = rollout.Controller(settings, self.fleet)
         self._watch = Watch(settings)
@@ -123,7 +126,7 @@ class Control:
                 if now >= refresh_due:
                     refresh_due = now + REFRESH_S
                     self._refresh()
-            except (FencelineError, sqlite3.Error, OSError):  # a busy database or a full disk: what was not done is done later
+            except (FencelineError, OSError):  # a busy database or a full disk: what was not done is done later
                 log.exception("control step failed")
 
     def _refresh(self) -> None:
@@ -133,6 +136,4 @@ class Control:
 
 
 def _intake(region: Region, secret: str) -> Intake:
-    return Intake(
-        region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=f"control-{region.name}", persistent=False
-    )
+    return Intake(region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=NAME, persistent=False)

@@ -72,7 +72,7 @@ class Watch:
     """Looks every `[quality] check_s`."""
 
     def __init__(self, settings: Settings) -> None:
-        self._settings, self._fleet, self._audit = settings, Fleet(settings.fleet_path), Audit(settings.audit_path)
+        self._settings, self._fleet, self._audit = settings, Fleet(settings.fleet_db), Audit(settings.audit_db)
         self._index = BlockIndex()
         self._due = 0.0
         self._thread: threading.Thread | None = None

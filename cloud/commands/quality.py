@@ -107,7 +107,7 @@ def _release(args: argparse.Namespace) -> int:
         raise ConfigError("--as-is needs --by NAME: somebody answers for rows that break their contract")
     settings = config.load(args.project, args.state)
     by = args.by or getpass.getuser()
-    done = Readmission(open_lake(settings), Audit(settings.audit_path)).release(_selected(args), by, as_is=args.as_is)
+    done = Readmission(open_lake(settings), Audit(settings.audit_db)).release(_selected(args), by, as_is=args.as_is)
     if args.json:
         print_json({"released": done.released, "already": done.already, "kept": dict(done.kept), "by": by, "as_is": args.as_is})
     else:
@@ -124,7 +124,7 @@ def _completeness(args: argparse.Namespace) -> int:
     from cloud.watch import open_lake, waiting
 
     settings = config.load(args.project, args.state)
-    lake, fleet = open_lake(settings), Fleet(settings.fleet_path)
+    lake, fleet = open_lake(settings), Fleet(settings.fleet_db)
     scope = _scope(args.of, fleet.devices(), [*lake.lake.streams(), *(c.stream for c in lake.lake.contracts.listed)])
     grace_s = settings.quality.grace_s if args.grace is None else args.grace
     now_us = time.time_ns() // 1_000

@@ -106,7 +106,7 @@ def test_an_unknown_stream_is_answered_with_the_nearest_name(european: Query) ->
     [
         (
             QueryLimits(time_s_max=0.3),
-            "SELECT count(*) FROM range(1000000000) a, range(1000000) b WHERE a.range % 7 = b.range % 3",
+            "SELECT count(*) FROM range(1000000000) a, range(1000000) b WHERE a.range % 7 = b.range",
             "longer than 0.3 s",
         ),
         (QueryLimits(memory_mib_max=100), "SELECT list(range) FROM range(200000000)", "more than 100 MiB"),
