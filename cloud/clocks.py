@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
+from cloud.rows import EVENT_DATE
 from edge_agent.contract.block import BlockHeader
 
 Boot = tuple[str, str]  # device, boot id
@@ -91,6 +92,7 @@ def correct(table: DeltaTable, boot: Boot, offset_us: int, stamped: Iterable[str
     """Give the rows of a boot their true times; returns how many. `stamped` are further columns with times of the device's clock."""
     shift = f"(monotonic_us + {offset_us} - arrow_cast(sealed_at, 'Int64'))"
     updates = {name: TIME_SQL.format(us=f"arrow_cast({name}, 'Int64') + {shift}") for name in ("sealed_at", *stamped)}
+    updates |= {EVENT_DATE: f"arrow_cast({updates[name]}, 'Date32')" for name in stamped}  # the event time, if any: the row moves
     device, boot_id = (text.replace("'", "''") for text in boot)
     metrics = table.update(
         updates={**updates, "clock_shift_us": shift, "clock_synced": "true"},
