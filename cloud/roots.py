@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.topics import check_lane
 
@@ -47,7 +48,7 @@ class Root:
     """A place for tables: a directory or an S3 prefix."""
 
     uri: str
-    bucket: Bucket = Bucket()
+    bucket: Bucket = field(default_factory=Bucket)
 
     def __str__(self) -> str:
         return self.uri

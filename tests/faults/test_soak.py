@@ -20,7 +20,7 @@ import pytest
 from deltalake import DeltaTable
 
 from bench.edge_footprint import family, pss_mb
-from bench.plant import STREAM, ZONE, Plant
+from bench.plant import Plant
 from bench.proxy import Proxy
 
 RATE = 2_000
