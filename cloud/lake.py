@@ -320,18 +320,21 @@ class Lake:
     def compact(self, files_max: int) -> dict[str, int]:
         """Merge small files of tables that got more than `files_max` of them; files removed by table.
 
-        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do.
-
-        Raises:
-            UnavailableError: a table does not answer.
+        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do. It can always
+        wait: a table that does not answer is logged, and looked at again after its next commit.
         """
-        for (stream, lane), handle in self._handles.items():
-            if handle.small > files_max:
-                done = upkeep.compact(handle.table, files_max, dates_max=upkeep.DATES_PER_CALL)
-                handle.small = done.small_left
-                self._sync_or_forget(handle)
-                return {f"{lane}/{stream}": done.removed}
-        return {}
+        crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
+        if crowded is None:
+            return {}
+        try:
+            done = upkeep.compact(crowded.table, files_max, dates_max=upkeep.DATES_PER_CALL)
+            crowded.small = done.small_left
+            self._sync_or_forget(crowded)
+        except UnavailableError as e:
+            log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
+            self._forget(crowded.stream, crowded.lane)
+            return {}
+        return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.

@@ -215,14 +215,12 @@ def _stack(parts: Sequence[Column]) -> Column:
     """The columns of blocks as one; texts keep one dictionary, so that it costs nothing per row."""
     if len(parts) == 1:
         return parts[0]
+    texts = [part for part in parts if isinstance(part, Strings)]
+    if not texts:
+        return np.concatenate(parts)  # type: ignore[arg-type]
     index: dict[str, int] = {}
-    codes, numbers = [], []
-    for part in parts:
-        if isinstance(part, Strings):
-            codes.append(np.array([index.setdefault(text, len(index)) for text in part.values], np.int32)[part.codes])
-        else:
-            numbers.append(part)
-    return Strings(np.concatenate(codes), tuple(index)) if codes else np.concatenate(numbers)
+    codes = [np.array([index.setdefault(text, len(index)) for text in part.values], np.int32)[part.codes] for part in texts]
+    return Strings(np.concatenate(codes), tuple(index))
 
 
 _KINDS = {FieldType.STRING: "text", FieldType.INTEGER: "int64", FieldType.NUMBER: "float64", FieldType.TIMESTAMP: "int64"}
