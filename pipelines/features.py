@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,6 +27,7 @@ from pipelines.stage import Context
 
 BATCH_ROWS = 8_192
 EVENT_TIME, CREATED_TIME = "event_time", "created_time"
+ARRIVED = "received_at"
 
 
 def work(context: Context) -> None:
@@ -62,18 +64,28 @@ def deal(counts: dict[str, int], parts: int) -> list[list[str]]:
 def write_part(readings: Path, devices: list[str], contract: StreamContract, spec: FeatureSpec, out: Path) -> int:
     """Write the features of some devices; the number of rows."""
     fields = dict.fromkeys(f.field for f in spec.features)
-    columns = [*fields, contract.entity, contract.event_time, "device", "epoch", "received_at"]
+    columns = [*fields, contract.entity, contract.event_time, "device", "epoch", ARRIVED]
     table = pq.read_table(readings, columns=list(dict.fromkeys(columns)), filters=[("device", "in", devices)])
     features = windows_of(table, contract, spec)
     made = {name: features[:, i] for i, name in enumerate(spec.names)}
     keys = {
         contract.entity: table[contract.entity],
         EVENT_TIME: table[contract.event_time],
-        CREATED_TIME: table["received_at"],
+        CREATED_TIME: known(table, contract.entity, spec.window_rows),
         "device": table["device"],
     }
     pq.write_table(pa.table({**keys, **made}), out, compression="zstd")
     return int(table.num_rows)
+
+
+def known(readings: pa.Table, entity: str, window_rows: int) -> pa.ChunkedArray:
+    """When the features of each reading were known: at the latest arrival among the readings that its window may hold.
+
+    A reading that arrives late changes the windows behind it; these are news then, though their own readings are not.
+    """
+    rows = pl.DataFrame(readings.select(["device", "epoch", entity, ARRIVED]))
+    latest = pl.col(ARRIVED).rolling_max(window_rows, min_samples=1).over("device", "epoch", entity)
+    return pa.chunked_array([rows.select(latest)[ARRIVED].to_arrow()])
 
 
 def windows_of(readings: pa.Table, contract: StreamContract, spec: FeatureSpec, batch_rows: int = BATCH_ROWS) -> Floats:
