@@ -202,8 +202,9 @@ def _source(repo: Repo, view: FeatureView) -> Iterator[_Source]:
     with tempfile.TemporaryDirectory(dir=path) as spill, duckdb.connect() as connection:
         for setting, value in (("memory_limit", MEMORY_LIMIT), ("temp_directory", spill), ("preserve_insertion_order", "false")):
             connection.execute(f"SET {setting} = '{value}'")
+        batch_source: Any = view.batch_source
         try:
-            yield _Source(connection, offline_store._source(connection, view.batch_source, repo.store.config, "source"), view)
+            yield _Source(connection, offline_store._source(connection, batch_source, repo.store.config, "source"), view)
         except duckdb.IOException as e:
             raise ConfigError(f"the source of view {view.name!r} does not read ({e}); make it first: fenceline train") from e
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.feature_store import Repo, open_repo
+from tests.pipelines.lakes import ROOT
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 TIME = pa.timestamp("us", "UTC")
@@ -44,6 +46,19 @@ def make_repo(project: Path, online_store: str = SQLITE) -> Repo:
         f"online_store: {online_store}\noffline_store: {{type: pipelines.offline_store.AsOfOfflineStore}}\n"
     )
     return open_repo(project)
+
+
+def turbofan_project(folder: Path, online_store: str = SQLITE) -> Path:
+    """A project with this repository's own pipeline settings, contract and feature definitions."""
+    (folder / "pipelines").mkdir(parents=True)
+    shutil.copy(ROOT / "pipelines/params.yaml", folder / "pipelines")
+    shutil.copytree(ROOT / "feature_repo", folder / "feature_repo", ignore=shutil.ignore_patterns("data", "__pycache__"))
+    shutil.copytree(ROOT / "contracts", folder / "contracts")
+    file = folder / "feature_repo/feature_store.yaml"
+    text = file.read_text()
+    start, end = text.index("online_store:"), text.index("offline_store:")
+    file.write_text(f"{text[:start]}online_store: {online_store}\n{text[end:]}")
+    return folder
 
 
 def at(seconds: float) -> datetime:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from cloud import brokers, config, ingest
 from cloud.config import Settings
 from cloud.follow import Follower
 from cloud.lake import Lake
-from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader, FixQuality
+from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.bundle import Feature, FeatureSpec
 from edge_agent.contract.columns import Table, take
 from pipelines.features import ARRIVED, EVENT_TIME, windows_of
@@ -26,8 +25,8 @@ from pipelines.stage import load_context
 from pipelines.tails import Tails
 from tests.brokers import nats_broker
 from tests.edge_agent.gateway import START_S, Bench, reading, wait_for
-from tests.pipelines.lakes import ROOT, open_lake, readings, turbofan
-from tests.pipelines.repos import redis_store
+from tests.pipelines.lakes import header_of, open_lake, readings, turbofan
+from tests.pipelines.repos import redis_store, turbofan_project
 from tests.redis_server import redis_server
 
 SPEC = FeatureSpec(
@@ -48,11 +47,8 @@ def blocks(device: str, epoch: str, table: Table, random: np.random.Generator) -
         part = take(table, slice(first, first + count))
         part[ORDINAL], part[SCORE] = np.arange(first, first + count, dtype=np.int64), np.full(count, np.nan)
         sequence += 1
-        header = BlockHeader(
-            device=device, epoch=epoch, lane="europe" if first < rows / 2 else "united-states", sequence=sequence, stream="turbofan",
-            contract_version=turbofan().version, rows=count, first_us=int(part["ts"][0]), last_us=int(part["ts"][-1]), fix=FixQuality.FIX,
-            policy="p", boot="b", monotonic_us=first, sealed_us=1, clock_synced=True,
-        )  # fmt: skip
+        lane = "europe" if first < rows / 2 else "united-states"
+        header = header_of(device, epoch, lane, sequence, part)
         out.append((header, part))
         first += count
     return out
@@ -163,20 +159,11 @@ def test_log_and_files_that_were_cleaned_up_are_made_up_for_by_the_table_itself(
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.needs_redis)])
 def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """The repository's own pipeline settings and feature definitions, with one of the online stores."""
-    path = tmp_path / "project"
-    (path / "pipelines").mkdir(parents=True)
-    shutil.copy(ROOT / "pipelines/params.yaml", path / "pipelines")
-    shutil.copytree(ROOT / "feature_repo", path / "feature_repo", ignore=shutil.ignore_patterns("data", "__pycache__"))
-    shutil.copytree(ROOT / "contracts", path / "contracts")
     if request.param == "sqlite":
-        yield path
+        yield turbofan_project(tmp_path / "project")
         return
     with redis_server(tmp_path) as port:
-        file = path / "feature_repo/feature_store.yaml"
-        text = file.read_text()
-        start, end = text.index("online_store:"), text.index("offline_store:")
-        file.write_text(f"{text[:start]}online_store: {redis_store(port)}\n{text[end:]}")
-        yield path
+        yield turbofan_project(tmp_path / "project", redis_store(port))
 
 
 @pytest.mark.timeout(300)
