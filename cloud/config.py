@@ -72,6 +72,7 @@ class Settings:
     zones_path: Path
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
+    live_features: bool = False
 
     @property
     def keys_dir(self) -> Path:
@@ -184,6 +185,10 @@ class _Lake(msgspec.Struct, frozen=True):
     small_files_max: int = 200
 
 
+class _Features(msgspec.Struct, frozen=True):
+    live: bool = False
+
+
 class _File(msgspec.Struct, frozen=True):
     """fenceline.toml."""
 
@@ -197,6 +202,7 @@ class _File(msgspec.Struct, frozen=True):
     api: _Address = _Address(18800)
     ingest: IngestLimits = IngestLimits()
     lake: _Lake = _Lake()
+    features: _Features = _Features()
 
 
 def load(project: Path | None = None, state: Path | None = None) -> Settings:
@@ -225,6 +231,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         zones_path=root / read.zones,
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
+        live_features=read.features.live,
     )
     _check(settings, str(path))
     stack = running_stack(settings)

@@ -13,7 +13,7 @@ Rules:
   next does it again.
 - The run is a full one if the definition of the view or the store has changed since the last, or if the store no longer has
   what the last one wrote there.
-- Bounded memory: DuckDB reads the source with MEMORY_LIMIT and spills to disk; rows go on in batches.
+- Bounded memory: `pipelines.newest` reads the source with a limit and spills to disk; rows go on in batches.
 - Entities that have left the source stay online until `rebuild`. Feast gives back values of any age, with their time: a reader compares it
   with the view's ttl (`key_ttl_seconds` lets Redis forget them by itself).
 - Rows without a key or an event time are counted and left out.
@@ -24,16 +24,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import duckdb
 import msgspec
 import pyarrow as pa
 
@@ -41,17 +38,16 @@ from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableE
 from pipelines import cli
 from pipelines.feature_store import Repo, open_repo
 from pipelines.marks import definition, read_mark, write_mark
-from pipelines.online_writer import BATCH_ROWS, OnlineWriter, Written
+from pipelines.newest import newest_of
+from pipelines.online_writer import OnlineWriter, Written
 
 if TYPE_CHECKING:
     from feast import FeatureView
 
 OVERLAP_S = 600
 """How long after its created time a row may become visible in the source."""
-MEMORY_LIMIT = "1GB"
 PROBES = 64
 PROGRESS_S = 2.0
-TIME = pa.timestamp("us", "UTC")
 
 Say = Callable[[str], None]
 
@@ -105,11 +101,13 @@ def materialise(
     if rebuild:
         path.unlink(missing_ok=True)
         writer.empty()
-    with _source(repo, view) as source:
-        where = source.due(None if why else mark, until)
+    with newest_of(repo, view) as source:
+        conditions = [source.until(until)] if until else []
+        conditions += [source.since(mark.created_us - OVERLAP_S * 1_000_000, mark.event_us)] if mark is not None and not why else []
+        where = " AND ".join(conditions) or "TRUE"
         entities, without_key, created_us, event_us = source.count(where)
         say(f"{view.name}: {entities} entities ({f'all: {why}' if why else 'what is new'})")
-        done, probes = _write(writer, source.newest(where), entities, view, say)
+        done, probes = _write(writer, source.batches(where), entities, view, say)
     if done.written + done.older != entities:
         raise UnavailableError(f"the source of {view.name} changed while it was read: {entities} entities, then {done}; run again")
     reached = Mark(definition(repo, view), created_us, event_us, probes)
@@ -137,78 +135,6 @@ def _write(
     return done, probes
 
 
-class _Source:
-    """The batch source of a view, in DuckDB."""
-
-    def __init__(self, connection: duckdb.DuckDBPyConnection, table: str, view: FeatureView) -> None:
-        source: Any = view.batch_source
-        stored = {new: old for old, new in source.field_mapping.items()}
-        self._connection, self._table = connection, table
-        self._time, self._created = source.timestamp_field, source.created_timestamp_column
-        self._keys = {e.name: stored.get(e.name, e.name) for e in view.entity_columns}
-        self._features = {f.name: stored.get(f.name, f.name) for f in view.features}
-
-    def due(self, mark: Mark | None, until: datetime | None) -> str:
-        """SQL for the rows that a run has to look at."""
-        event = _us(self._time)
-        conditions = [f"{event} <= {_microseconds(until)}"] if until else []
-        if mark is not None and self._created:
-            conditions.append(f"({_us(self._created)} > {mark.created_us - OVERLAP_S * 1_000_000} OR {event} > {mark.event_us})")
-        return " AND ".join(conditions) or "TRUE"
-
-    def count(self, where: str) -> tuple[int, int, int, int]:
-        """Of the rows: entities, rows left out, the highest created and event time in microseconds."""
-        whole = self._whole
-        keys = ", ".join(_name(c) for c in self._keys.values()) or "1"
-        created = _us(self._created) if self._created else "0"
-        entities = self._one(f"SELECT count(*) FROM (SELECT DISTINCT {keys} FROM {self._table} WHERE ({where}) AND {whole})")
-        found = self._one(
-            f"SELECT count(*) FILTER (NOT ({whole})), coalesce(max({created}), 0), coalesce(max({_us(self._time)}), 0) "
-            f"FROM {self._table} WHERE {where}"
-        )
-        return entities[0], found[0], found[1], found[2]
-
-    def newest(self, where: str) -> Iterator[pa.RecordBatch]:
-        """The newest of the rows of each entity, under Feast's names."""
-        times = [c for c in (self._time, self._created) if c]
-        named = [f"{_name(old)} AS {_name(new)}" for new, old in (*self._keys.items(), *self._features.items())]
-        partition = f"PARTITION BY {', '.join(_name(c) for c in self._keys.values())}" if self._keys else ""
-        order = [f"{_us(c)} DESC NULLS LAST" for c in times]
-        order += [f"hash({', '.join(_name(c) for c in self._features.values())}) DESC"]  # as the offline store settles equal times
-        query = (
-            f"SELECT {', '.join([*named, *(f'{_us(c)} AS {_name(c)}' for c in times)])} "
-            f"FROM {self._table} WHERE ({where}) AND {self._whole} QUALIFY row_number() OVER ({partition} ORDER BY {', '.join(order)}) = 1"
-        )
-        for batch in self._connection.sql(query).to_arrow_reader(BATCH_ROWS):
-            for first in range(0, batch.num_rows, BATCH_ROWS):
-                yield _with_times(batch.slice(first, BATCH_ROWS), times)
-
-    @property
-    def _whole(self) -> str:
-        return " AND ".join(f"{_name(c)} IS NOT NULL" for c in (*self._keys.values(), self._time))
-
-    def _one(self, query: str) -> tuple[int, ...]:
-        (found,) = self._connection.sql(query).fetchall()
-        return tuple(int(x) for x in found)
-
-
-@contextmanager
-def _source(repo: Repo, view: FeatureView) -> Iterator[_Source]:
-    """The view's source, open for reading; what DuckDB spills goes with it."""
-    from pipelines import offline_store
-
-    path = repo.data / "spill"
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path) as spill, duckdb.connect() as connection:
-        for setting, value in (("memory_limit", MEMORY_LIMIT), ("temp_directory", spill), ("preserve_insertion_order", "false")):
-            connection.execute(f"SET {setting} = '{value}'")
-        batch_source: Any = view.batch_source
-        try:
-            yield _Source(connection, offline_store._source(connection, batch_source, repo.store.config, "source"), view)
-        except duckdb.IOException as e:
-            raise ConfigError(f"the source of view {view.name!r} does not read ({e}); make it first: fenceline train") from e
-
-
 def _why_full(mark: Mark | None, repo: Repo, view: FeatureView, writer: OnlineWriter) -> str:
     """Why all rows have to be written, or nothing."""
     if mark is None:
@@ -233,27 +159,6 @@ def _tell_feast(repo: Repo, view: FeatureView, event_us: int) -> None:
     start = current.most_recent_end_time or datetime(1970, 1, 1, tzinfo=UTC)
     if start < reached:
         repo.store.registry.apply_materialization(current, repo.store.project, start, reached)
-
-
-def _with_times(batch: pa.RecordBatch, times: list[str]) -> pa.RecordBatch:
-    for name in times:
-        place = batch.schema.get_field_index(name)
-        batch = batch.set_column(place, name, batch.column(place).cast(TIME))
-    return batch
-
-
-def _microseconds(moment: datetime) -> int:
-    """Since 1970; a time without a zone is UTC."""
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return (aware - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
-
-
-def _us(column: str) -> str:
-    return f"epoch_us({_name(column)})"
-
-
-def _name(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cloud.cli import main
 from edge_agent.contract.errors import ConfigError
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME, EVENT_TIME
 from pipelines.materialise import materialise
 from pipelines.params import load_params
-from tests.pipelines.lakes import turbofan
+from tests.pipelines.lakes import open_lake, readings, store, turbofan
 from tests.pipelines.repos import TIME, make_repo, turbofan_project
 
 
@@ -64,6 +66,23 @@ def test_feasts_command_line_applies_lists_and_materialises(project: Path) -> No
     found = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "e1"}, {"engine": "e2"}]).to_dict()
     assert found["sensor_4_mean"] == [2.5, 3.5]
     assert materialise(repo, repo.views[repo.view.name]).written == 2
+
+
+@pytest.mark.timeout(400)
+def test_fenceline_features_live_once_pushes_what_the_lake_holds(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n")
+    table, _ = readings(["e1", "e2"], 3)
+    store(open_lake(tmp_path / "state/lake"), "plane-1", table)
+    code = main(["--project", str(project), "features", "live", "--once", "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    done = json.loads(out)
+    assert done["readings"] == len(table["ts"])
+    assert sorted(done["seen"]) == ["europe", "united-states"]
+    repo = open_repo(project)
+    served = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "e1"}]).to_dict()
+    newest = np.flatnonzero(np.array(table["engine"].tolist()) == "e1")[-1]
+    assert served["sensor_4_last"] == [np.asarray(table["sensor_4"])[newest]]
 
 
 def test_unknown_view_is_refused_with_the_nearest_name(tmp_path: Path) -> None:

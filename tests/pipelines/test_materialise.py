@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import online_writer
 from pipelines.feature_store import Repo
-from pipelines.materialise import OVERLAP_S, Materialised, materialise
+from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
 from tests.pipelines.repos import TIME, at, make_repo, redis_store, rows, served, write_source
 from tests.redis_server import redis_server
 
@@ -109,7 +107,7 @@ def test_changed_view_is_written_whole(repo: Repo, tmp_path: Path) -> None:
 
 
 def test_view_without_source_files_says_what_to_do(repo: Repo) -> None:
-    with pytest.raises(ConfigError, match=r"source of view 'pumps' does not read .* make it first: fenceline train"):
+    with pytest.raises(ConfigError, match=r"source of view 'pumps' is not there .* make it first: fenceline train"):
         run(repo)
 
 
@@ -140,13 +138,14 @@ def test_killed_run_is_done_again_and_ends_the_same(repo: Repo, tmp_path: Path, 
     source = pumps(6_000, seed)
     write_source(tmp_path, "one", source)
     path = tmp_path / "feature_repo/data/online.db"
-    process = subprocess.Popen([sys.executable, "-m", "pipelines.materialise", "--project", str(tmp_path)], stderr=subprocess.DEVNULL)
+    process = multiprocessing.get_context("fork").Process(target=main, args=(["--project", str(tmp_path)],))  # it has Feast imported
+    process.start()
     wanted = 1 + random.Random(seed).randrange(3_000)
     deadline = time.monotonic() + 150
-    while count(path) < wanted and process.poll() is None and time.monotonic() < deadline:
+    while count(path) < wanted and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists(), "it ended before it could be killed"
     assert run(repo).written == 6_000
     with sqlite3.connect(path) as connection:
