@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,12 +21,12 @@ from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
 from pipelines import cluster, stage
+from pipelines.arrival import ARRIVED, Known
 from pipelines.cli import progress
 from pipelines.stage import Context
 
 BATCH_ROWS = 8_192
 EVENT_TIME, CREATED_TIME = "event_time", "created_time"
-ARRIVED = "received_at"
 
 
 def work(context: Context) -> None:
@@ -66,26 +65,17 @@ def write_part(readings: Path, devices: list[str], contract: StreamContract, spe
     fields = dict.fromkeys(f.field for f in spec.features)
     columns = [*fields, contract.entity, contract.event_time, "device", "epoch", ARRIVED]
     table = pq.read_table(readings, columns=list(dict.fromkeys(columns)), filters=[("device", "in", devices)])
+    table = Known(contract.entity, spec.window_rows).into(table)
     features = windows_of(table, contract, spec)
     made = {name: features[:, i] for i, name in enumerate(spec.names)}
     keys = {
         contract.entity: table[contract.entity],
         EVENT_TIME: table[contract.event_time],
-        CREATED_TIME: known(table, contract.entity, spec.window_rows),
+        CREATED_TIME: table[ARRIVED],
         "device": table["device"],
     }
     pq.write_table(pa.table({**keys, **made}), out, compression="zstd")
     return int(table.num_rows)
-
-
-def known(readings: pa.Table, entity: str, window_rows: int) -> pa.ChunkedArray:
-    """When the features of each reading were known: at the latest arrival among the readings that its window may hold.
-
-    A reading that arrives late changes the windows behind it; these are news then, though their own readings are not.
-    """
-    rows = pl.DataFrame(readings.select(["device", "epoch", entity, ARRIVED]))
-    latest = pl.col(ARRIVED).rolling_max(window_rows, min_samples=1).over("device", "epoch", entity)
-    return pa.chunked_array([rows.select(latest)[ARRIVED].to_arrow()])
 
 
 def windows_of(readings: pa.Table, contract: StreamContract, spec: FeatureSpec, batch_rows: int = BATCH_ROWS) -> Floats:

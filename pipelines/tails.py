@@ -22,7 +22,8 @@ from edge_agent.contract.bundle import FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import ENTITIES_MAX, Windows
-from pipelines.features import ARRIVED, CREATED_TIME, EVENT_TIME
+from pipelines.arrival import ARRIVED
+from pipelines.features import CREATED_TIME, EVENT_TIME
 
 KEYS_MAX = 50_000
 ORIGIN = ("device", "epoch", "lane", "sequence", "row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from cloud.lake import Lake
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.bundle import Feature, FeatureSpec
 from edge_agent.contract.columns import Table, take
-from pipelines.features import ARRIVED, windows_of
+from pipelines.arrival import ARRIVED, Known
+from pipelines.features import windows_of
 from pipelines.live import Live, build
 from pipelines.online_writer import Written
 from pipelines.stage import load_context
@@ -109,6 +111,18 @@ class Online:
 def live(lake: Lake, online: Online, mark: Path, keys_max: int = 1_000, seen: dict[str, int] | None = None) -> Live:
     tails = Tails(turbofan(), SPEC, keys_max)
     return Live(Follower(lake, "turbofan", tails.columns, seen, lanes_s=0.0), tails, online.push, mark, "d")
+
+
+def test_features_are_known_when_the_last_reading_of_their_window_has_arrived(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    count, window_rows = 200, 4
+    entity, arrived = random.integers(0, 3, count), random.integers(0, 1_000, count)
+    time = pa.array(arrived).cast(pa.timestamp("us", "UTC"))
+    rows = pa.table({"device": ["d"] * count, "epoch": ["e"] * count, "engine": [f"e{i}" for i in entity], ARRIVED: time})
+    wanted = [max(arrived[np.flatnonzero(entity[: i + 1] == entity[i])[-window_rows:]]) for i in range(count)]
+    known, cuts = Known("engine", window_rows), [0, *sorted(random.integers(0, count, 9).tolist()), count]
+    parts = [known.into(rows.slice(start, stop - start)) for start, stop in itertools.pairwise(cuts)]
+    assert pa.concat_tables(parts)[ARRIVED].cast(pa.int64()).to_pylist() == wanted
 
 
 @pytest.mark.parametrize("keys_max", [1_000, 4])
