@@ -115,7 +115,7 @@ def make_golden(context: Context, onnx_model: bytes) -> Golden:
         scores=[],
         tolerance=limits.tolerance,
     )
-    features = Windows(spec).push(*golden_readings(golden))
+    features = Windows(spec).push(*golden_readings(golden)).features
     scores = score(onnx_model, features)
     if scores.min() < limits.score_min or scores.max() > limits.score_max:
         raise BundleError(

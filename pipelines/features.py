@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from edge_agent.contract.bundle import FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, Table
+from edge_agent.contract.feature_spec import FeatureSpec
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
 from pipelines import cluster, stage

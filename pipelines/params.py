@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import yaml
 
-from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.stream import StreamContract, parse_contract
 
 PARAMS = Path("pipelines/params.yaml")

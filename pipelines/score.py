@@ -25,8 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cloud.lake import Lake
-from edge_agent.contract.bundle import FeatureSpec, read_bundle
+from edge_agent.contract.bundle import read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, FencelineError
+from edge_agent.contract.feature_spec import FeatureSpec
 from edge_agent.contract.stream import StreamContract
 from pipelines import cli, cluster
 from pipelines.features import deal, runs, windows_of

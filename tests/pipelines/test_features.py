@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.columns import Strings, take
+from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec
 from edge_agent.core.features import Windows
 from pipelines.features import count_by_device, deal, runs, windows_of, write_part
 from pipelines.snapshot import ORIGIN
@@ -46,7 +46,7 @@ def test_lake_gives_the_features_that_the_device_computed(tmp_path: Path, seed: 
     device = []
     for first, last in pairwise(cuts):
         part = take(table, slice(int(first), int(last)))
-        device.append(windows.push(part["engine"], part["ts"], part))  # type: ignore[arg-type]
+        device.append(windows.push(part["engine"], part["ts"], part).features)  # type: ignore[arg-type]
     columns = [*(f.name for f in turbofan().fields), "device", "epoch"]
     cloud = windows_of(lake.read("turbofan", columns=columns), turbofan(), SPEC)
     assert np.array_equal(np.concatenate(device), cloud, equal_nan=True)
