@@ -32,8 +32,10 @@ from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.fix import Position, Precision
+from edge_agent.core.functions import Functions
 from edge_agent.core.settings import parse_settings
 from edge_agent.core.zones import Zones, parse_zones
+from edge_agent.installed_functions import load_functions
 
 MIB = 1024 * 1024
 GPSD_PORT = 2947
@@ -148,7 +150,10 @@ class MetricsSettings(Settings, frozen=True, kw_only=True):
 
 
 class AgentSettings(Settings, frozen=True, kw_only=True):
-    """The whole of agent.toml."""
+    """The whole of agent.toml.
+
+    `functions` names an installed module with functions for features; see installed_functions.py.
+    """
 
     device: str
     state_dir: str
@@ -157,6 +162,7 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     streams: list[StreamSettings]
     position: PositionSettings
     endpoints: list[EndpointSettings]
+    functions: str | None = None
     releases: ReleaseSettings | None = None
     buffer: BufferSettings = BufferSettings()
     flush: FlushSettings = FlushSettings()
@@ -178,6 +184,7 @@ class AgentConfig:
     root: bytes | None
     releases_ca: Path | None
     key_file: Path | None
+    functions: Functions
 
     @property
     def device(self) -> str:
@@ -229,6 +236,7 @@ def load(path: Path) -> AgentConfig:
         root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
         key_file=_key_file(settings.buffer, base),
+        functions=load_functions(settings.functions),
     )
 
 

@@ -129,7 +129,7 @@ def test_logged_model_has_signature_and_example_and_predicts(project: Project, t
 def test_bundle_is_one_that_a_device_accepts(project: Project, trained: dict[str, Any]) -> None:
     bundle = bundle_of(project, trained)
     golden = bundle.manifest.golden
-    features = Windows(bundle.manifest.features).push(*golden_readings(golden))
+    features = Windows(bundle.manifest.features).push(*golden_readings(golden)).features
     expected = np.array([[np.nan if v is None else v for v in row] for row in golden.features])
     assert np.array_equal(features, expected, equal_nan=True)
     assert np.abs(score(bundle.model, features) - golden.scores).max() <= golden.tolerance
@@ -206,7 +206,7 @@ def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, 
         scores = []
         for first in range(0, len(entity), 11):
             rows = slice(first, first + 11)
-            scores.append(score(bundle.model, windows.push(entity[rows], event_us[rows], take(columns, rows))))
+            scores.append(score(bundle.model, windows.push(entity[rows], event_us[rows], take(columns, rows)).features))
         return np.concatenate(scores)
 
     lake = open_lake(project.state / "lake")
