@@ -205,7 +205,7 @@ def following(live: Live) -> Iterator[Live]:
 def check(lake: Any, repo: Repo, spec: Any) -> None:
     """The values online are those of the features stage, in every bit."""
     rows = lake.read("turbofan")
-    features = windows_of(rows, turbofan(), spec)
+    features = windows_of(rows, turbofan(), spec).features
     for engine in sorted(set(rows["engine"].to_pylist())):
         newest = features[np.flatnonzero(np.array(rows["engine"].to_pylist()) == engine)[-1]]
         served = repo.store.get_online_features(features=repo.service, entity_rows=[{"engine": engine}]).to_dict()

@@ -377,17 +377,6 @@ class Lake:
         """The newest version of each lane's table: with `read`, a name for exactly the rows that are there now."""
         return {lane: self.table(stream, lane).version() for lane in self.lanes(stream)}
 
-    def table(self, stream: str, lane: str, version: int | None = None) -> DeltaTable:
-        """A lane's table, as it is now or at a version.
-
-        Raises:
-            UnavailableError: it does not open.
-        """
-        try:
-            return DeltaTable(str(self._path(stream, lane)), version=version)
-        except (DeltaError, OSError) as e:
-            raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
-
     def read(
         self,
         stream: str,

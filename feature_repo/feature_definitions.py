@@ -12,7 +12,7 @@ import yaml
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.types import Float64
 
-from edge_agent.contract.bundle import Feature
+from edge_agent.contract.feature_spec import Feature
 from pipelines.features import CREATED_TIME, EVENT_TIME
 from pipelines.params import load_contract, load_params
 

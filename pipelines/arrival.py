@@ -9,7 +9,7 @@ from __future__ import annotations
 import polars as pl
 import pyarrow as pa
 
-ARRIVED = "received_at"
+ARRIVED = "arrived_at"
 
 
 class Known:
@@ -21,7 +21,7 @@ class Known:
 
     def into(self, rows: pa.Table) -> pa.Table:
         """The rows, with the time at which their features were known in the place of their arrival."""
-        new = pl.DataFrame(rows.select([*self._key, ARRIVED])).with_columns(new=pl.lit(True))
+        new = pl.DataFrame(rows.select([*self._key, ARRIVED])).with_columns(pl.col(self._key).cast(pl.String), new=pl.lit(True))
         old = new.clear() if self._tails is None else self._tails
         both = pl.concat([old, new])
         known = pl.col(ARRIVED).rolling_max(self._window_rows, min_samples=1).over(self._key)

@@ -33,6 +33,7 @@ import pyarrow.compute as pc
 from cloud.follow import Follower, Piece
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
+from edge_agent.contract.feature_spec import WindowKind
 from pipelines import cli
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME
@@ -158,17 +159,22 @@ def build(context: Context, skip_history: bool = False) -> Live:
         skip_history: start with what comes from now on; the rest is left to `fenceline features materialise`.
 
     Raises:
-        ConfigError: the project has no feature repository, or its view takes no push.
+        ConfigError: the project has no feature repository, its view takes no push, or its windows are not trailing.
     """
+    kind = context.params.features.windows
+    if kind is not WindowKind.TRAILING:
+        raise ConfigError(
+            f"features.windows is {kind}: windows that close go online by fenceline features materialise; live ones are trailing"
+        )
     repo = open_repo(context.project)
     source: Any = repo.views[repo.view.name].stream_source
     if source is None:
         raise ConfigError(f"feature view {repo.view.name!r} has no push source; give it source=PushSource(…) in feature_definitions.py")
-    tails = Tails(context.contract, context.params.spec)
+    tails = Tails(context.contract, context.params.spec, functions=context.params.functions)
     mark_path, current = repo.data / "live.json", definition(repo, repo.views[repo.view.name])
     mark = read_mark(mark_path, LiveMark)
     known = mark is not None and mark.definition == current
-    follower = Follower(Lake(context.lake_dir), context.params.stream, tails.columns, mark.seen if known and mark is not None else None)
+    follower = Follower(Lake(context.lake), context.params.stream, tails.columns, mark.seen if known and mark is not None else None)
     if skip_history and not known:
         follower.skip()
     writer = OnlineWriter(repo.store, repo.views[repo.view.name])

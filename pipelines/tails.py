@@ -18,10 +18,11 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from edge_agent.contract.bundle import FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, Table
+from edge_agent.contract.feature_spec import FeatureSpec
 from edge_agent.contract.stream import StreamContract
-from edge_agent.core.features import ENTITIES_MAX, Windows
+from edge_agent.core.features import Windows, entities_max
+from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from pipelines.arrival import ARRIVED
 from pipelines.features import CREATED_TIME, EVENT_TIME
 
@@ -38,8 +39,8 @@ Device = tuple[str, str]
 class Tails:
     """The tails of one stream."""
 
-    def __init__(self, contract: StreamContract, spec: FeatureSpec, keys_max: int = KEYS_MAX) -> None:
-        self.fields = list(dict.fromkeys(f.field for f in spec.features))
+    def __init__(self, contract: StreamContract, spec: FeatureSpec, keys_max: int = KEYS_MAX, functions: Functions = NO_FUNCTIONS) -> None:
+        self.fields, self._functions = spec.fields, functions
         self.columns = list(dict.fromkeys([*ORIGIN, *SEEN, contract.entity, contract.event_time, ARRIVED, *self.fields]))
         self.devices: set[Device] = set()
         """Those whose tails are here."""
@@ -91,10 +92,11 @@ class Tails:
         return found.filter(ordinal.is_null() | (ordinal > 0) | ((ordinal == 0) & (row >= 0))).select(new.columns)
 
     def _portions(self, touched: pl.DataFrame) -> Iterator[pl.DataFrame]:
-        """Parts that `Windows` can hold: it forgets entities beyond ENTITIES_MAX."""
+        """Parts that `Windows` can hold: it forgets entities beyond its limit."""
+        limit = entities_max(self._spec)
         touched = touched.with_columns(tail=pl.struct(self._key).rle_id())
-        for start in range(0, int(touched["tail"].max() or 0) + 1, ENTITIES_MAX):  # type: ignore[arg-type]
-            part = touched.filter(pl.col("tail").is_between(start, start + ENTITIES_MAX, closed="left"))
+        for start in range(0, int(touched["tail"].max() or 0) + 1, limit):  # type: ignore[arg-type]
+            part = touched.filter(pl.col("tail").is_between(start, start + limit, closed="left"))
             if part.height:
                 yield part
 
@@ -122,9 +124,9 @@ class Tails:
         return pa.table(columns, schema=self._schema())
 
     def _features(self, before: pl.DataFrame, made: pl.DataFrame) -> Floats:
-        windows = Windows(self._spec)
+        windows = Windows(self._spec, self._functions)
         windows.warm(*self._columns_of(before))
-        return windows.push(*self._columns_of(made))
+        return windows.push(*self._columns_of(made)).features
 
     def _columns_of(self, rows: pl.DataFrame) -> tuple[Strings, np.ndarray, Table]:
         """What `Windows` takes: each tail is an entity of its own."""

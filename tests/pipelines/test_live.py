@@ -18,8 +18,8 @@ from cloud.config import Settings
 from cloud.follow import Follower
 from cloud.lake import Lake
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
-from edge_agent.contract.bundle import Feature, FeatureSpec
 from edge_agent.contract.columns import Table, take
+from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from pipelines.arrival import ARRIVED, Known
 from pipelines.features import windows_of
 from pipelines.live import Live, build
@@ -76,7 +76,7 @@ def fleet(random: np.random.Generator) -> list[tuple[BlockHeader, Table]]:
 def offline(lake: Lake) -> dict[str, tuple[int, set[bytes]]]:
     """For each engine the newest event time, and the features of the readings that have it, in bits."""
     rows = lake.read("turbofan", columns=COLUMNS)
-    features = windows_of(rows, turbofan(), SPEC)
+    features = windows_of(rows, turbofan(), SPEC).features
     found: dict[str, tuple[int, set[bytes]]] = {}
     for engine, event_us, values in zip(rows["engine"].to_pylist(), rows["ts"].cast(pa.int64()).to_pylist(), features, strict=True):
         at, bits = found.get(engine, (-1, set()))
@@ -208,9 +208,9 @@ def test_reading_published_at_the_device_is_an_online_feature_within_seconds(pro
             for thread in threads:
                 thread.join()
             bench.close()
-        rows = Lake(settings.lake_dir).read("turbofan")
+        rows = Lake(settings.lake).read("turbofan")
         spec = load_context(project, settings.state_dir).params.spec
-        wanted = windows_of(rows, turbofan(), spec)[-1]
+        wanted = windows_of(rows, turbofan(), spec).features[-1]
         served = follow_the_page(project)
         assert np.array([served["features"][name][0] for name in spec.names]).tobytes() == wanted.tobytes()
         assert served["measured_at"] == START_S + 40
