@@ -197,7 +197,9 @@ class Agent:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
                 intake.remember(contract.stream, stored)
-        self._active = ActiveModel(config.contracts, lambda *of: self._path.storing.history(*of), self.metrics, self._tell)
+        self._active = ActiveModel(
+            config.contracts, lambda *of: self._path.storing.history(*of), self.metrics, self._tell, config.functions
+        )
         self._uplink = Uplink(
             self._uplink_config,
             self._buffer,
@@ -241,7 +243,7 @@ class Agent:
 
     def _make_updater(self, repository: RepositoryConfig) -> Updater:
         return Updater(
-            UpdaterConfig(repository, {c.stream: c.version for c in self._config.contracts}),
+            UpdaterConfig(repository, {c.stream: c.version for c in self._config.contracts}, functions=self._config.functions),
             self._config.state_dir / "models",
             here=self._track.lane_now,
             on_activate=self._active.activate,
