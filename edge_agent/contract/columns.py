@@ -118,8 +118,8 @@ def encode_columns(table: Table, rows: int) -> bytes:
     return b"".join([len(head).to_bytes(4, "little"), head, *chunks])
 
 
-def decode_columns(data: bytes, rows: int) -> Table:
-    """The inverse of `encode_columns`, bit for bit.
+def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
+    """The inverse of `encode_columns`, bit for bit; of one column alone if `only` names it, which is several times as fast.
 
     Raises:
         ContractError: the bytes are not an encoded table of `rows` rows.
@@ -133,7 +133,10 @@ def decode_columns(data: bytes, rows: int) -> Table:
         raise ContractError(f"{len(specs)} columns; at most {FIELDS_MAX + 8} fit a block")
     table: Table = {}
     for spec in specs:
-        table[spec.name], end = _decode_column(spec, data, end, rows)
+        if only in (None, spec.name):
+            table[spec.name], end = _decode_column(spec, data, end, rows)
+        else:
+            end = _behind_column(spec, data, end, rows)
     if end != len(data):
         raise ContractError(f"{len(data) - end} bytes too many after the last column")
     return table
@@ -246,6 +249,15 @@ def _decode_column(spec: _Spec, data: bytes, start: int, rows: int) -> tuple[Col
     column = np.full(rows, np.nan)
     column[~absent] = values
     return column, stop
+
+
+def _behind_column(spec: _Spec, data: bytes, start: int, rows: int) -> int:
+    """Where a column that nobody wants ends."""
+    if not spec.missing:
+        return start + rows * spec.width
+    stop = start + (rows + 7) // 8
+    mask = np.frombuffer(_slice(data, start, stop, spec), np.uint8)
+    return stop + (rows - int(np.unpackbits(mask, count=rows).sum())) * spec.width
 
 
 def _slice(data: bytes, start: int, stop: int, spec: _Spec) -> bytes:
