@@ -8,7 +8,8 @@ Faults are drawn at random: brokers that die, go silent or forget, receipts and 
 cuts in the middle of a commit, disk errors, clocks that jump, a device that moves from zone to zone, policies that change. Then
 all is well again, and the promises are checked:
 
-- every acknowledged message is in the lake, once (single values, which nothing tells from new ones: at least once); or named in the loss ledger; or waits on the disk where no endpoint may take it;
+- every acknowledged message is in the lake, once (single values, which nothing tells from new ones, at least once); or named in the
+  loss ledger; or waits on the disk where no endpoint may take it;
 - no block was ever sent where its lane may not go, none reached a region where its readings were not allowed to be captured for;
 - no lane starves: what may go somewhere is gone.
 """
@@ -79,7 +80,8 @@ class World:
         self.now, self.pauses = 100.0, 0
         self.zones = POLICIES[0]
         self.trace: list[str] = []
-        self.contracts = tuple(contract(name, self.rng.choice(TREES)) for name in ("pump", "alarm")) + (contract(LEVEL, Encoding.VALUE),)
+        pump, alarm = (contract(name, self.rng.choice(TREES)) for name in ("pump", "alarm"))
+        self.contracts = (pump, alarm, contract(LEVEL, Encoding.VALUE))
         self._encoders = {c.stream: ENCODERS[c.encoding] for c in self.contracts if c.stream != LEVEL}
         self.acknowledged: set[bytes] = set()
         self.keys: dict[bytes, str] = {}
