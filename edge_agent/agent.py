@@ -102,9 +102,10 @@ class Agent:
                 metrics.serve(self.metrics, *self._metrics_address)
             held = self._take_up(stack)
             self._start(stack)
-            systemd.notify("READY=1\nSTATUS=")
+            systemd.notify("READY=1")
             log.info("agent started device=%s epoch=%s version=%s", self._config.device, self._buffer.epoch, __version__)
             if held:
+                systemd.notify("STATUS=")
                 self._tell("buffer_recovered", detail=f"after {held}")
             while not self._stopping:
                 batch = self._sensors.get(POLL_S)
