@@ -102,7 +102,7 @@ def story(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]
 
 
 def missing(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]]) -> list[str]:
-    """A line for each second or more without a reading, and the faults before it (a restart of the sensors' broker makes such a hole too)."""
+    """A line for each second without a reading, and the faults before it. (A restart of the sensors' broker makes such a hole too.)"""
     times = DeltaTable(plant.cloud.lake_dir / STREAM / ZONE).to_pyarrow_table(columns=["ts"])["ts"].cast("int64").to_numpy()
     times = np.unique(np.concatenate([[report["first_us"]], times, [report["last_us"]]]))
     holes = np.flatnonzero(np.diff(times) > GAP_US)
