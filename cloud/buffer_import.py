@@ -71,7 +71,7 @@ class BufferImport:
         names = regions or [r.name for r in settings.regions]
         contracts, self._zones = load_contracts(settings), load_zones(settings)
         self._gates = {settings.region(name).name: Gate(name, contracts, self._zones) for name in names}
-        self._lake = Lake(settings.lake_dir, contracts)
+        self._lake = Lake(settings.lake, contracts)
         self._fleet = set(Fleet(settings.fleet_path).devices())
         self._audit = Audit(settings.audit_path)
 

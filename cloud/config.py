@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from cloud.roots import Bucket, Roots, parse_roots
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
@@ -70,16 +71,13 @@ class Settings:
     api: Address
     contracts: tuple[Path, ...]
     zones_path: Path
+    lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
 
     @property
     def keys_dir(self) -> Path:
         return self.state_dir / "keys"
-
-    @property
-    def lake_dir(self) -> Path:
-        return self.state_dir / "lake"
 
     @property
     def releases_dir(self) -> Path:
@@ -181,6 +179,9 @@ class _Region(msgspec.Struct, frozen=True):
 
 
 class _Lake(msgspec.Struct, frozen=True):
+    root: str = ""
+    zones: dict[str, str] = {}
+    buckets: dict[str, Bucket] = {}
     small_files_max: int = 200
 
 
@@ -223,6 +224,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         api=Address(read.api.host, read.api.port),
         contracts=tuple(root / c for c in read.contracts),
         zones_path=root / read.zones,
+        lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
     )

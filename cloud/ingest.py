@@ -263,7 +263,7 @@ def build(settings: Settings, region_name: str) -> Ingest:
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     return Ingest(
         gate=Gate(region.name, contracts, zones),
-        lake=Lake(settings.lake_dir, contracts),
+        lake=Lake(settings.lake, contracts),
         intake=Intake(region, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER)),
         audit=Audit(settings.audit_path),
         limits=settings.ingest,

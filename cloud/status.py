@@ -25,7 +25,7 @@ def collect(settings: Settings) -> dict[str, Any]:
     Keys: state_dir, stack (None if it does not run), devices, ingest (by region), lake (rows' tables by stream and lane:
     version), refused (by reason), audit_broken_at, rollout (the last one, or None).
     """
-    fleet, audit, lake = Fleet(settings.fleet_path), Audit(settings.audit_path), Lake(settings.lake_dir)
+    fleet, audit, lake = Fleet(settings.fleet_path), Audit(settings.audit_path), Lake(settings.lake)
     reports = {r.name: ingest.read_status(settings, r.name) for r in settings.regions}
     return {
         "state_dir": str(settings.state_dir),

@@ -62,14 +62,14 @@ def deal(counts: dict[str, int], parts: int) -> list[list[str]]:
 def write_part(readings: Path, devices: list[str], contract: StreamContract, spec: FeatureSpec, out: Path) -> int:
     """Write the features of some devices; the number of rows."""
     fields = dict.fromkeys(f.field for f in spec.features)
-    columns = [*fields, contract.entity, contract.event_time, "device", "epoch", "received_at"]
+    columns = [*fields, contract.entity, contract.event_time, "device", "epoch", "arrived_at"]
     table = pq.read_table(readings, columns=list(dict.fromkeys(columns)), filters=[("device", "in", devices)])
     features = windows_of(table, contract, spec)
     made = {name: features[:, i] for i, name in enumerate(spec.names)}
     keys = {
         contract.entity: table[contract.entity],
         EVENT_TIME: table[contract.event_time],
-        CREATED_TIME: table["received_at"],
+        CREATED_TIME: table["arrived_at"],
         "device": table["device"],
     }
     pq.write_table(pa.table({**keys, **made}), out, compression="zstd")

@@ -54,7 +54,7 @@ class House:
     @property
     def lake(self) -> Lake:
         """The lake as it is now."""
-        return Lake(self.settings.lake_dir)
+        return Lake(self.settings.lake)
 
     @property
     def fleet(self) -> Fleet:

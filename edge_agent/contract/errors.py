@@ -57,6 +57,8 @@ class Reason(StrEnum):
     UNKNOWN_STREAM = "unknown_stream"
     DENIED = "denied"  # the broker refused a topic that is not this device's, or not of this region's zones
     WRONG_REGION = "wrong_region"  # this region may not hold the block's zone
+    NO_ROOT = "no_root"  # the lake's settings do not say where the block's lane lies
+    CONTRACT_BROKEN = "contract_broken"  # the block's contract does not fit the rows that the lake holds already
     # A bundle is refused by the device.
     UNSIGNED = "unsigned"
     TAMPERED = "tampered"

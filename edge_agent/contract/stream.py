@@ -39,9 +39,10 @@ SPARKPLUG = "spBv1.0"
 # Columns that blocks and the lake add to a stream's fields.
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
 _CAPTURE = ("contract_version", "model", "policy", "fix", "region")
-_CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "received_at")
+_CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "arrived_at")
 _PLACE = ("latitude", "longitude")
-RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE))
+_PARTITION = ("event_date",)
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE, *_PARTITION))
 
 
 class FieldType(StrEnum):

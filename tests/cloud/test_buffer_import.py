@@ -62,7 +62,7 @@ def dead(path: Path, drafts: list[Draft], device: str = "d1", keys: Keys | None 
 
 
 def rows(settings: Settings) -> list[tuple[str, int, str]]:
-    table = Lake(settings.lake_dir).read("pump", columns=["lane", "count", "region"])
+    table = Lake(settings.lake).read("pump", columns=["lane", "count", "region"])
     return sorted(zip(*(c.to_pylist() for c in table.columns), strict=True))
 
 
@@ -82,7 +82,7 @@ def test_what_the_uplink_brought_before_is_left_out(settings: Settings, tmp_path
     from edge_agent.buffer_file import BufferFile
 
     first = next(BufferFile(path).blocks())
-    Lake(settings.lake_dir, load_contracts(settings)).append("eu", [(first.header, first.table)])
+    Lake(settings.lake, load_contracts(settings)).append("eu", [(first.header, first.table)])
     done = BufferImport(settings).run(path)
     assert (done.stored_blocks, done.duplicates) == (1, 1)
     assert len(rows(settings)) == 6

@@ -121,7 +121,7 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 def rows(settings: Settings) -> list[tuple[int, int]]:
-    table = Lake(settings.lake_dir).read("pump", columns=["sequence", "row"])
+    table = Lake(settings.lake).read("pump", columns=["sequence", "row"])
     return sorted(zip(*(c.to_pylist() for c in table.columns), strict=True)) if table.num_rows else []
 
 

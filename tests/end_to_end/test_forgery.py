@@ -44,7 +44,7 @@ class Cloud:
     alarms: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def rows(self) -> int:
-        return int(Lake(self.settings.lake_dir).read("pump").num_rows)
+        return int(Lake(self.settings.lake).read("pump").num_rows)
 
     def audited(self) -> list[tuple[str, str, str]]:
         """(kind, device, reason) of every entry, the oldest first."""
