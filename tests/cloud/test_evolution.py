@@ -21,7 +21,7 @@ INF = float("inf")
 OLD = replace(contract(), fields=(*contract().fields, Field("flow", FieldType.NUMBER, required=True, unit="l/s", minimum=0, maximum=10)))
 
 
-def with_field(name: str, **change: object) -> StreamContract:
+def with_field(name: str, /, **change: object) -> StreamContract:
     """The old contract with a field changed."""
     return replace(OLD, fields=tuple(replace(f, **change) if f.name == name else f for f in OLD.fields))  # type: ignore[arg-type]
 
@@ -70,7 +70,7 @@ def test_additive_changes_share_a_table(change: str) -> None:
 @pytest.mark.parametrize("change", BREAKING)
 def test_breaking_changes_are_refused_with_the_difference(change: str) -> None:
     newer, message = BREAKING[change]
-    with pytest.raises(ConfigError, match="breaks with 1.0.0") as refused:
+    with pytest.raises(ConfigError, match=r"breaks with 1\.0\.0") as refused:
         check_versions([replace(newer, version="2.0.0"), OLD])
     assert message in str(refused.value)
 
@@ -80,7 +80,7 @@ def test_versions_are_compared_in_the_order_of_their_numbers() -> None:
     check_versions([replace(widest, version="1.10.0"), OLD, replace(wider, version="1.9.0")])
     with pytest.raises(ConfigError, match=r"1\.10\.0 breaks with 1\.9\.0"):
         check_versions([replace(widest, version="1.9.0"), replace(wider, version="1.10.0")])
-    with pytest.raises(ConfigError, match="two contracts of version '1.0.0'"):
+    with pytest.raises(ConfigError, match=r"two contracts of version '1\.0\.0'"):
         check_versions([OLD, wider])
 
 
