@@ -14,6 +14,7 @@ from cloud.rows import Contracts
 from edge_agent.contract.block import ORDINAL, BlockHeader
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import ConfigError, Reason
+from edge_agent.contract.privacy import Pii, PiiKind
 from edge_agent.contract.stream import Encoding, Field, FieldType, StreamContract
 from tests.cloud.blocks import block, contract
 
@@ -40,6 +41,7 @@ ADDITIVE = {
     "a wider range": with_field("flow", minimum=-1, maximum=11),
     "a range without an end": with_field("flow", minimum=-INF, maximum=INF),
     "a required number that becomes optional": with_field("flow", required=False),
+    "a number that is rounded for privacy": with_field("flow", pii=Pii(PiiKind.ROUND, 0.5)),
     "another description": with_field("flow", description="litres"),
     "fields in another order": replace(OLD, fields=tuple(reversed(OLD.fields))),
     "another topic, encoding and size": replace(OLD, topic="x/{device}", encoding=Encoding.CBOR, payload_bytes_max=100),
@@ -55,6 +57,7 @@ BREAKING = {
     "an optional field that becomes required": (with_field("pressure", required=True), "field 'pressure': optional became required"),
     "a new required number": (adding(Field("heat", FieldType.NUMBER)), "new field 'heat' is a required number"),
     "a new text": (adding(Field("site", FieldType.STRING)), "new field 'site' is a required string"),
+    "a text that is hashed": (with_field("pump", pii=Pii(PiiKind.HASH)), "pii 'none' became 'hash'"),
     "another key": (replace(OLD, key=("ts",)), "primary key"),
     "another entity": (replace(OLD, entity="site"), "entity 'pump' became 'site'"),
     "another event time": (replace(OLD, event_time="taken_at"), "event time 'ts' became 'taken_at'"),

@@ -28,13 +28,13 @@ def lake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lake:
 
 
 def test_duckdb_and_polars_read_the_rows_that_fenceline_reads(lake: Lake, tmp_path: Path) -> None:
-    path, names = str(tmp_path / "europe/pump"), ["sequence", "row", "ts", "event_date"]
-    wanted = sorted(map(tuple, lake.read("pump", columns=names).to_pandas(timestamp_as_object=True).values.tolist()), key=str)
+    path = str(tmp_path / "europe/pump")
+    assert lake.read("pump").num_rows == 9
 
     rows = DeltaTable(path).to_pyarrow_dataset()
     assert duckdb.sql("SELECT count(*) FROM rows WHERE event_date = DATE '2024-10-04'").fetchone() == (4,)
     found = duckdb.from_arrow(rows).aggregate("count(*), count(event_date), sum(sequence)").fetchone()
-    assert found == (9, 8, 2 * (1 + 2 + 3 + 4) + 5) and len(wanted) == 9
+    assert found == (9, 8, 2 * (1 + 2 + 3 + 4) + 5)
 
     scan = pl.scan_delta(path)
     assert scan.select(pl.len(), pl.col("sequence").sum()).collect().row(0) == (9, 25)
