@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cloud.enforcement import Block, Violations, violations
+from cloud.gate import Refusal
 from cloud.lake import Lake, Settled
 from cloud.roots import Root, Roots
 from cloud.rows import ROW, Contracts
@@ -137,7 +138,7 @@ class CheckedLake:
 
     def _hold(
         self, region: str, unique: dict[Identity, Block], broken: dict[Identity, Violations], before: set[Identity]
-    ) -> tuple[dict[Identity, set[int]], dict[Identity, object]]:
+    ) -> tuple[dict[Identity, set[int]], dict[Identity, Refusal]]:
         """Commit bad rows; for each block the rows that are in quarantine now, and the blocks that may not be there."""
         now_us = time.time_ns() // 1_000
         parts = [_quarantined(*unique[i], hit, now_us) for i, hit in broken.items() if i not in before]
