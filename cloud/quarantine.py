@@ -129,12 +129,15 @@ class CheckedLake:
             self._lanes_seen.add(lane)
 
     def _violations(self, blocks: list[Block]) -> dict[Identity, Violations]:
-        groups: defaultdict[StreamContract, list[Block]] = defaultdict(list)
+        groups: defaultdict[tuple[str, str], list[Block]] = defaultdict(list)
         for header, table in blocks:
-            contract = self.lake.contracts.get(header)
+            groups[header.stream, header.contract_version].append((header, table))
+        found: dict[Identity, Violations] = {}
+        for group in groups.values():
+            contract = self.lake.contracts.get(group[0][0])
             if contract is not None:
-                groups[contract].append((header, table))
-        return {group[place][0].identity: hit for contract, group in groups.items() for place, hit in violations(contract, group).items()}
+                found |= {group[place][0].identity: hit for place, hit in violations(contract, group).items()}
+        return found
 
     def _hold(
         self, region: str, unique: dict[Identity, Block], broken: dict[Identity, Violations], before: set[Identity]
