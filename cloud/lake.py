@@ -34,7 +34,21 @@ from cloud.clocks import Boot, Clocks, Place, correct
 from cloud.evolution import StoredContract, disagreement
 from cloud.gate import Refusal
 from cloud.roots import Roots
-from cloud.rows import DAYS, EVENT_DATE, ORDER, TEXT_BYTES_MAX, TIME, Contracts, Shifted, event_dates, stamped, text_bytes, to_rows
+from cloud.rows import (
+    DAYS,
+    EVENT_DATE,
+    ORDER,
+    TEXT_BYTES_MAX,
+    TIME,
+    Contracts,
+    Shifted,
+    date_span,
+    event_dates,
+    stamped,
+    text_bytes,
+    text_bytes_bound,
+    to_rows,
+)
 from cloud.settled import LEDGER_COLUMNS, Identity, SettledIndex
 from cloud.tables import LABELS, Tables, contract_of, is_table, open_table, read_table
 from edge_agent.contract.block import BlockHeader
@@ -321,18 +335,21 @@ class Lake:
     def compact(self, files_max: int) -> dict[str, int]:
         """Merge small files of tables that got more than `files_max` of them; files removed by table.
 
-        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do.
-
-        Raises:
-            UnavailableError: a table does not answer.
+        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do. It can always
+        wait: a table that does not answer is logged, and looked at again after its next commit.
         """
-        for (stream, lane), handle in self._handles.items():
-            if handle.small > files_max:
-                done = upkeep.compact(handle.table, files_max, dates_max=upkeep.DATES_PER_CALL)
-                handle.small = done.small_left
-                self._sync_or_forget(handle)
-                return {f"{lane}/{stream}": done.removed}
-        return {}
+        crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
+        if crowded is None:
+            return {}
+        try:
+            done = upkeep.compact(crowded.table, files_max, dates_max=upkeep.DATES_PER_CALL)
+            crowded.small = done.small_left
+            self._sync_or_forget(crowded)
+        except UnavailableError as e:
+            log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
+            self._forget(crowded.stream, crowded.lane)
+            return {}
+        return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.
@@ -488,18 +505,25 @@ def _new_handle(stream: str, lane: str, table: DeltaTable, seen: int) -> _Handle
 
 def _portions(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> Iterator[Blocks]:
     """Blocks whose rows fit one commit: their texts, and the dates that they lie in."""
-    days = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
-    if len(set().union(*days.values())) > DATES_PER_COMMIT:
-        group = sorted(group, key=lambda found: min(days[found[0].identity]))
+    if not group or _fits(group, contract_of_block):
+        yield from [group] if group else []
+        return
+    dates = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
     portion: Blocks = []
-    size, dates = 0, set[int]()
-    for header, table in group:
-        more = text_bytes(header, table)
-        joined = dates | days[header.identity]
-        if portion and (size + more > TEXT_BYTES_MAX or len(joined) > DATES_PER_COMMIT):
+    size, joined = 0, set[int]()
+    for header, table in sorted(group, key=lambda found: min(dates[found[0].identity])):
+        more, own = text_bytes(header, table), dates[header.identity]
+        if portion and (size + more > TEXT_BYTES_MAX or len(joined | own) > DATES_PER_COMMIT):
             yield portion
-            portion, size, joined = [], 0, days[header.identity]
+            portion, size, joined = [], 0, set()
         portion.append((header, table))
-        size, dates = size + more, joined
-    if portion:
-        yield portion
+        size, joined = size + more, joined | own
+    yield portion
+
+
+def _fits(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> bool:
+    """Whether all of it surely fits one commit: the usual case, without a look at each block."""
+    if sum(text_bytes_bound(header, table) for header, table in group) > TEXT_BYTES_MAX:
+        return False
+    first, last = date_span([table[contract_of_block(header).event_time] for header, table in group])
+    return last - first < DATES_PER_COMMIT
