@@ -150,11 +150,12 @@ class Lake:
 
     def holds(self, identity: Identity) -> bool:
         """Whether rows of a block lie here, as far as this object has seen; false for a lane that has no root."""
-        try:
-            self.roots.of(identity[2])
-        except ConfigError:
-            return False
-        self._open_lane(identity[2])
+        if identity[2] not in self._lanes_seen:
+            try:
+                self.roots.of(identity[2])
+            except ConfigError:
+                return False
+            self._open_lane(identity[2])
         return identity in self._settled
 
     def _admit(self, stream: str, lane: str, group: Blocks, refused: dict[Identity, Refusal]) -> Blocks:
