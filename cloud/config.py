@@ -94,6 +94,23 @@ class IngestLimits(msgspec.Struct, frozen=True):
     workers: int = 1
 
 
+class QueryLimits(msgspec.Struct, frozen=True):
+    """What one query may take, and which zones each user of this machine may see (`cloud.query`)."""
+
+    memory_mib_max: int = 1_024
+    time_s_max: float = 60.0
+    rows_max: int = 1_000_000
+    threads: int = 2
+    users: dict[str, tuple[str, ...]] = {}
+
+
+class QualityLimits(msgspec.Struct, frozen=True):
+    """How often the lake's completeness and service levels are looked at, and how late a block may be before it counts as missing."""
+
+    check_s: float = 60.0
+    grace_s: float = 300.0
+
+
 @dataclass(frozen=True)
 class Settings:
     """What every command and service needs to know; read once, passed in."""
@@ -110,6 +127,8 @@ class Settings:
     lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
+    query: QueryLimits = field(default_factory=QueryLimits)
+    quality: QualityLimits = field(default_factory=QualityLimits)
     metadata_url: str | None = None
 
     @property
@@ -249,6 +268,8 @@ class _File(msgspec.Struct, frozen=True):
     api: _Address = _Address(18800)
     ingest: IngestLimits = IngestLimits()
     lake: _Lake = _Lake()
+    query: QueryLimits = QueryLimits()
+    quality: QualityLimits = QualityLimits()
     metadata: _Metadata = _Metadata()
 
 
@@ -279,6 +300,8 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
+        query=read.query,
+        quality=read.quality,
         metadata_url=_metadata_url(read.metadata, root, str(path)),
     )
     _check(settings, str(path))
@@ -352,6 +375,9 @@ def _check(settings: Settings, origin: str) -> None:
     times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
     if min(limits.batch_blocks_max, limits.batch_bytes_max, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
+    query, quality = settings.query, settings.quality
+    if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:
+        raise ConfigError(f"{origin}: limits of [query] and [quality] must be positive")
     if not 1 <= limits.workers <= WORKERS_MAX:
         raise ConfigError(f"{origin}: ingest.workers {limits.workers} is not between 1 and {WORKERS_MAX}")
 

@@ -3,6 +3,7 @@
 - Desired documents are published retained in every region, at every connection and whenever one changes: a device finds its
   document wherever it connects. Commands only write to the fleet's database; this loop sees it.
 - Reports and events come from every region.
+- What is missing in the lake, and which service levels are not kept, is looked at now and then (`cloud.watch`).
 - TUF metadata is signed again before it expires, if the keys are here.
 """
 
@@ -18,6 +19,7 @@ from cloud import brokers, keys, release, rollout
 from cloud.config import Region, Settings
 from cloud.fleet import Fleet
 from cloud.intake import Intake, Received
+from cloud.watch import Watch
 from edge_agent.contract.errors import ContractError, FencelineError
 from edge_agent.contract.state import decode_reported, encode_state
 from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, Kind, parse
@@ -88,6 +90,7 @@ class Control:
         self.fleet = Fleet(settings.fleet_db)
         self._settings = settings
         self._rollouts = rollout.Controller(settings, self.fleet)
+        self._watch = Watch(settings)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control")
         secret = brokers.password(settings, brokers.CLOUD_USER)
@@ -119,6 +122,7 @@ class Control:
                 if now >= rollout_due:
                     rollout_due = now + ROLLOUT_S
                     self._rollouts.tick(time.time())
+                self._watch.tick(now)
                 if now >= refresh_due:
                     refresh_due = now + REFRESH_S
                     self._refresh()

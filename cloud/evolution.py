@@ -114,8 +114,8 @@ def check_versions(contracts: Iterable[StreamContract]) -> None:
                 raise ConfigError(f"stream {stream!r} has two contracts of version {older.version!r}; every change needs a new version")
             if problems := broken(stored(older), stored(newer)):
                 raise ConfigError(
-                    f"contract {stream} {newer.version} breaks with {older.version}: {'; '.join(problems)}. Rows of both cannot share a table: "
-                    "give the changed stream another name, or make the change additive"
+                    f"contract {stream} {newer.version} breaks with {older.version}: {'; '.join(problems)}. Rows of both cannot share "
+                    "a table: give the changed stream another name, or make the change additive"
                 )
 
 

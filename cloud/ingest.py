@@ -7,6 +7,7 @@
   is quiet, `batch_blocks_max` under load.
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
+- Rows that break their contract go to the lake's quarantine, the rest of their block to its stream (`cloud.quarantine`); that too is told.
 - What the broker refused by itself (a topic that is not the device's, or not of this region's zones) is read from its log, and is
   written down and raised in the same way.
 - A zone policy that was published is taken between two blocks.
@@ -37,8 +38,9 @@ from cloud.gate import Gate, PolicyWatch, Refusal, load_contracts, load_zones
 from cloud.ingest_status import Status, status_path, write_status
 from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
+from cloud.quarantine import CheckedLake
 from cloud.receipts import Receipts
-from cloud.refusals import DENIED, REFUSED, Entry, Kind, Refusals
+from cloud.refusals import DENIED, QUARANTINED, REFUSED, Entry, Kind, Refusals
 from cloud.workers import NAME, ONE, Worker, end_unused
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
@@ -75,7 +77,7 @@ class Ingest:
     """The loop of one worker. The lake is used by one thread of its own, so that the next batch is collected meanwhile."""
 
     gate: Gate
-    lake: Lake
+    lake: CheckedLake
     intake: Intake
     audit: Audit
     limits: IngestLimits
@@ -188,6 +190,9 @@ class Ingest:
             batch, self._committing = self._committing, Batch()
             for refusal in settled.refused:
                 self._refuse(refusal)
+            for found in self.lake.take_found():
+                self.status.quarantined_rows += found.rows
+                self._add_refusal(Kind(QUARANTINED, found.device, found.lane, found.stream, found.reason), found.detail)
             self._receipts.add(settled.receipts, now)
             self.intake.release(batch.messages)
             self._count(batch, settled)
@@ -270,7 +275,7 @@ def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
     place = settings.run_dir / f"broker-log-{region.name}.json"
     return Ingest(
         gate=Gate(region.name, contracts, zones),
-        lake=Lake(settings.lake, contracts),
+        lake=CheckedLake(Lake(settings.lake, contracts)),
         intake=intake,
         audit=Audit(settings.audit_db),
         limits=settings.ingest,

@@ -18,6 +18,7 @@ class Status(msgspec.Struct):
     messages: int = 0
     blocks: int = 0
     rows: int = 0
+    quarantined_rows: int = 0
     duplicates: int = 0
     bytes: int = 0
     commits: int = 0
@@ -60,7 +61,7 @@ def read_status(settings: Settings, region: str) -> Status | None:
         return None
     total = found[0]
     for status in found[1:]:
-        for name in ("messages", "blocks", "rows", "duplicates", "bytes", "commits", "receipts"):
+        for name in ("messages", "blocks", "rows", "quarantined_rows", "duplicates", "bytes", "commits", "receipts"):
             setattr(total, name, getattr(total, name) + getattr(status, name))
         for reason, count in status.refused.items():
             total.refused[reason] = total.refused.get(reason, 0) + count

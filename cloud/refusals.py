@@ -20,13 +20,13 @@ from edge_agent.contract.errors import Reason, UnavailableError
 
 log = logging.getLogger(__name__)
 
-REFUSED, DENIED = "block_refused", "denied_by_broker"
+REFUSED, DENIED, QUARANTINED = "block_refused", "denied_by_broker", "rows_quarantined"
 KINDS_MAX = 10_000
 ALARM_S = 10.0
 
 
 class Kind(NamedTuple):
-    """Refusals that are written down together. `by` says by whom: REFUSED by the gate, DENIED by the broker."""
+    """Refusals that are written down together. `by` says by whom: REFUSED by the gate, DENIED by the broker; QUARANTINED: rows only."""
 
     by: str
     device: str

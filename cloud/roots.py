@@ -48,7 +48,7 @@ class Root:
     """A place for tables: a directory or an S3 prefix."""
 
     uri: str
-    bucket: Bucket = Bucket()
+    bucket: Bucket = field(default_factory=Bucket)
 
     def __str__(self) -> str:
         return self.uri

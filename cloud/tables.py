@@ -54,8 +54,8 @@ class Tables:
         columns = open_table(root.path(lane, stream), root).metadata().partition_columns
         if columns != [EVENT_DATE]:
             raise ConfigError(
-                f"{root} holds a lake of an older layout: {lane}/{stream} is partitioned by {columns or 'nothing'}, not by {EVENT_DATE}, and "
-                "streams lie above zones. Fenceline 0.1 never read it; move it away, or give the lake another root ([lake] root)"
+                f"{root} holds a lake of an older layout: {lane}/{stream} is partitioned by {columns or 'nothing'}, not by {EVENT_DATE}, "
+                "and streams lie above zones. Fenceline 0.1 never read it; move it away, or give the lake another root ([lake] root)"
             )
 
     def _check_place(self, root: Root, lane: str) -> None:

@@ -14,7 +14,8 @@ import yaml
 
 from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 
 PARAMS = Path("pipelines/params.yaml")
 

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deltalake import write_deltalake
 
 from cloud.lake import Lake
-from cloud.rows import Contracts, schema
+from cloud.rows import Contracts
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table
 from tests.cloud.blocks import block, contract
@@ -134,21 +133,6 @@ def test_the_quarantine_s_times_are_the_device_s_and_are_corrected_too(tmp_path:
     lake.append("eu", [(header, table)])
     lake.append("eu", [sealed(5, synced=True)])
     assert lake.correct_clocks() == {"europe/quarantine": 1}
-    assert lake.read("quarantine")["captured_at"].to_pylist() == [BOOTED + timedelta(microseconds=UP_US)]
-
-
-def test_tables_from_before_the_clock_columns_get_them_with_the_next_block(tmp_path: Path) -> None:
-    old = schema(contract())
-    for name in ("boot", "monotonic_us", "clock_shift_us"):
-        old = old.remove(old.get_field_index(name))
-    lake = open_lake(tmp_path / "new")
-    lake.append("eu", [sealed(1, synced=False)])
-    path = tmp_path / "old" / "pump" / "europe"
-    path.mkdir(parents=True)
-    write_deltalake(str(path), lake.read("pump", columns=old.names).cast(old))
-
-    lake = open_lake(tmp_path / "old")
-    assert lake.append("eu", [sealed(1, synced=False)]).committed == []  # still known
-    lake.append("eu", [sealed(2, synced=False), sealed(3, synced=True)])
-    assert lake.correct_clocks() == {}  # the block that knows came together with the other
-    assert [r[0] for r in rows(lake).values()] == [False, True, True]
+    row = lake.read("quarantine")
+    assert row["captured_at"].to_pylist() == [BOOTED + timedelta(microseconds=UP_US)]
+    assert row["event_date"].to_pylist() == [BOOTED.date()]  # it was in 1970

@@ -213,10 +213,8 @@ def test_a_field_that_a_later_contract_adds_is_null_in_older_rows(tmp_path: Path
 
     from edge_agent.contract.stream import Field, FieldType
 
-    older, newer = (
-        contract(),
-        replace(contract(), version="1.1.0", fields=(*contract().fields, Field("flow", FieldType.NUMBER, required=False))),
-    )
+    older = contract()
+    newer = replace(older, version="1.1.0", fields=(*older.fields, Field("flow", FieldType.NUMBER, required=False)))
     lake = Lake(tmp_path, Contracts([older, newer]))
     header, table = block(2, contract_version="1.1.0")
     lake.append("eu", [block(1), (header, {**table, "flow": np.ones(3)})])
