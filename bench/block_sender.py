@@ -39,7 +39,7 @@ class Fleet:
     def __init__(self, devices: int, blocks: int, rows: int) -> None:
         self.names = [f"gw-{i:04d}" for i in range(devices)]
         self._values = engines(20).table
-        self._length = len(self._values["cycle"])  # type: ignore[arg-type]
+        self._length = len(self._values["cycle"])
         self.blocks = {(d, s): self._seal(d, s, rows) for s in range(1, blocks + 1) for d in range(devices)}
 
     def _seal(self, device: int, sequence: int, rows: int) -> bytes:
