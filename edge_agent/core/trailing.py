@@ -83,10 +83,10 @@ class TrailingWindows:
                 tile = RunTile(joined.values[:, part], joined.event_us[part], steps)
                 self._outputs.of(tile, spread[:, part.start + steps - 1 : part.stop])
         if joined.in_order:
-            return spread[:, joined.layout.rows]
+            return spread.take(joined.layout.rows, axis=1)
         places = np.empty_like(joined.order)
         places[joined.order] = joined.layout.rows
-        return spread[:, places]
+        return spread.take(places, axis=1)
 
     def _gather(self, joined: _Joined, which: Places, out: Floats) -> None:
         """Features of some of the new readings (places in `joined.order`); a single reading comes twice, see `aggregates`."""
