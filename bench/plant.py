@@ -28,7 +28,7 @@ from deltalake import DeltaTable
 
 from cloud import brokers, config
 from cloud.config import Settings
-from cloud.ingest import read_status
+from cloud.ingest_status import read_status
 from cloud.lake import BLOCKS_KEY
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.status import ask
@@ -148,6 +148,11 @@ class Plant:
             time.sleep(0.01)
         raise TimeoutError(f"plant: condition not met in {timeout_s} s; the agent's log ends\n{self.agent_log()[-2000:]}")
 
+    @property
+    def table(self) -> str:
+        """The address of the lake's table."""
+        return self.cloud.lake.of(ZONE).path(ZONE, STREAM)
+
     def rows(self) -> int:
         """Rows that the ingest has committed since it started."""
         found = read_status(self.cloud, "eu")
@@ -155,7 +160,7 @@ class Plant:
 
     def arrivals(self) -> Arrivals:
         """All rows of the lake, with the time at which each became visible."""
-        table = DeltaTable(self.cloud.lake_dir / STREAM / ZONE)
+        table = DeltaTable(self.table)
         commits = {}
         for commit in table.history():
             for block in json.loads(commit.get(BLOCKS_KEY, "[]")):

@@ -39,7 +39,7 @@ def write_readings(path: Path, devices: int, rows_per_engine: int, seed: int) ->
             "epoch": pa.array(["e"]).take(pa.array(np.zeros(count, np.int64))),
             "engine": names.take(pa.array(device * ENGINES_PER_DEVICE + place % ENGINES_PER_DEVICE)),
             "ts": ts,
-            "received_at": ts,
+            "arrived_at": ts,
             "sensor_2": np.round(640 + wander + random.normal(0, 0.5, count), 2),
             "sensor_11": np.round(47 + 0.1 * wander + random.normal(0, 0.2, count), 2),
         }

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
+from cloud.rows import EVENT_DATE
 from edge_agent.contract.block import BlockHeader
 
 Boot = tuple[str, str]  # device, boot id
@@ -58,10 +59,7 @@ class Clocks:
 
     def index(self, place: Place, table: DeltaTable) -> None:
         """Learn from the rows that a table holds already."""
-        dataset = table.to_pyarrow_dataset()
-        if not set(COLUMNS) <= set(dataset.schema.names):
-            return  # no row since the lake keeps them
-        for batch in dataset.scanner(columns=list(COLUMNS)).to_batches():
+        for batch in table.to_pyarrow_dataset().scanner(columns=list(COLUMNS)).to_batches():
             rows = pa.table(batch)
             distance = pc.subtract(rows["sealed_at"].cast(pa.int64()), rows["monotonic_us"])
             found = rows.append_column("distance", distance).group_by(["device", "boot", "clock_synced"]).aggregate([("distance", "min")])
@@ -91,6 +89,8 @@ def correct(table: DeltaTable, boot: Boot, offset_us: int, stamped: Iterable[str
     """Give the rows of a boot their true times; returns how many. `stamped` are further columns with times of the device's clock."""
     shift = f"(monotonic_us + {offset_us} - arrow_cast(sealed_at, 'Int64'))"
     updates = {name: TIME_SQL.format(us=f"arrow_cast({name}, 'Int64') + {shift}") for name in ("sealed_at", *stamped)}
+    for event_time in stamped:  # at most one: the row moves to its true date
+        updates[EVENT_DATE] = f"arrow_cast({updates[event_time]}, 'Date32')"
     device, boot_id = (text.replace("'", "''") for text in boot)
     metrics = table.update(
         updates={**updates, "clock_shift_us": shift, "clock_synced": "true"},

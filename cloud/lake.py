@@ -1,14 +1,15 @@
-"""The lake: one Delta table per stream and lane, one row per reading, exactly once.
+"""The lake: one Delta table per lane and stream, one row per reading, exactly once.
 
-- Rows lie in `<lake>/<stream>/<lane>/`: zones are apart on disk. Labels lie in `<lake>/_labels/<stream>/`.
+- Rows lie in `<root>/<lane>/<stream>/`, by event date: zones are apart on disk, and may have roots of their own (`cloud.roots`).
 - A block is stored once, by its identity (device, epoch, lane, sequence), however often and wherever it arrives. Each commit
   carries a Delta application transaction per (device, epoch, lane) that it adds to, and names its blocks in its metadata.
   A writer that has not seen another's commit for the same lane is refused by Delta; it reads what the other stored, drops
   that, and tries again. A commit that Delta rebased over others is followed by reading those, before the next one.
 - What is settled is rebuilt from the rows themselves when a lane is first touched; compaction does not change rows.
 - What the loss ledger names is settled too, but not stored: see `cloud.settled`.
+- A block that has no place here, or whose contract breaks with the rows of its table, is refused by itself: the others are stored.
 
-    lake = Lake(settings.lake_dir)
+    lake = Lake(settings.lake, contracts)
     table = lake.read("turbofan", lanes=["europe"], versions={"europe": 12}, columns=["engine", "score"])
 """
 
@@ -18,22 +19,27 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date, timedelta
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError
 
+from cloud import upkeep
 from cloud.clocks import Boot, Clocks, Place, correct
-from cloud.rows import ORDER, TEXT_BYTES_MAX, Contracts, Shifted, schema, stamped, text_bytes, to_rows
+from cloud.evolution import StoredContract, disagreement
+from cloud.gate import Refusal
+from cloud.roots import Roots
+from cloud.rows import DAYS, EVENT_DATE, ORDER, TEXT_BYTES_MAX, TIME, Contracts, Shifted, event_dates, stamped, text_bytes, to_rows
 from cloud.settled import LEDGER_COLUMNS, Identity, SettledIndex
+from cloud.tables import LABELS, Tables, contract_of, is_table, open_table, read_table
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
-from edge_agent.contract.errors import ContractError, UnavailableError
+from edge_agent.contract.errors import ConfigError, ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt
 from edge_agent.contract.stream import AGENT_STREAMS, LOSSES, StreamContract
 
@@ -41,18 +47,25 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 20
 BLOCKS_KEY = "fenceline.blocks"
-LABELS = "_labels"
+DATES_PER_COMMIT = 64
+"""Each date of a commit is a file; blocks that together have more dates are stored in several commits."""
+PARQUET = WriterProperties(compression="ZSTD")
 REFRESH_S = 5.0
 """How often a lane is read again for what others committed to it, while its receipts are cut off."""
+TAKE_BYTES_MAX = 2**30
+"""Of one text column that is sorted as it is; Arrow counts them in 31 bits."""
+
+Blocks = list[tuple[BlockHeader, Table]]
 
 
 @dataclass(frozen=True)
 class Settled:
-    """What an append did: the blocks it added, those that were there already, and the receipts to send."""
+    """What an append did: the blocks it added, those that were there already, those that may not be stored, and the receipts to send."""
 
     committed: list[Identity]
     duplicates: list[Identity]
     receipts: list[Receipt]
+    refused: list[Refusal] = field(default_factory=list)
 
 
 @dataclass
@@ -63,17 +76,21 @@ class _Handle:
     lane: str
     table: DeltaTable
     seen: int
-    commits: int = 0  # since the last compaction here
+    small: int = 0  # files since the last look at its partitions
+    columns: frozenset[str] = frozenset()
+    verdicts: dict[str, str | None] = field(default_factory=dict)  # why a contract version does not fit, by version
 
 
 @dataclass
 class Lake:
-    """The lake in `directory`. `contracts` are needed only to append. One object belongs to one thread."""
+    """The lake in a directory, or in `Roots`. `contracts` are needed only to append. One object belongs to one thread."""
 
-    directory: Path
+    where: Path | str | Roots
     contracts: Contracts = field(default_factory=Contracts)
 
     def __post_init__(self) -> None:
+        self.roots = Roots.at(self.where)
+        self._tables = Tables(self.roots)
         self._handles: dict[tuple[str, str], _Handle] = {}
         self._settled = SettledIndex()
         self._lanes_seen: set[str] = set()
@@ -82,31 +99,73 @@ class Lake:
 
     # Writing
 
-    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]]) -> Settled:
+    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], elsewhere: Sequence[Identity] = ()) -> Settled:
         """Store checked blocks that `region` received; blocks that are settled already are left out.
+
+        `elsewhere` names blocks that came too and are stored in another place: they are settled as well, and the receipts say so.
 
         Raises:
             UnavailableError: the lake could not commit. What was committed before that is settled; append again.
+            ConfigError: tables lie elsewhere than the settings say.
         """
-        received_us = time.time_ns() // 1_000
+        arrived_us = time.time_ns() // 1_000
+        self._tables.check()
         unique = {header.identity: (header, table) for header, table in blocks}
-        groups: defaultdict[tuple[str, str], list[tuple[BlockHeader, Table]]] = defaultdict(list)
+        groups: defaultdict[tuple[str, str], Blocks] = defaultdict(list)
         for header, table in unique.values():
             groups[header.stream, header.lane].append((header, table))
         committed: list[Identity] = []
+        refused: dict[Identity, Refusal] = {}
         self._clocks.learn(header for header, _ in unique.values())
         for (stream, lane), group in groups.items():
-            self._open_lane(lane)
-            for part in _portions(group):
-                committed += self._append_group(region, stream, lane, part, received_us)
+            fit = self._admit(stream, lane, group, refused)
+            for part in _portions(fit, self._contract):
+                committed += self._append_group(region, stream, lane, part, arrived_us)
+        self.settle(elsewhere)
         added = set(committed)
-        for lane in self._settled.cut(unique):
+        known = [i for i in unique if i not in refused]
+        named = [*known, *elsewhere]
+        for lane in self._settled.cut(named):
             self._refresh(lane)
-        return Settled(committed, [i for i in unique if i not in added], self._settled.receipts(unique))
+        return Settled(committed, [i for i in known if i not in added], self._settled.receipts(named), list(refused.values()))
 
-    def _append_group(
-        self, region: str, stream: str, lane: str, group: list[tuple[BlockHeader, Table]], received_us: int
-    ) -> list[Identity]:
+    def settle(self, identities: Iterable[Identity]) -> None:
+        """Note that blocks are stored in another place: receipts tell of them, and this lake does not hold them."""
+        for identity in identities:
+            self._settled.name(identity)
+
+    def holds(self, identity: Identity) -> bool:
+        """Whether rows of a block lie here, as far as this object has seen; false for a lane that has no root."""
+        try:
+            self.roots.of(identity[2])
+        except ConfigError:
+            return False
+        self._open_lane(identity[2])
+        return identity in self._settled
+
+    def _admit(self, stream: str, lane: str, group: Blocks, refused: dict[Identity, Refusal]) -> Blocks:
+        """The blocks of a group that may be stored; the others go to `refused`, with the reason."""
+        try:
+            self.roots.of(lane)
+        except ConfigError as e:
+            problems = {header.identity: (Reason.NO_ROOT, str(e)) for header, _ in group}
+        else:
+            self._open_lane(lane)
+            handle = self._handle(stream, lane, group[0][0])
+            verdicts = {header.identity: self._verdict(handle, header) for header, _ in group}
+            problems = {identity: (Reason.CONTRACT_BROKEN, why) for identity, why in verdicts.items() if why is not None}
+        for identity, (reason, detail) in problems.items():
+            refused[identity] = Refusal(identity[0], lane, stream, reason, detail)
+        return [(header, table) for header, table in group if header.identity not in problems]
+
+    def _verdict(self, handle: _Handle, header: BlockHeader) -> str | None:
+        """Why a block's contract does not fit its table; None if it does."""
+        version = header.contract_version
+        if version not in handle.verdicts:
+            handle.verdicts[version] = disagreement(contract_of(handle.table), self._contract(header))
+        return handle.verdicts[version]
+
+    def _append_group(self, region: str, stream: str, lane: str, group: Blocks, arrived_us: int) -> list[Identity]:
         for attempt in range(ATTEMPTS_MAX):
             try:
                 handle = self._handle(stream, lane, group[0][0])
@@ -114,23 +173,26 @@ class Lake:
                     self._sync(handle)
                 fresh = [(h, t) for h, t in group if h.identity not in self._settled]
                 if fresh:
-                    self._commit(handle, self._rows(region, fresh, received_us), [h for h, _ in fresh])
+                    self._commit(handle, self._rows(region, fresh, arrived_us), [h for h, _ in fresh])
                 return [h.identity for h, _ in fresh]
             except CommitFailedError as e:
                 log.info("commit repeated stream=%s lane=%s attempt=%d reason=%s", stream, lane, attempt + 1, e)
             except (DeltaError, OSError) as e:
-                self._handles.pop((stream, lane), None)  # whether it landed is read from the table, next time
-                self._lanes_seen.discard(lane)
-                raise UnavailableError(f"lake {stream}/{lane} did not commit {len(group)} blocks: {e}") from e
-        raise UnavailableError(f"lake {stream}/{lane}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
+                self._forget(stream, lane)  # whether it landed is read from the table, next time
+                raise UnavailableError(f"lake {lane}/{stream} did not commit {len(group)} blocks: {e}") from e
+        raise UnavailableError(f"lake {lane}/{stream}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
 
-    def _rows(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], received_us: int) -> pa.Table:
+    def _rows(self, region: str, blocks: Blocks, arrived_us: int) -> pa.Table:
         """The rows of blocks of one stream; those of one contract version are built together."""
         versions: defaultdict[str, list[Shifted]] = defaultdict(list)
         for header, table in blocks:
             versions[header.contract_version].append((header, table, self._clocks.shift(header)))
-        parts = [to_rows(self._contract(group[0][0]), region, group, received_us) for group in versions.values()]
-        return pa.concat_tables(parts, promote_options="default")
+        contracts = [self._contract(group[0][0]) for group in versions.values()]
+        parts = [to_rows(c, region, group, arrived_us) for c, group in zip(contracts, versions.values(), strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        whole = pa.concat_tables(parts, promote_options="default")
+        return whole.sort_by([(EVENT_DATE, "ascending"), (contracts[0].entity, "ascending"), (contracts[0].event_time, "ascending")])
 
     def _contract(self, header: BlockHeader) -> StreamContract:
         contract = self.contracts.get(header)
@@ -147,7 +209,8 @@ class Lake:
             handle.table,
             rows,
             mode="append",
-            schema_mode="merge",
+            schema_mode=None if handle.columns == set(rows.column_names) else "merge",
+            writer_properties=PARQUET,
             commit_properties=CommitProperties(
                 custom_metadata={BLOCKS_KEY: json.dumps([list(h.identity) for h in headers])},
                 app_transactions=[Transaction(app, version) for app, version in highest.items()],
@@ -158,7 +221,8 @@ class Lake:
             self._clocks.stored((header.stream, header.lane), header)
         if handle.stream == LOSSES.stream:
             self._settled.give_up(rows)
-        handle.commits += 1
+        handle.small += len(rows[EVENT_DATE].unique())
+        handle.columns |= set(rows.column_names)
         if handle.table.version() == handle.seen + 1:
             handle.seen += 1
         else:
@@ -167,12 +231,24 @@ class Lake:
     def _handle(self, stream: str, lane: str, header: BlockHeader) -> _Handle:
         if (stream, lane) in self._handles:
             return self._handles[stream, lane]
-        path, columns = self._path(stream, lane), schema(self._contract(header))
-        path.mkdir(parents=True, exist_ok=True)
-        table = DeltaTable.create(str(path), schema=columns, mode="ignore", name=f"{stream}-{lane}")
-        self._handles[stream, lane] = handle = _Handle(stream, lane, table, -1)
-        self._sync(handle)  # another process may have created it, and more, a moment ago
+        contract = self._contract(header)
+        try:
+            table = self._tables.create(lane, contract)
+            handle = _new_handle(stream, lane, table, -1)
+            self._sync(handle)  # another process may have created it, and more, a moment ago
+        except CommitFailedError:
+            table = self._tables.open(stream, lane)  # another process was faster
+            handle = _new_handle(stream, lane, table, -1)
+            self._sync(handle)
+        except (DeltaError, OSError) as e:
+            raise UnavailableError(f"lake {lane}/{stream} cannot be made: {e}") from e
+        self._handles[stream, lane] = handle
         return handle
+
+    def _forget(self, stream: str, lane: str) -> None:
+        """Read a table again from its rows, next time."""
+        self._handles.pop((stream, lane), None)
+        self._lanes_seen.discard(lane)
 
     # The settled index
 
@@ -180,15 +256,15 @@ class Lake:
         """Index every stream's table of `lane`: the streams of a lane share one count of sequences."""
         if lane in self._lanes_seen:
             return
-        for stream in self.streams():
-            if (stream, lane) not in self._handles and lane in self.lanes(stream):
+        for stream in self._tables.streams(lane):
+            if (stream, lane) not in self._handles:
+                table = self._tables.open(stream, lane)
                 try:
-                    table = DeltaTable(str(self._path(stream, lane)))
                     self._index(stream, lane, table)
                     self._clocks.index((stream, lane), table)
                 except (DeltaError, OSError) as e:
-                    raise UnavailableError(f"lake {stream}/{lane} does not open: {e}") from e
-                self._handles[stream, lane] = _Handle(stream, lane, table, table.version())
+                    raise UnavailableError(f"lake {lane}/{stream} does not read: {e}") from e
+                self._handles[stream, lane] = _new_handle(stream, lane, table, table.version())
         self._lanes_seen.add(lane)
 
     def _refresh(self, lane: str) -> None:
@@ -202,9 +278,8 @@ class Lake:
             try:
                 self._sync(handle)
             except (DeltaError, OSError) as e:
-                del self._handles[place]  # it is read from its rows, next time
-                self._lanes_seen.discard(lane)
-                raise UnavailableError(f"lake {'/'.join(place)} does not read: {e}") from e
+                self._forget(*place)
+                raise UnavailableError(f"lake {lane}/{place[0]} does not read: {e}") from e
 
     def _index(self, stream: str, lane: str, table: DeltaTable) -> None:
         if stream == LOSSES.stream:
@@ -243,23 +318,23 @@ class Lake:
     # Upkeep
 
     def compact(self, files_max: int) -> dict[str, int]:
-        """Merge the small files of every table that this object made more than `files_max` commits to; files removed by table."""
-        removed: dict[str, int] = {}
-        for (stream, lane), handle in self._handles.items():
-            if handle.commits > files_max:
-                handle.commits = 0
-                removed[f"{stream}/{lane}"] = self._compact(handle)
-        return removed
+        """Merge small files of tables that got more than `files_max` of them; files removed by table.
 
-    def _compact(self, handle: _Handle) -> int:
+        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do. It can always
+        wait: a table that does not answer is logged, and looked at again after its next commit.
+        """
+        crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
+        if crowded is None:
+            return {}
         try:
-            metrics: dict[str, Any] = handle.table.optimize.compact()
-            handle.table.create_checkpoint()
-        except DeltaError as e:  # another process compacts the same table; nothing is lost, next time
-            log.info("compaction skipped table=%s reason=%s", handle.table.table_uri, e)
-            metrics = {}
-        self._sync(handle)
-        return int(metrics.get("numFilesRemoved", 0))
+            done = upkeep.compact(crowded.table, files_max, dates_max=upkeep.DATES_PER_CALL)
+            crowded.small = done.small_left
+            self._sync_or_forget(crowded)
+        except UnavailableError as e:
+            log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
+            self._forget(crowded.stream, crowded.lane)
+            return {}
+        return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.
@@ -273,8 +348,9 @@ class Lake:
             self._open_lane(lane)
         corrected: dict[str, int] = {}
         for boot, offset_us, places in self._clocks.due():
-            for place in places:
-                corrected["/".join(place)] = corrected.get("/".join(place), 0) + self._correct(place, boot, offset_us)
+            for stream, lane in places:
+                name = f"{lane}/{stream}"
+                corrected[name] = corrected.get(name, 0) + self._correct((stream, lane), boot, offset_us)
         return corrected
 
     def _correct(self, place: Place, boot: Boot, offset_us: int) -> int:
@@ -290,22 +366,37 @@ class Lake:
         else:
             self._clocks.corrected(boot, place)
             log.info("clock corrected device=%s boot=%s table=%s rows=%d", *boot, handle.table.table_uri, rows)
-        self._sync(handle)
+        self._sync_or_forget(handle)
         return rows
+
+    def _sync_or_forget(self, handle: _Handle) -> None:
+        try:
+            self._sync(handle)
+        except (DeltaError, OSError) as e:
+            self._forget(handle.stream, handle.lane)
+            raise UnavailableError(f"lake {handle.lane}/{handle.stream} does not read: {e}") from e
 
     # Reading
 
     def streams(self) -> list[str]:
-        """The names of the streams that hold rows."""
-        return sorted(p.name for p in _directories(self.directory) if p.name != LABELS and self.lanes(p.name))
+        """The names of the streams that have tables."""
+        return self._tables.streams()
 
     def lanes(self, stream: str) -> list[str]:
         """The lanes of a stream."""
-        return sorted(p.name for p in _directories(self.directory / stream) if DeltaTable.is_deltatable(str(p)))
+        return self._tables.lanes(stream)
+
+    def table(self, stream: str, lane: str, version: int | None = None) -> DeltaTable:
+        """The open table of a stream and lane, with what it needs to reach its storage.
+
+        Raises:
+            UnavailableError: there is no such table or version, or the storage does not answer.
+        """
+        return self._tables.open(stream, lane, version)
 
     def versions(self, stream: str) -> dict[str, int]:
         """The newest version of each lane's table: with `read`, a name for exactly the rows that are there now."""
-        return {lane: DeltaTable(str(self._path(stream, lane))).version() for lane in self.lanes(stream)}
+        return {lane: self.table(stream, lane).version() for lane in self.lanes(stream)}
 
     def read(
         self,
@@ -313,6 +404,7 @@ class Lake:
         lanes: Sequence[str] | None = None,
         versions: Mapping[str, int] | None = None,
         columns: Sequence[str] | None = None,
+        during_us: tuple[int, int] | None = None,
     ) -> pa.Table:
         """Rows in the order in which each device saw them: sorted by device, epoch, ordinal, row.
 
@@ -320,6 +412,8 @@ class Lake:
             lanes: None for all of them (of `versions`, if given).
             versions: table version by lane; lanes without one are read as they are now.
             columns: None for all; see `cloud.rows` for their names.
+            during_us: only event times from the first up to, not including, the second; microseconds since 1970 UTC. Files of other
+                dates are not opened.
 
         Returns:
             The rows; without columns if there is no such lane.
@@ -327,54 +421,87 @@ class Lake:
         pinned = dict(versions or {})
         chosen = list(lanes) if lanes is not None else sorted(pinned) or self.lanes(stream)
         wanted = None if columns is None else list(dict.fromkeys([*columns, *ORDER]))
-        parts = [self._read_lane(stream, lane, pinned.get(lane), wanted) for lane in chosen]
+        parts = []
+        for lane in chosen:
+            table = self.table(stream, lane, pinned.get(lane))
+            within = None if during_us is None else during(contract_of(table), *during_us)
+            parts.append(read_table(table, columns=wanted, filter=within))
         if not parts:
             return pa.table({})
-        whole = pa.concat_tables(parts, promote_options="default").sort_by([(name, "ascending") for name in ORDER])
+        whole = _ordered(pa.concat_tables(parts, promote_options="default"))
         return whole if columns is None else whole.select(list(columns))
-
-    def _read_lane(self, stream: str, lane: str, version: int | None, columns: list[str] | None) -> pa.Table:
-        try:
-            return DeltaTable(str(self._path(stream, lane)), version=version).to_pyarrow_table(columns=columns)
-        except (TableNotFoundError, DeltaError) as e:
-            raise UnavailableError(f"lake {stream}/{lane} version {'newest' if version is None else version} does not read: {e}") from e
 
     # Labels
 
     def write_labels(self, stream: str, table: pa.Table) -> int:
         """Replace the labels of a stream, in one commit; the new version of the labels."""
-        path = self.directory / LABELS / stream
-        path.mkdir(parents=True, exist_ok=True)
-        write_deltalake(str(path), table, mode="overwrite", schema_mode="overwrite")
-        return DeltaTable(str(path)).version()
+        root = self.roots.default
+        path = root.path(LABELS, stream)
+        write_deltalake(path, table, mode="overwrite", schema_mode="overwrite", storage_options=root.storage_options())
+        return open_table(path, root).version()
 
     def labels(self, stream: str, version: int | None = None) -> pa.Table | None:
         """The labels of a stream; None if it has none."""
-        path = self.directory / LABELS / stream
-        return DeltaTable(str(path), version=version).to_pyarrow_table() if DeltaTable.is_deltatable(str(path)) else None
+        root = self.roots.default
+        return read_table(open_table(root.path(LABELS, stream), root, version)) if is_table(root, LABELS, stream) else None
 
     def labels_version(self, stream: str) -> int | None:
         """The newest version of the labels; None if there are none."""
-        path = self.directory / LABELS / stream
-        return DeltaTable(str(path)).version() if DeltaTable.is_deltatable(str(path)) else None
-
-    def _path(self, stream: str, lane: str) -> Path:
-        return self.directory / stream / lane
+        root = self.roots.default
+        return open_table(root.path(LABELS, stream), root).version() if is_table(root, LABELS, stream) else None
 
 
-def _directories(path: Path) -> list[Path]:
-    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+def during(contract: StoredContract, from_us: int, to_us: int) -> pc.Expression:
+    """Rows whose event time is at least `from_us` and less than `to_us`; rows that have no date are looked at too."""
+    first, last = (min(max(us // 86_400_000_000, DAYS.start), DAYS.stop - 1) for us in (from_us, to_us - 1))
+    epoch, day = date(1970, 1, 1), pc.field(EVENT_DATE)
+    dates = (day >= epoch + timedelta(first)) & (day <= epoch + timedelta(last))
+    times = pc.field(contract.event_time)
+    return (dates | day.is_null()) & (times >= pa.scalar(from_us, TIME)) & (times < pa.scalar(to_us, TIME))
 
 
-def _portions(group: list[tuple[BlockHeader, Table]]) -> Iterator[list[tuple[BlockHeader, Table]]]:
-    """Blocks whose rows fit one commit."""
-    portion: list[tuple[BlockHeader, Table]] = []
-    size = 0
+def _ordered(table: pa.Table) -> pa.Table:
+    """Rows sorted by ORDER. Columns with more text than Arrow can sort at once are sorted with wide offsets."""
+    index = pc.sort_indices(table.select(ORDER), [(name, "ascending") for name in ORDER])
+    if max(map(_text_bytes, table.columns)) <= TAKE_BYTES_MAX:
+        return table.take(index)
+    wide = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in table.schema])
+    return pa.concat_tables(_narrowed(table.cast(wide).take(index), table.schema))
+
+
+def _narrowed(wide: pa.Table, narrow: pa.Schema) -> Iterator[pa.Table]:
+    """The table in parts whose texts fit usual columns."""
+    if wide.num_rows > 1 and max(map(_text_bytes, wide.columns)) > TAKE_BYTES_MAX:
+        half = wide.num_rows // 2
+        yield from _narrowed(wide.slice(0, half), narrow)
+        yield from _narrowed(wide.slice(half), narrow)
+    else:
+        yield wide.cast(narrow)
+
+
+def _text_bytes(column: pa.ChunkedArray) -> int:
+    return int(column.nbytes) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else 0
+
+
+def _new_handle(stream: str, lane: str, table: DeltaTable, seen: int) -> _Handle:
+    files = len(table.file_uris()) if seen >= 0 else 0
+    return _Handle(stream, lane, table, seen, files, frozenset(f.name for f in table.schema().fields))
+
+
+def _portions(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> Iterator[Blocks]:
+    """Blocks whose rows fit one commit: their texts, and the dates that they lie in."""
+    days = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
+    if len(set().union(*days.values())) > DATES_PER_COMMIT:
+        group = sorted(group, key=lambda found: min(days[found[0].identity]))
+    portion: Blocks = []
+    size, dates = 0, set[int]()
     for header, table in group:
         more = text_bytes(header, table)
-        if portion and size + more > TEXT_BYTES_MAX:
+        joined = dates | days[header.identity]
+        if portion and (size + more > TEXT_BYTES_MAX or len(joined) > DATES_PER_COMMIT):
             yield portion
-            portion, size = [], 0
+            portion, size, joined = [], 0, days[header.identity]
         portion.append((header, table))
-        size += more
-    yield portion
+        size, dates = size + more, joined
+    if portion:
+        yield portion

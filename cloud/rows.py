@@ -4,6 +4,10 @@
   for ever, `ordinal` gives the order in which the device saw it, the rest says how it was captured and stored.
 - `boot`, `monotonic_us`, `clock_synced` and `clock_shift_us` say how far its times can be trusted: see `cloud.clocks`.
 - `latitude` and `longitude` are there for streams whose devices give them away, and null otherwise.
+- `event_date` is the UTC date of the event time, the partition that the row lies in. It is null, and the row lies apart, if the time has no
+  date of the years 1 to 9999, or if the row's block spans more than DATES_MAX dates: one block must not make thousands of files.
+- Rows are sorted by entity and event time: what is computed from them goes entity by entity, and a column of one entity's values
+  compresses best.
 - NaN ("missing", "not scored", "place not known") becomes null; timestamps become `timestamp[us, UTC]`.
 - The columns of a block must be those of its contract and `ordinal`; it may have `score`, and the two of its place together. Anything
   else is refused.
@@ -13,17 +17,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import date
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from cloud.evolution import check_versions
 from edge_agent.contract.block import LATITUDE, LONGITUDE, ORDINAL, SCORE, BlockHeader
-from edge_agent.contract.columns import Column, Strings, Table, concat
+from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
 
 TEXT_BYTES_MAX = 256 * 1024 * 1024  # Arrow counts the bytes of a text column in 31 bits
+DATES_MAX = 366
+"""Dates that the rows of one block may lie in: a year of daily values."""
 TIME = pa.timestamp("us", "UTC")
+EVENT_DATE = "event_date"
+ROW = "row"
+"""A column that a block has here only if rows were taken out of it: the numbers that those left had in it."""
+DAY_US = 86_400_000_000
+DAYS = range((date.min - date(1970, 1, 1)).days, (date.max - date(1970, 1, 1)).days + 1)
+"""The days since 1970 that have a date."""
 ORDER = ("device", "epoch", "ordinal", "row")
 
 _ARROW = {FieldType.STRING: pa.string(), FieldType.INTEGER: pa.int64(), FieldType.NUMBER: pa.float64(), FieldType.TIMESTAMP: TIME}
@@ -48,20 +63,28 @@ _META = pa.schema(
         ("clock_synced", pa.bool_()),
         ("clock_shift_us", pa.int64()),
         ("sealed_at", TIME),
-        ("received_at", TIME),
+        ("arrived_at", TIME),
+        (EVENT_DATE, pa.date32()),
     ]
 )
 
+Days = npt.NDArray[np.int64]
+NO_DAY = np.iinfo(np.int32).min
 
 Shifted = tuple[BlockHeader, Table, int | None]
 """A block, and the correction of its device's clock, if that is known."""
 
 
 class Contracts:
-    """The contracts of all streams, by stream and version; the quarantine is always one of them."""
+    """The contracts of all streams, by stream and version; the quarantine is always one of them.
+
+    Raises:
+        ConfigError: versions of one stream cannot share a table.
+    """
 
     def __init__(self, contracts: Iterable[StreamContract] = ()) -> None:
         self.listed = tuple(contracts)
+        check_versions(self.listed)
         self._contracts = {(c.stream, c.version): c for c in (*self.listed, *AGENT_STREAMS)}
 
     def get(self, header: BlockHeader) -> StreamContract | None:
@@ -106,27 +129,32 @@ def stamped(contract: StreamContract) -> tuple[str, ...]:
     return (contract.event_time,) if contract in AGENT_STREAMS else ()
 
 
-def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], received_us: int) -> pa.Table:
-    """The rows of checked blocks of one stream and version that `region` received at `received_us`.
+def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], arrived_us: int) -> pa.Table:
+    """The rows of checked blocks of one stream and version that `region` received at `arrived_us`, sorted by entity and event time.
 
     They are built together: a table of its own for each block would cost a millisecond each.
     """
     headers, counts = [h for h, _, _ in blocks], [h.rows for h, _, _ in blocks]
     tables = [_corrected(contract, table, shift_us) for _, table, shift_us in blocks]
-    block = pa.array(np.repeat(np.arange(len(blocks)), counts))
+    stacked = {name: _stack([t[name] for t in tables]) for name in (*(f.name for f in contract.fields), ORDINAL)}
+    dates = _event_days(stacked[contract.event_time], counts)
+    order = _sorted(stacked[contract.entity], stacked[contract.event_time], dates)
+    owner = np.repeat(np.arange(len(blocks)), counts)[order]
+    owners = pa.array(owner)
+    rows = np.concatenate([table.get(ROW, np.arange(n, dtype=np.int64)) for table, n in zip(tables, counts, strict=True)])[order]
 
     def each(values: Iterable[object], kind: pa.DataType) -> pa.Array:
-        return pa.array(list(values), kind).take(block)
+        return pa.array(list(values), kind).take(owners)
 
-    columns = {f.name: _array(_stack([t[f.name] for t in tables]), f.type) for f in contract.fields}
+    columns = {f.name: _array(stacked[f.name][order], f.type) for f in contract.fields}
     meta = {
-        **{name: _optional(tables, name, counts) for name in (SCORE, LATITUDE, LONGITUDE)},
+        **{name: _optional(tables, name, counts, order) for name in (SCORE, LATITUDE, LONGITUDE)},
         "device": each((h.device for h in headers), pa.string()),
         "epoch": each((h.epoch for h in headers), pa.string()),
         "lane": each((h.lane for h in headers), pa.string()),
         "sequence": each((h.sequence for h in headers), pa.int64()),
-        "row": pa.array(np.concatenate([np.arange(n, dtype=np.int64) for n in counts])),
-        ORDINAL: _array(_stack([t[ORDINAL] for t in tables]), FieldType.INTEGER),
+        "row": pa.array(rows),
+        ORDINAL: _array(stacked[ORDINAL][order], FieldType.INTEGER),
         "contract_version": each((h.contract_version for h in headers), pa.string()),
         "model": each((h.model for h in headers), pa.string()),
         "policy": each((h.policy for h in headers), pa.string()),
@@ -137,9 +165,39 @@ def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], re
         "clock_synced": each((h.clock_synced or shift_us is not None for h, _, shift_us in blocks), pa.bool_()),
         "clock_shift_us": each((shift_us for _, _, shift_us in blocks), pa.int64()),
         "sealed_at": each((h.sealed_us + (shift_us or 0) for h, _, shift_us in blocks), TIME),
-        "received_at": each((received_us for _ in headers), TIME),
+        "arrived_at": each((arrived_us for _ in headers), TIME),
+        EVENT_DATE: pa.array(dates[order].astype(np.int32), mask=dates[order] == NO_DAY).cast(pa.date32()),
     }
     return pa.table({**columns, **meta}, schema=schema(contract))
+
+
+def event_dates(contract: StreamContract, table: Table) -> set[int]:
+    """The event dates of a block's rows."""
+    times = table[contract.event_time]
+    assert not isinstance(times, Strings)
+    first, last = int(times.min()) // DAY_US, int(times.max()) // DAY_US
+    return {first} if first == last else set(np.unique(_event_days(times, [len(times)])).tolist())
+
+
+def _event_days(times: Column, counts: Sequence[int]) -> Days:
+    """The event date of each row of blocks, in days since 1970; NO_DAY for rows that lie apart."""
+    assert not isinstance(times, Strings)
+    days: Days = times.astype(np.int64) // DAY_US
+    days[(days < DAYS.start) | (days >= DAYS.stop)] = NO_DAY
+    end = 0
+    for count in counts:
+        end += count
+        if count > DATES_MAX and len(np.unique(days[end - count : end])) > DATES_MAX:
+            days[end - count : end] = NO_DAY
+    return days
+
+
+def _sorted(entity: Column, times: Column, days: Days) -> Days:
+    """The order of rows by date, entity and event time."""
+    assert isinstance(entity, Strings) and not isinstance(times, Strings)
+    rank = np.empty(len(entity.values), np.int64)
+    rank[sorted(range(len(entity.values)), key=entity.values.__getitem__)] = np.arange(len(entity.values))
+    return np.lexsort((times, rank[entity.codes], days))
 
 
 def _corrected(contract: StreamContract, table: Table, shift_us: int | None) -> Table:
@@ -153,8 +211,16 @@ def _shifted(column: Column, shift_us: int) -> Column:
     return column + shift_us
 
 
-def _stack(parts: list[Column]) -> Column:
-    return concat([{"": part} for part in parts])[""]
+def _stack(parts: Sequence[Column]) -> Column:
+    """The columns of blocks as one; texts keep one dictionary, so that it costs nothing per row."""
+    if len(parts) == 1:
+        return parts[0]
+    texts = [part for part in parts if isinstance(part, Strings)]
+    if not texts:
+        return np.concatenate(parts)  # type: ignore[arg-type]
+    index: dict[str, int] = {}
+    codes = [np.array([index.setdefault(text, len(index)) for text in part.values], np.int32)[part.codes] for part in texts]
+    return Strings(np.concatenate(codes), tuple(index))
 
 
 _KINDS = {FieldType.STRING: "text", FieldType.INTEGER: "int64", FieldType.NUMBER: "float64", FieldType.TIMESTAMP: "int64"}
@@ -172,9 +238,9 @@ def _array(column: Column, kind: FieldType) -> pa.Array:
     return pa.array(column, from_pandas=True)
 
 
-def _optional(tables: Sequence[Table], name: str, counts: Sequence[int]) -> pa.Array:
+def _optional(tables: Sequence[Table], name: str, counts: Sequence[int], order: Days) -> pa.Array:
     """A column that blocks may leave out."""
     if not any(name in table for table in tables):
         return pa.nulls(sum(counts), pa.float64())
     parts = [table[name] if name in table else np.full(n, np.nan) for table, n in zip(tables, counts, strict=True)]
-    return _array(_stack(parts), FieldType.NUMBER)
+    return _array(_stack(parts)[order], FieldType.NUMBER)

@@ -75,7 +75,7 @@ class LakeWindows:
     def columns(self) -> list[str]:
         """What `push` needs of a row."""
         c = self._contract
-        return list(dict.fromkeys([*self._spec.fields, c.entity, c.event_time, "device", "epoch", "received_at"]))
+        return list(dict.fromkeys([*self._spec.fields, c.entity, c.event_time, "device", "epoch", "arrived_at"]))
 
     def push(self, rows: pa.Table) -> tuple[pa.Table, Counts]:
         """The features of the windows that these rows are done with.
@@ -120,14 +120,14 @@ class LakeWindows:
 
     def _table(self, rows: pa.Table, made: Made) -> pa.Table:
         trailing = self._spec.kind is WindowKind.TRAILING
-        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, "received_at", "device"]))).take(made.rows)
+        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, "arrived_at", "device"]))).take(made.rows)
         time = pa.timestamp("us", "UTC")
         start = {} if trailing else {WINDOW_START: pa.array(made.start_us).cast(time)}
         return pa.table(
             {
                 self._contract.entity: done[self._contract.entity],
                 EVENT_TIME: pa.array(made.end_us).cast(time),
-                CREATED_TIME: done["received_at"],
+                CREATED_TIME: done["arrived_at"],
                 "device": done["device"],
                 **start,
                 **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},

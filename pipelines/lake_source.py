@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from mlflow.data.dataset_source import DatasetSource
 
 from cloud.lake import Lake
+from cloud.roots import Roots
 
 
 class LakeSource(DatasetSource):
-    """The readings of a stream, by lane and Delta version."""
+    """The readings of a stream, by lane and Delta version. `lake` says where its roots are, without secrets."""
 
-    def __init__(self, lake: str, stream: str, lanes: dict[str, int], labels_version: int | None) -> None:
+    def __init__(self, lake: dict[str, Any], stream: str, lanes: dict[str, int], labels_version: int | None) -> None:
         self.lake, self.stream, self.lanes, self.labels_version = lake, stream, lanes, labels_version
 
     @staticmethod
@@ -23,7 +23,7 @@ class LakeSource(DatasetSource):
 
     def load(self) -> pa.Table:
         """Read exactly those readings again."""
-        return Lake(Path(self.lake)).read(self.stream, versions=self.lanes)
+        return Lake(Roots.restore(self.lake)).read(self.stream, versions=self.lanes)
 
     @staticmethod
     def _can_resolve(raw_source: Any) -> bool:

@@ -102,7 +102,7 @@ def _log_dataset(context: Context, lake: dict[str, Any]) -> None:
 
     frame = pq.read_table(context.dataset).to_pandas()
     at = ",".join(f"{lane}@{version}" for lane, version in sorted(lake["lanes"].items()))
-    source = LakeSource(str(context.lake_dir), context.params.stream, lake["lanes"], lake["labels_version"])
+    source = LakeSource(context.lake.describe(), context.params.stream, lake["lanes"], lake["labels_version"])
     data = PandasDataset(frame, source=source, targets=TARGET, name=f"{context.params.stream}@{at}"[:NAME_LENGTH_MAX])
     mlflow.log_input(data, context="training")
 

@@ -93,7 +93,7 @@ def run(
     project = project.absolute()
     override(project, overrides or [])
     context = load_context(project, state)
-    pick_versions(Lake(context.lake_dir), context)  # the snapshot asks again; a person should not wait for Ray to hear that
+    pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
     _init_dvc(project)
     _forget_foreign_registration(context)

@@ -57,9 +57,9 @@ def recompute(context: Context, bundle_path: Path, out: Path | None = None) -> d
         raise ConfigError(f"{bundle_path} is for stream {bundle.manifest.stream!r}; the project's stream is {contract.stream!r}")
     fields = dict.fromkeys(f.field for f in spec.features)
     columns = dict.fromkeys([*fields, contract.entity, contract.event_time, "ordinal", "score", "model", *NAMES])
-    readings = Lake(context.lake_dir).read(contract.stream, columns=list(columns))
+    readings = Lake(context.lake).read(contract.stream, columns=list(columns))
     if not readings.num_rows:
-        raise ConfigError(f"the lake {context.lake_dir} holds no readings of stream {contract.stream!r}; nothing to score")
+        raise ConfigError(f"the lake {context.lake} holds no readings of stream {contract.stream!r}; nothing to score")
     counts = {c["values"]: c["counts"] for c in readings["device"].value_counts().to_pylist()}
     groups = deal(counts, context.params.features.parts)
     parts = [readings.filter(pc.is_in(readings["device"], pa.array(group))) for group in groups]

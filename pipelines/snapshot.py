@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cloud.lake import Lake
+from cloud.roots import Roots
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
 from pipelines import cluster, stage, tracking
@@ -24,16 +25,16 @@ from pipelines.params import Params
 from pipelines.stage import Context
 
 ROW_GROUP = 65_536
-ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "received_at")
+ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "arrived_at")
 """What the pipeline keeps of a reading beside the fields of its contract."""
 
 
 def work(context: Context) -> None:
     """Write the snapshot, and open the MLflow run that this pipeline run belongs to."""
-    versions = pick_versions(Lake(context.lake_dir), context)
-    progress(f"lake {context.lake_dir}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
+    versions = pick_versions(Lake(context.lake), context)
+    progress(f"lake {context.lake}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
     out = context.folder("snapshot")
-    found = cluster.run(write_snapshot, context.lake_dir, out, context.params, context.contract, versions)
+    found = cluster.run(write_snapshot, context.lake, out, context.params, context.contract, versions)
     stage.write_json(context.lake_version, found)
     tracking.current_run(context, fresh=True)
     progress(f"{found['rows']} readings, {found['labels']} labels")
@@ -52,26 +53,26 @@ def pick_versions(lake: Lake, context: Context) -> dict[str, int]:
     missing = sorted(set(lanes) - set(versions))
     if missing:
         raise ConfigError(
-            f"snapshot.lanes asks for {', '.join(missing)}, but the lake {context.lake_dir} has {stream!r} only in "
+            f"snapshot.lanes asks for {', '.join(missing)}, but the lake {context.lake} has {stream!r} only in "
             f"{', '.join(versions)}; change snapshot.lanes in pipelines/params.yaml (empty: all)"
         )
     labels = lake.labels(stream)
     if labels is None or not labels.num_rows:
         raise ConfigError(
-            f"the lake {context.lake_dir} holds no labels for stream {stream!r}; add what the model shall learn with "
+            f"the lake {context.lake} holds no labels for stream {stream!r}; add what the model shall learn with "
             "`fenceline labels add FILE`, then train again"
         )
     return {lane: version for lane, version in versions.items() if not lanes or lane in lanes}
 
 
-def write_snapshot(lake_dir: Path, out: Path, params: Params, contract: StreamContract, versions: dict[str, int]) -> dict[str, Any]:
+def write_snapshot(roots: Roots, out: Path, params: Params, contract: StreamContract, versions: dict[str, int]) -> dict[str, Any]:
     """Read the lake at `versions` and write both files; what lake_version.json will say."""
-    lake = Lake(lake_dir)
+    lake = Lake(roots)
     columns = [f.name for f in contract.fields] + list(ORIGIN)
     readings = lake.read(params.stream, versions=versions, columns=columns)
     if not readings.num_rows:
         raise ConfigError(
-            f"the lake {lake_dir} has only empty tables of stream {params.stream!r} ({', '.join(versions)}); send readings first"
+            f"the lake {roots} has only empty tables of stream {params.stream!r} ({', '.join(versions)}); send readings first"
         )
     version = lake.labels_version(params.stream)
     labels = lake.labels(params.stream, version)
@@ -95,7 +96,7 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _empty(context: Context, what: str) -> ConfigError:
     return ConfigError(
-        f"the lake {context.lake_dir} {what} of stream {context.params.stream!r}; start a stack (`fenceline up`), send readings "
+        f"the lake {context.lake} {what} of stream {context.params.stream!r}; start a stack (`fenceline up`), send readings "
         "(`fenceline replay FILE` or a device), see them arrive (`fenceline status`), then train again"
     )
 

@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cloud import config
+from cloud.roots import Roots
 from edge_agent.contract.errors import ConfigError, FencelineError
 from edge_agent.contract.stream import StreamContract
 from pipelines import cli, cluster
@@ -30,14 +31,11 @@ class Context:
     state: Path
     params: Params
     contract: StreamContract
+    lake: Roots
 
     @property
     def build(self) -> Path:
         return self.project / BUILD
-
-    @property
-    def lake_dir(self) -> Path:
-        return self.state / "lake"
 
     @property
     def readings(self) -> Path:
@@ -75,16 +73,8 @@ def load_context(project: Path, state: Path | None = None) -> Context:
         ConfigError: one of them is missing or wrong.
     """
     params = load_params(project)
-    return Context(project, _state_dir(project, state), params, load_contract(project, params))
-
-
-def _state_dir(project: Path, state: Path | None) -> Path:
-    given = state or os.environ.get("FENCELINE_STATE")
-    if given:
-        return Path(given).absolute()
-    from cloud import config
-
-    return config.load(project).state_dir
+    settings = config.load(project, state)
+    return Context(project, settings.state_dir, params, load_contract(project, params), settings.lake)
 
 
 def main(name: str, work: Callable[[Context], None]) -> int:

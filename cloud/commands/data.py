@@ -61,7 +61,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     settings = config.load(args.project, args.state)
     contract = _contract(settings, args.stream)
-    fleet = Fleet(settings.fleet_path).devices()
+    fleet = Fleet(settings.fleet_db).devices()
     devices = args.device or fleet
     for stranger in sorted(set(devices) - set(fleet)):
         say(f"there is no device {stranger!r} in this fleet: without a gateway that listens, the broker drops its messages")
@@ -113,7 +113,7 @@ def _labels_add(args: argparse.Namespace) -> int:
     with_fields = args.mapping or args.run_to_failure
     mapping = _mapping(args, settings, contract) if with_fields else labels.plain(contract.entity, contract.event_time)
     table = labels.run_to_failure(args.file, mapping) if args.run_to_failure else labels.from_column(args.file, mapping, args.column)
-    total = labels.add(Lake(settings.lake_dir), contract.stream, table)
+    total = labels.add(Lake(settings.lake), contract.stream, table)
     if args.json:
         print_json({"stream": contract.stream, "added": table.num_rows, "labels": total})
     else:
@@ -124,7 +124,7 @@ def _labels_add(args: argparse.Namespace) -> int:
 def _clock_fix(args: argparse.Namespace) -> int:
     from cloud.lake import Lake
 
-    corrected = Lake(config.load(args.project, args.state).lake_dir).correct_clocks(everywhere=True)
+    corrected = Lake(config.load(args.project, args.state).lake).correct_clocks(everywhere=True)
     if args.json:
         print_json(corrected)
     else:

@@ -54,11 +54,11 @@ class House:
     @property
     def lake(self) -> Lake:
         """The lake as it is now."""
-        return Lake(self.settings.lake_dir)
+        return Lake(self.settings.lake)
 
     @property
     def fleet(self) -> Fleet:
-        return Fleet(self.settings.fleet_path)
+        return Fleet(self.settings.fleet_db)
 
     def add_device(self, device: str, place: Place | None) -> None:
         """Register a device and its agent, which is not started yet."""

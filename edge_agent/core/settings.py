@@ -46,6 +46,10 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def _refuse_unknown(tree: Any, kind: Any, origin: str, path: str) -> None:
+    if typing.get_origin(kind) is dict:  # a table whose keys are names of the user's own
+        for key, value in tree.items() if isinstance(tree, dict) else ():
+            _refuse_unknown(value, typing.get_args(kind)[1], origin, f"{path}.{key}")
+        return
     for struct in _structs(kind):
         if isinstance(tree, list):
             for i, item in enumerate(tree):

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deltalake import write_deltalake
 
 from cloud.lake import Lake
-from cloud.rows import Contracts, schema
+from cloud.rows import Contracts
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table
 from tests.cloud.blocks import block, contract
@@ -47,7 +46,7 @@ def test_rows_stored_before_the_clock_was_set_get_their_true_time_once_it_is_kno
     assert rows(lake)["europe", 1] == (False, datetime(1970, 1, 1, 0, 0, 31, tzinfo=UTC), None)
 
     lake.append("eu", [sealed(3, synced=True)])
-    assert lake.correct_clocks() == {"pump/europe": 2}
+    assert lake.correct_clocks() == {"europe/pump": 2}
     assert lake.correct_clocks() == {}
 
     assert rows(lake) == {
@@ -70,14 +69,14 @@ def test_another_boot_or_another_device_tells_nothing(tmp_path: Path) -> None:
     lake.append("eu", [sealed(1, synced=False), sealed(2, synced=True, boot="boot-2"), sealed(3, synced=True, device="d2")])
     assert lake.correct_clocks() == {}
     lake.append("eu", [sealed(1, synced=True, epoch="e2")])  # the same boot with a new buffer
-    assert lake.correct_clocks() == {"pump/europe": 1}
+    assert lake.correct_clocks() == {"europe/pump": 1}
 
 
 def test_the_block_that_knows_may_come_in_another_lane(tmp_path: Path) -> None:
     lake = open_lake(tmp_path)
     lake.append("eu", [sealed(1, synced=False)])
     lake.append("eu", [sealed(1, synced=True, lane="canada")])
-    assert lake.correct_clocks() == {"pump/europe": 1}
+    assert lake.correct_clocks() == {"europe/pump": 1}
     assert rows(lake)["europe", 1][:2] == (True, true(1))
 
 
@@ -85,7 +84,7 @@ def test_a_restarted_ingest_knows_it_from_the_rows(tmp_path: Path) -> None:
     open_lake(tmp_path).append("eu", [sealed(1, synced=False)])
     lake = open_lake(tmp_path)
     lake.append("eu", [sealed(2, synced=True)])
-    assert lake.correct_clocks() == {"pump/europe": 1}
+    assert lake.correct_clocks() == {"europe/pump": 1}
 
 
 def test_by_hand_all_tables_are_corrected_whoever_wrote_them(tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_by_hand_all_tables_are_corrected_whoever_wrote_them(tmp_path: Path) -> 
     open_lake(tmp_path).append("us", [sealed(1, synced=True, lane="canada")])  # an ingest that never saw the other lane
     lake = Lake(tmp_path)
     assert lake.correct_clocks() == {}
-    assert lake.correct_clocks(everywhere=True) == {"pump/europe": 1}
+    assert lake.correct_clocks(everywhere=True) == {"europe/pump": 1}
 
 
 def test_a_writer_that_was_away_during_the_correction_goes_on_and_stores_nothing_twice(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_a_boot_id_with_quotes_names_only_itself(tmp_path: Path) -> None:
     evil = "x' OR clock_synced = false OR boot = '"
     lake.append("eu", [sealed(1, synced=False), sealed(2, synced=False, boot=evil)])
     lake.append("eu", [sealed(3, synced=True, boot=evil)])
-    assert lake.correct_clocks() == {"pump/europe": 1}
+    assert lake.correct_clocks() == {"europe/pump": 1}
     assert rows(lake)["europe", 1][0] is False and rows(lake)["europe", 2][0] is True
 
 
@@ -123,7 +122,7 @@ def test_times_at_the_edge_of_64_bits_are_left_alone(tmp_path: Path) -> None:
     lake.append("eu", [block(2, boot="b", monotonic_us=-(2**63), sealed_us=2**63 - 1, clock_synced=True)])
     assert lake.correct_clocks() == {}
     lake.append("eu", [sealed(3, synced=True, boot="b")])
-    assert lake.correct_clocks() == {"pump/europe": 0}
+    assert lake.correct_clocks() == {"europe/pump": 0}
 
 
 def test_the_quarantine_s_times_are_the_device_s_and_are_corrected_too(tmp_path: Path) -> None:
@@ -133,22 +132,7 @@ def test_the_quarantine_s_times_are_the_device_s_and_are_corrected_too(tmp_path:
     lake = open_lake(tmp_path)
     lake.append("eu", [(header, table)])
     lake.append("eu", [sealed(5, synced=True)])
-    assert lake.correct_clocks() == {"quarantine/europe": 1}
-    assert lake.read("quarantine")["captured_at"].to_pylist() == [BOOTED + timedelta(microseconds=UP_US)]
-
-
-def test_tables_from_before_the_clock_columns_get_them_with_the_next_block(tmp_path: Path) -> None:
-    old = schema(contract())
-    for name in ("boot", "monotonic_us", "clock_shift_us"):
-        old = old.remove(old.get_field_index(name))
-    lake = open_lake(tmp_path / "new")
-    lake.append("eu", [sealed(1, synced=False)])
-    path = tmp_path / "old" / "pump" / "europe"
-    path.mkdir(parents=True)
-    write_deltalake(str(path), lake.read("pump", columns=old.names).cast(old))
-
-    lake = open_lake(tmp_path / "old")
-    assert lake.append("eu", [sealed(1, synced=False)]).committed == []  # still known
-    lake.append("eu", [sealed(2, synced=False), sealed(3, synced=True)])
-    assert lake.correct_clocks() == {}  # the block that knows came together with the other
-    assert [r[0] for r in rows(lake).values()] == [False, True, True]
+    assert lake.correct_clocks() == {"europe/quarantine": 1}
+    row = lake.read("quarantine")
+    assert row["captured_at"].to_pylist() == [BOOTED + timedelta(microseconds=UP_US)]
+    assert row["event_date"].to_pylist() == [BOOTED.date()]  # it was in 1970

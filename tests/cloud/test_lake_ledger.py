@@ -84,8 +84,9 @@ def test_what_is_given_up_is_known_after_reopening_compaction_and_a_cleaned_log(
     lake.append("eu", [ledger(7, loss(3, 4))])
     assert reach(open_lake(tmp_path), 8).cumulative == 8
 
-    lake.compact(files_max=0)
-    lose_log(tmp_path / "losses/europe")
+    for _ in range(2):  # one table at a time
+        lake.compact(files_max=0)
+    lose_log(tmp_path / "europe/losses")
     again = open_lake(tmp_path)
     assert reach(again, 9).cumulative == 9
     assert again.append("eu", [ledger(7, loss(3, 4))]).committed == []

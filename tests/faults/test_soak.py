@@ -20,7 +20,7 @@ import pytest
 from deltalake import DeltaTable
 
 from bench.edge_footprint import family, pss_mb
-from bench.plant import STREAM, ZONE, Plant
+from bench.plant import Plant
 from bench.proxy import Proxy
 
 RATE = 2_000
@@ -106,7 +106,7 @@ def wait_for_rows(plant: Plant, count: int) -> None:
     """Wait until the lake has that many rows, or gets no more for a while."""
     seen, since = -1, time.monotonic()
     while seen < count and time.monotonic() - since < QUIET_S:
-        found = DeltaTable(plant.cloud.lake_dir / STREAM / ZONE).to_pyarrow_dataset().count_rows()
+        found = DeltaTable(plant.table).to_pyarrow_dataset().count_rows()
         if found != seen:
             seen, since = found, time.monotonic()
         time.sleep(1.0)
@@ -114,8 +114,8 @@ def wait_for_rows(plant: Plant, count: int) -> None:
 
 def rows(plant: Plant) -> tuple[int, int]:
     """Rows of the lake, and distinct readings among them."""
-    path = plant.cloud.lake_dir / STREAM / ZONE
-    if not DeltaTable.is_deltatable(str(path)):
+    path = plant.table
+    if not DeltaTable.is_deltatable(path):
         return 0, 0
     table = DeltaTable(path).to_pyarrow_table(columns=["engine", "ts"])
     return table.num_rows, table.group_by(["engine", "ts"]).aggregate([]).num_rows
