@@ -26,8 +26,8 @@ from cloud.config import Settings
 from cloud.ingest_status import read_status, read_worker, status_path
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
-from edge_agent.contract.block import encode_block
 from cloud.workers import ONE, Pool, Worker, command, end_unused
+from edge_agent.contract.block import encode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
 from tests.brokers import Broker, User, mosquitto_broker, nats_broker
@@ -280,6 +280,7 @@ def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings:
     assert (alarm["event"], alarm["reason"]) == ("rows_quarantined", "out_of_range")
     assert "field 'pressure': 0 to 100 allowed" in alarm["detail"]
     assert {e.kind for e in Audit(settings.audit_db).entries()} == {"rows_quarantined"}
+
 
 def test_on_a_broker_without_shared_subscriptions_each_device_has_its_worker(settings: Settings, broker: Broker, device: Device) -> None:
     region = settings.region("eu")
