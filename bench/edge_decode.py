@@ -18,7 +18,8 @@ from bench.block_bytes import check_equal
 from bench.report import Report, best_of, main
 from bench.streams import Stream, engines
 from edge_agent.contract.columns import Strings, Table
-from edge_agent.contract.stream import FieldType, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import FieldType, StreamContract
 from edge_agent.core.decode import Decoder
 from edge_agent.core.validate import validate
 

@@ -19,7 +19,7 @@ from cloud.lake import Lake
 from cloud.rows import Contracts
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
-from edge_agent.contract.stream import parse_contract
+from edge_agent.contract.odcs import parse_contract
 
 BATCH_BLOCKS_MAX = 256
 

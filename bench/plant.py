@@ -28,7 +28,7 @@ from deltalake import DeltaTable
 
 from cloud import brokers, config
 from cloud.config import Settings
-from cloud.ingest import read_status
+from cloud.ingest_status import read_status
 from cloud.lake import BLOCKS_KEY
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.status import ask

@@ -68,7 +68,7 @@ class RequireToken:
 
 def build(settings: Settings, control: Control | None = None) -> Any:
     """The ASGI application; with `control`, it runs as long as the application does."""
-    fleet, audit = Fleet(settings.fleet_path), Audit(settings.audit_path)
+    fleet, audit = Fleet(settings.fleet_db), Audit(settings.audit_db)
 
     def status(request: Request) -> Any:
         return collect(settings)

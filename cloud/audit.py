@@ -2,27 +2,32 @@
 
 - Entries are only added. Each holds the SHA-256 of the one before it and of itself, so a changed or removed entry breaks
   the chain from there on (`verify`). Keep the newest hash elsewhere and a cut at the end shows too.
-- Several processes write to it; SQLite gives the order.
+- Several processes write to it; the database gives the order: one writer at a time, on SQLite and on PostgreSQL.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sqlite3
 import time
-from contextlib import closing
-from pathlib import Path
 
 import msgspec
+from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData, Table, Text, insert, select
 
+from cloud.metadata import Database, Store
 from edge_agent.contract.errors import UNREADABLE
 
-BUSY_TIMEOUT_S = 10.0
 DETAIL_CHARACTERS_MAX = 1_000
 FIRST = "0" * 64
+READ_ROWS = 1_000  # at a time, when the whole trail is read
 
-_SCHEMA = "CREATE TABLE IF NOT EXISTS entries (id INTEGER PRIMARY KEY, entry BLOB NOT NULL, hash TEXT NOT NULL) STRICT"
+_TABLES = MetaData()
+_ENTRIES = Table(
+    "entries",
+    _TABLES,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    Column("entry", LargeBinary, nullable=False),
+    Column("hash", Text, nullable=False),
+)
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,22 +44,19 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Audit:
-    """The audit trail in `path`."""
+    """The audit trail in `database`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-        with closing(self._connect()) as db:
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = FULL")
-            db.execute(_SCHEMA)
+    def __init__(self, database: Database) -> None:
+        self._store = Store(database, _TABLES)
 
     def add(self, kind: str, *, region: str, subject: str, reason: str, detail: str, count: int = 1) -> Entry:
-        """Append an entry, durably."""
-        with closing(self._connect()) as db:
-            db.execute("BEGIN IMMEDIATE")
-            last = db.execute("SELECT hash FROM entries ORDER BY id DESC LIMIT 1").fetchone()
+        """Append an entry, durably.
+
+        Raises:
+            UnavailableError: the database does not answer; the entry may have been written all the same.
+        """
+        with self._store.writing() as db:
+            last = db.execute(select(_ENTRIES.c.id, _ENTRIES.c.hash).order_by(_ENTRIES.c.id.desc()).limit(1)).first()
             entry = Entry(
                 at_us=time.time_ns() // 1_000,
                 kind=kind,
@@ -63,49 +65,48 @@ class Audit:
                 reason=reason,
                 detail=detail[:DETAIL_CHARACTERS_MAX],
                 count=count,
-                previous=last[0] if last else FIRST,
+                previous=last.hash if last else FIRST,
             )
             data = msgspec.json.encode(entry)
-            db.execute("INSERT INTO entries (entry, hash) VALUES (?, ?)", (data, hashlib.sha256(data).hexdigest()))
-            db.execute("COMMIT")
+            number = last.id + 1 if last else 1  # not the database's own count: that has gaps
+            db.execute(insert(_ENTRIES).values(id=number, entry=data, hash=hashlib.sha256(data).hexdigest()))
         return entry
 
     def entries(self, limit: int = 100) -> list[Entry]:
         """The newest entries, the newest first."""
-        with closing(self._connect()) as db:
-            rows = db.execute("SELECT entry FROM entries ORDER BY id DESC LIMIT ?", (limit,)).fetchall()
-        return [_decode(row[0]) for row in rows]
+        with self._store.reading() as db:
+            rows = db.execute(select(_ENTRIES.c.entry).order_by(_ENTRIES.c.id.desc()).limit(limit)).all()
+        return [_decode(row.entry) for row in rows]
 
     def counts(self) -> dict[str, int]:
         """How often each reason was given; entries that are no refusals have none."""
-        query = """
-            WITH readable AS (SELECT CAST(entry AS TEXT) AS entry FROM entries WHERE json_valid(CAST(entry AS TEXT)))
-            SELECT json_extract(entry, '$.reason') AS reason, sum(json_extract(entry, '$.count')) FROM readable
-            WHERE reason <> '' GROUP BY reason
-        """
-        with closing(self._connect()) as db:
-            return {str(reason): int(count) for reason, count in db.execute(query)}
+        counts: dict[str, int] = {}
+        with self._store.reading() as db:
+            for row in db.execute(select(_ENTRIES.c.entry).order_by(_ENTRIES.c.id)).yield_per(READ_ROWS):
+                entry = _readable(row.entry)
+                if entry is not None and entry.reason:
+                    counts[entry.reason] = counts.get(entry.reason, 0) + entry.count
+        return counts
 
     def verify(self) -> int | None:
         """The number of the first entry that does not fit the chain; None if all do."""
         previous = FIRST
-        with closing(self._connect()) as db:
-            for place, (number, data, digest) in enumerate(db.execute("SELECT id, entry, hash FROM entries ORDER BY id"), 1):
-                if number != place or hashlib.sha256(data).hexdigest() != digest or _previous(data) != previous:
+        with self._store.reading() as db:
+            rows = db.execute(select(_ENTRIES).order_by(_ENTRIES.c.id)).yield_per(READ_ROWS)
+            for place, (number, data, digest) in enumerate(rows, 1):
+                entry = _readable(data)
+                if number != place or hashlib.sha256(data).hexdigest() != digest or entry is None or entry.previous != previous:
                     return place
                 previous = digest
         return None
-
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
 
 
 _decode = msgspec.json.Decoder(Entry).decode
 
 
-def _previous(data: bytes) -> str | None:
-    """The hash that an entry names; None if it is no entry at all."""
+def _readable(data: bytes) -> Entry | None:
+    """An entry; None if it is none any more."""
     try:
-        return _decode(data).previous
+        return _decode(data)
     except UNREADABLE:
         return None

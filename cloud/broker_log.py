@@ -3,8 +3,8 @@
 - NATS and Mosquitto are understood; other lines are passed over. Mosquitto names refused publishes only with `log_type debug`.
 - The name in a line is the MQTT client id. Where the broker ties that to the user (`deploy/mosquitto`: certificate, user and client id
   are one) it is who tried; in the embedded NATS a client may call itself anything, so the name is only what it said.
-- The place in the log is kept in a file, so what was refused while nobody read it is read later; a log that was replaced is read
-  from its start.
+- The place in the log is kept in a file, so what was refused while nobody read it is read later, and what was read and not yet written
+  down elsewhere (`keep_place`) is read again; a log that was replaced is read from its start.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ class BrokerLog:
 
     def __init__(self, path: Path, place_file: Path) -> None:
         self._path, self._place_file = path, place_file
-        self._place = _read_place(place_file)
+        self._place = self._kept = _read_place(place_file)
 
     def read(self) -> Iterator[Denial]:
         """What was refused since the last call, in the order of the log; at most READ_BYTES_MAX of the log in one call.
 
-        The place is remembered when all of it was taken.
+        It goes on from there when all of it was taken; the next reader does only after `keep_place`.
         """
         try:
             with self._path.open("rb") as log:
@@ -89,11 +89,15 @@ class BrokerLog:
             denial = read_line(line)
             if denial is not None:
                 yield denial
-        if whole or place != self._place:
-            self._place = _Place(place.inode, place.offset + whole)
+        self._place = _Place(place.inode, place.offset + whole)
+
+    def keep_place(self) -> None:
+        """Remember how far it was read: all of that is safe."""
+        if self._place != self._kept:
             temporary = self._place_file.with_suffix(".tmp")
             temporary.write_bytes(msgspec.json.encode(self._place))
             temporary.replace(self._place_file)
+            self._kept = self._place
 
     def _start(self, handle: int) -> _Place:
         status = os.fstat(handle)

@@ -33,7 +33,7 @@ CLOUD_USER = "cloud"
 SENSOR_USER = "sensor"
 ACK_WAIT_S = 2
 """After this long without PUBACK, NATS sends a QoS 1 message again."""
-UNACKED_MAX = {"region": 512, "sensors": 16_000}
+UNACKED_MAX = {"region": 1_024, "sensors": 16_000}
 """QoS 1 messages on their way to one subscription: blocks are large, sensor messages small. A filter that ends in `/#` counts twice, and
 NATS refuses a session that would pass 65,535 in all."""
 STORE_BYTES_MAX = 16 * 1024**3

@@ -22,8 +22,9 @@ from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.gate import Gate, Refusal, load_contracts, load_zones
-from cloud.ingest import REFUSED
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
+from cloud.refusals import REFUSED
 from edge_agent.buffer_file import BufferFile, Found
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
@@ -71,9 +72,9 @@ class BufferImport:
         names = regions or [r.name for r in settings.regions]
         contracts, self._zones = load_contracts(settings), load_zones(settings)
         self._gates = {settings.region(name).name: Gate(name, contracts, self._zones) for name in names}
-        self._lake = Lake(settings.lake, contracts)
-        self._fleet = set(Fleet(settings.fleet_path).devices())
-        self._audit = Audit(settings.audit_path)
+        self._lake = CheckedLake(Lake(settings.lake, contracts))
+        self._fleet = set(Fleet(settings.fleet_db).devices())
+        self._audit = Audit(settings.audit_db)
 
     def run(self, path: Path, key_file: Path | None = None) -> Imported:
         """Import a file; again does no harm.

@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import os
+import ssl
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import quote
 
 import msgspec
 
@@ -22,20 +24,50 @@ from edge_agent.core.settings import parse_settings
 
 HOST = "127.0.0.1"
 MARKERS = (Path("pipelines/dvc.yaml"), Path("fenceline.toml"))
+PASSWORD_VARIABLE = "FENCELINE_METADATA_PASSWORD"
+WORKERS_MAX = 32
 SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
+
+
+class Tls(msgspec.Struct, frozen=True):
+    """TLS to a region's broker, and the certificate that the cloud shows there. `{name}` in a path is the name of the session: the client
+    id, which Mosquitto wants to be the CN (each worker needs its own)."""
+
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    def context(self, name: str) -> ssl.SSLContext:
+        """What a session called `name` connects with; the system's authorities are trusted if there is no `ca_file`.
+
+        Raises:
+            ConfigError: the files do not load.
+        """
+        ca, cert, key = (path and path.replace("{name}", name) for path in (self.ca_file, self.cert_file, self.key_file))
+        try:
+            context = ssl.create_default_context(cafile=ca)
+            if cert:
+                context.load_cert_chain(cert, key)
+        except OSError as e:  # ssl.SSLError is one
+            raise ConfigError(f"TLS files ca={ca} cert={cert} key={key} do not load: {e}") from e
+        return context
 
 
 @dataclass(frozen=True)
 class Region:
     """A region's broker; `name` is the endpoint name that zones.geojson uses.
 
-    `broker_log` is where that broker writes what it refuses; None: the log of the embedded one.
+    `broker_log` is where that broker writes what it refuses; None: the log of the embedded one. `shared_subscriptions` says that the broker
+    knows `$share`: it deals blocks out to the workers; if not, each worker is sent all and keeps those of its own devices.
     """
 
     name: str
     host: str
     port: int
     broker_log: Path | None = None
+    mqtt: int = 4
+    tls: Tls | None = None
+    shared_subscriptions: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +83,32 @@ class Address:
 
 
 class IngestLimits(msgspec.Struct, frozen=True):
-    """One commit holds at most this many blocks and bytes; a batch waits `linger_ms` for more blocks."""
+    """One commit holds at most this many blocks and bytes, and waits at most `linger_ms` for more, or until the commit before it is done.
+    A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes of a region in the stack.
+    """
 
-    batch_blocks_max: int = 256
+    batch_blocks_max: int = 512
     batch_bytes_max: int = 32 * 1024 * 1024
     linger_ms: int = 5
+    receipt_interval_ms: int = 50
+    workers: int = 1
+
+
+class QueryLimits(msgspec.Struct, frozen=True):
+    """What one query may take, and which zones each user of this machine may see (`cloud.query`)."""
+
+    memory_mib_max: int = 1_024
+    time_s_max: float = 60.0
+    rows_max: int = 1_000_000
+    threads: int = 2
+    users: dict[str, tuple[str, ...]] = {}
+
+
+class QualityLimits(msgspec.Struct, frozen=True):
+    """How often the lake's completeness and service levels are looked at, and how late a block may be before it counts as missing."""
+
+    check_s: float = 60.0
+    grace_s: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +127,9 @@ class Settings:
     lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
+    query: QueryLimits = field(default_factory=QueryLimits)
+    quality: QualityLimits = field(default_factory=QualityLimits)
+    metadata_url: str | None = None
     live_features: bool = False
 
     @property
@@ -105,12 +161,16 @@ class Settings:
         return self.state_dir / "secrets"
 
     @property
-    def fleet_path(self) -> Path:
-        return self.state_dir / "fleet.db"
+    def fleet_db(self) -> Path | str:
+        return self.metadata_url or self.state_dir / "fleet.db"
 
     @property
-    def audit_path(self) -> Path:
-        return self.state_dir / "audit.db"
+    def rollouts_db(self) -> Path | str:
+        return self.metadata_url or self.state_dir / "rollouts.db"
+
+    @property
+    def audit_db(self) -> Path | str:
+        return self.metadata_url or self.state_dir / "audit.db"
 
     @property
     def token_path(self) -> Path:
@@ -177,6 +237,16 @@ class _Region(msgspec.Struct, frozen=True):
     port: int
     host: str = HOST
     broker_log: str | None = None
+    mqtt: Literal[4, 5] = 4
+    tls: Tls | None = None
+    shared_subscriptions: bool = False
+
+
+class _Metadata(msgspec.Struct, frozen=True):
+    """SQLite files in the state directory, or the PostgreSQL at `url`; its password from a file or FENCELINE_METADATA_PASSWORD."""
+
+    url: str | None = None
+    password_file: str | None = None
 
 
 class _Lake(msgspec.Struct, frozen=True):
@@ -203,6 +273,9 @@ class _File(msgspec.Struct, frozen=True):
     api: _Address = _Address(18800)
     ingest: IngestLimits = IngestLimits()
     lake: _Lake = _Lake()
+    query: QueryLimits = QueryLimits()
+    quality: QualityLimits = QualityLimits()
+    metadata: _Metadata = _Metadata()
     features: _Features = _Features()
 
 
@@ -223,7 +296,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
     settings = Settings(
         project=root,
         state_dir=chosen.absolute(),
-        regions=tuple(Region(r.name, r.host, r.port, root / r.broker_log if r.broker_log else None) for r in read.regions),
+        regions=tuple(_region(r, root) for r in read.regions),
         sensors=Address(read.sensors.host, read.sensors.port),
         release=Address(read.release.host, read.release.port),
         mlflow=Address(read.mlflow.host, read.mlflow.port),
@@ -233,11 +306,39 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
+        query=read.query,
+        quality=read.quality,
+        metadata_url=_metadata_url(read.metadata, root, str(path)),
         live_features=read.features.live,
     )
     _check(settings, str(path))
     stack = running_stack(settings)
     return settings.with_ports(stack["ports"]) if stack else settings
+
+
+def _region(read: _Region, root: Path) -> Region:
+    tls = read.tls and Tls(*(file and str(root / file) for file in (read.tls.ca_file, read.tls.cert_file, read.tls.key_file)))
+    log = root / read.broker_log if read.broker_log else None
+    return Region(read.name, read.host, read.port, log, read.mqtt, tls, read.shared_subscriptions)
+
+
+def _metadata_url(read: _Metadata, root: Path, origin: str) -> str | None:
+    """The database's URL with its password."""
+    if read.url is None:
+        return None
+    scheme, _, rest = read.url.partition("://")
+    user, at, where = rest.rpartition("@")
+    if scheme != "postgresql" or not where:
+        raise ConfigError(f"{origin}: metadata.url {read.url!r} must be postgresql://USER@HOST:PORT/DATABASE, or be left out for SQLite")
+    if ":" in user:
+        raise ConfigError(f"{origin}: metadata.url holds a password; put it in a file (metadata.password_file) or in {PASSWORD_VARIABLE}")
+    password = os.environ.get(PASSWORD_VARIABLE)
+    if password is None and read.password_file is not None:
+        try:
+            password = (root / read.password_file).read_text().strip()
+        except OSError as e:
+            raise ConfigError(f"{origin}: metadata.password_file {read.password_file}: {e.strerror}") from e
+    return f"{scheme}://{user}{':' + quote(password, safe='') if password else ''}{at}{where}"
 
 
 def find_project(project: Path | None = None) -> Path:
@@ -278,8 +379,14 @@ def _check(settings: Settings, origin: str) -> None:
     if len(set(ports.values())) != len(ports):
         raise ConfigError(f"{origin}: two parts share a port: {ports}")
     limits = settings.ingest
-    if min(limits.batch_blocks_max, limits.batch_bytes_max, limits.linger_ms + 1, settings.small_files_max) < 1:
+    times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
+    if min(limits.batch_blocks_max, limits.batch_bytes_max, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
+    query, quality = settings.query, settings.quality
+    if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:
+        raise ConfigError(f"{origin}: limits of [query] and [quality] must be positive")
+    if not 1 <= limits.workers <= WORKERS_MAX:
+        raise ConfigError(f"{origin}: ingest.workers {limits.workers} is not between 1 and {WORKERS_MAX}")
 
 
 def _check_port(port: int, name: str) -> None:

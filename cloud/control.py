@@ -3,6 +3,7 @@
 - Desired documents are published retained in every region, at every connection and whenever one changes: a device finds its
   document wherever it connects. Commands only write to the fleet's database; this loop sees it.
 - Reports and events come from every region.
+- What is missing in the lake, and which service levels are not kept, is looked at now and then (`cloud.watch`).
 - TUF metadata is signed again before it expires, if the keys are here.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import sqlite3
 import threading
 import time
 from datetime import UTC, datetime
@@ -19,12 +19,14 @@ from cloud import brokers, keys, release, rollout
 from cloud.config import Region, Settings
 from cloud.fleet import Fleet
 from cloud.intake import Intake, Received
+from cloud.watch import Watch
 from edge_agent.contract.errors import ContractError, FencelineError
 from edge_agent.contract.state import decode_reported, encode_state
 from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, Kind, parse
 
 log = logging.getLogger(__name__)
 
+NAME = "control-1"  # client id, and CN of the certificate
 TICK_S = 0.2
 ROLLOUT_S = 1.0
 REFRESH_S = 3600.0
@@ -40,16 +42,19 @@ class RegionControl:
         self._fleet = fleet
         self._connection = 0
         self._published: dict[str, int] = {}
+        self._held: Received | None = None  # taken from the queue, and not yet written down
 
     def step(self) -> None:
         """Take what came in, and publish the desired documents that this connection has not seen."""
         for _ in range(MESSAGES_PER_TICK_MAX):
             try:
-                message = self.intake.queue.get_nowait()
+                self._held = self._held or self.intake.queue.get_nowait()
             except queue.Empty:
                 break
-            self._take(message)
-            self.intake.release([message])
+            if self._held is not None:
+                self._take(self._held)
+                self.intake.release([self._held])
+            self._held = None
         if self.intake.connected:
             self._publish()
 
@@ -82,9 +87,10 @@ class Control:
     """The loop, in a thread of its own from `start` to `stop`."""
 
     def __init__(self, settings: Settings) -> None:
-        self.fleet = Fleet(settings.fleet_path)
+        self.fleet = Fleet(settings.fleet_db)
         self._settings = settings
         self._rollouts = rollout.Controller(settings, self.fleet)
+        self._watch = Watch(settings)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control")
         secret = brokers.password(settings, brokers.CLOUD_USER)
@@ -116,10 +122,11 @@ class Control:
                 if now >= rollout_due:
                     rollout_due = now + ROLLOUT_S
                     self._rollouts.tick(time.time())
+                self._watch.tick(now)
                 if now >= refresh_due:
                     refresh_due = now + REFRESH_S
                     self._refresh()
-            except (FencelineError, sqlite3.Error, OSError):  # a busy database or a full disk: what was not done is done later
+            except (FencelineError, OSError):  # a busy database or a full disk: what was not done is done later
                 log.exception("control step failed")
 
     def _refresh(self) -> None:
@@ -129,6 +136,4 @@ class Control:
 
 
 def _intake(region: Region, secret: str) -> Intake:
-    return Intake(
-        region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=f"control-{region.name}", persistent=False
-    )
+    return Intake(region, brokers.CLOUD_USER, secret, filters=(ALL_REPORTED, ALL_EVENTS), client_id=NAME, persistent=False)

@@ -19,7 +19,8 @@ from cloud.rows import Contracts, check_columns
 from edge_agent.contract.block import BlockHeader, decode_block
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError, Reason
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 from edge_agent.contract.topics import Kind, Topic, parse
 from edge_agent.core.zones import Zones, parse_zones
 

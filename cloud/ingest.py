@@ -1,14 +1,18 @@
-"""Ingest: blocks from a region's broker into the lake. One process per region: `python -m cloud.ingest --region eu`.
+"""Ingest: blocks from a region's broker into the lake. `fenceline ingest --region eu`.
 
 - The order is the promise: check, commit to the lake, send receipts, then PUBACK. Whatever stops in between is sent again, by the
-  broker or by the device, and stored once.
+  broker or by the device, and stored once. A receipt may wait for the next one to the same device, and then comes after the PUBACK: that
+  too costs one more sending at most.
+- While one batch is committed the next is collected and checked. So a batch is what came during the commit before it: one block when it
+  is quiet, `batch_blocks_max` under load.
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
+- Rows that break their contract go to the lake's quarantine, the rest of their block to its stream (`cloud.quarantine`); that too is told.
 - What the broker refused by itself (a topic that is not the device's, or not of this region's zones) is read from its log, and is
   written down and raised in the same way.
-- A zone policy that was published is taken between two batches.
-- paho's callbacks only put messages on a queue. The broker's limit of unacknowledged messages bounds the queue.
-- While the lake cannot commit, nothing is acknowledged and nothing is lost.
+- A zone policy that was published is taken between two blocks.
+- While the lake cannot commit, nothing is acknowledged and nothing is lost. While the metadata database is away, blocks are stored all
+  the same; see `cloud.refusals`.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -31,12 +35,17 @@ from cloud.audit import Audit
 from cloud.broker_log import BrokerLog, Denial
 from cloud.config import IngestLimits, Region, Settings
 from cloud.gate import Gate, PolicyWatch, Refusal, load_contracts, load_zones
+from cloud.ingest_status import Status, status_path, write_status
 from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
+from cloud.quarantine import CheckedLake
+from cloud.receipts import Receipts
+from cloud.refusals import DENIED, QUARANTINED, REFUSED, Entry, Kind, Refusals
+from cloud.workers import NAME, ONE, Worker, end_unused
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
-from edge_agent.contract.receipt import encode_receipt
+from edge_agent.contract.receipt import Receipt, encode_receipt
 from edge_agent.contract.topics import DeviceTopics, check_name, parse
 from edge_agent.core.zones import Zones
 
@@ -45,66 +54,30 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.1, 5.0)  # the first and the longest wait while the lake is away
 IDLE_S = 0.25
 STATUS_S = 0.5
-REFUSED, DENIED = "block_refused", "denied_by_broker"
-ALARMS_MAX = 10_000
-ALARM_S = 10.0  # refusals of one kind are written down once in this time, with their number
-
-
-class Status(msgspec.Struct):
-    """What an ingest has done since it started; other processes read it from a file."""
-
-    region: str
-    pid: int
-    connected: bool = False
-    messages: int = 0
-    blocks: int = 0
-    rows: int = 0
-    duplicates: int = 0
-    bytes: int = 0
-    commits: int = 0
-    lake_available: bool = True
-    refused: dict[str, int] = {}
-    updated_us: int = 0
-
-
-def status_path(settings: Settings, region: str) -> Path:
-    """Where the ingest of `region` writes its Status."""
-    return settings.run_dir / f"ingest-{region}.json"
-
-
-def read_status(settings: Settings, region: str) -> Status | None:
-    """The Status of a region's ingest; None before its first word."""
-    try:
-        return msgspec.json.decode(status_path(settings, region).read_bytes(), type=Status)
-    except FileNotFoundError:
-        return None
-
-
-class AlarmKey(NamedTuple):
-    """Refusals that are written down together. `kind` says by whom: REFUSED by the gate, DENIED by the broker."""
-
-    kind: str
-    device: str
-    lane: str
-    stream: str
-    reason: Reason
+UPKEEP_S = 60.0  # the longest time without upkeep under load
 
 
 @dataclass
-class _Alarm:
-    """Refusals not yet written down; they are when `due`."""
+class Batch:
+    """Messages that are acknowledged together, and the blocks among them that the gate let pass."""
 
-    due: float
-    count: int = 0
-    detail: str = ""
+    messages: list[Received] = field(default_factory=list)
+    blocks: list[tuple[BlockHeader, Table]] = field(default_factory=list)
+    size_bytes: int = 0
+    began: float = 0.0
+
+    def add(self, message: Received, now: float) -> None:
+        self.began = self.began if self.messages else now
+        self.messages.append(message)
+        self.size_bytes += len(message.payload)
 
 
 @dataclass
 class Ingest:
-    """The loop of one region's ingest."""
+    """The loop of one worker. The lake is used by one thread of its own, so that the next batch is collected meanwhile."""
 
     gate: Gate
-    lake: Lake
+    lake: CheckedLake
     intake: Intake
     audit: Audit
     limits: IngestLimits
@@ -117,25 +90,131 @@ class Ingest:
 
     def __post_init__(self) -> None:
         self.status = Status(self.gate.region, os.getpid())
-        self._alarms: dict[AlarmKey, _Alarm] = {}
+        self._refusals = Refusals(self.audit, self.gate.region, self._raise_alarm)
+        self._receipts = Receipts(self._send_receipt, self.limits.receipt_interval_ms / 1_000)
+        self._lake_thread = ThreadPoolExecutor(1, "lake")
+        self._work: Future[Settled | None] | None = None  # of the lake's thread: a commit, or upkeep
+        self._next, self._committing = Batch(), Batch()
+        self._retry_s, self._retry_due = RETRY_S[0], 0.0
         self._status_due = self._look_due = 0.0
+        self._upkeep_due = time.monotonic() + UPKEEP_S
 
     def run(self) -> None:
         """Work until `stop`."""
-        while not self.stop:
-            batch = self._collect()
-            if batch:
-                self._handle(batch)
+        try:
+            while not self.stop:
+                self._collect()
+                self._finish(time.monotonic())
+                self._begin(time.monotonic())
+                self._receipts.send(time.monotonic())
+                self._look_around(time.monotonic())
+            if self._work is not None:
+                self._finish(time.monotonic(), last=True)
+        finally:
+            self._lake_thread.shutdown()
+            self._receipts.send(float("inf"))
+            self._refusals.close()
+
+    # Batches
+
+    def _collect(self) -> None:
+        """Take messages into the next batch until there is something else to do."""
+        while not self._full:
+            message = self._message(self._wait_s(time.monotonic()))
+            if message is None:
+                return
+            self._next.add(message, time.monotonic())
+            found = self.gate.inspect(message.topic, message.payload)
+            if isinstance(found, Refusal):
+                self._refuse(found)
             else:
-                self.lake.compact(self.small_files_max)
-                self.lake.correct_clocks()
-            self._look_around(time.monotonic())
-            self._raise_alarms(time.monotonic())
-            self._write_status(time.monotonic())
-        self._raise_alarms(float("inf"))
+                self._next.blocks.append(found)
+        if self._work is not None:  # no room for more before it is done
+            wait([self._work], self._wait_s(time.monotonic()))
+
+    def _message(self, wait_s: float) -> Received | None:
+        """The next message; None after `wait_s`, or when the lake's thread is done."""
+        try:
+            return self.intake.queue.get(timeout=wait_s) if wait_s else self.intake.queue.get_nowait()
+        except queue.Empty:
+            return None
+
+    @property
+    def _full(self) -> bool:
+        return len(self._next.messages) >= self.limits.batch_blocks_max or self._next.size_bytes >= self.limits.batch_bytes_max
+
+    def _wait_s(self, now: float) -> float:
+        """How long nothing else has to be done."""
+        waits = [IDLE_S]
+        if (receipt_s := self._receipts.due_s(now)) is not None:
+            waits.append(receipt_s)
+        if self._next.messages and self._work is None:
+            waits.append(max(self._retry_due, self._next.began + self.limits.linger_ms / 1_000) - now)
+        return max(0.0, min(waits))
+
+    def _begin(self, now: float) -> None:
+        """Give the lake's thread something to do, if it has nothing: the batch that failed, the next batch, or upkeep."""
+        if self._work is not None or now < self._retry_due:
+            return
+        lingered = now >= self._next.began + self.limits.linger_ms / 1_000
+        if not self._committing.messages and self._next.messages and (lingered or self._full):
+            self._committing, self._next = self._next, Batch()
+        if self._committing.messages:
+            self._start(self.lake.append, self.gate.region, self._committing.blocks)
+        elif not self._next.messages or now >= self._upkeep_due:
+            self._upkeep_due = now + UPKEEP_S
+            self._start(self._upkeep)
+
+    def _start(self, work: Callable[..., Settled | None], *arguments: object) -> None:
+        self._work = self._lake_thread.submit(work, *arguments)
+        self._work.add_done_callback(lambda _: self.intake.wake())
+
+    def _upkeep(self) -> None:
+        self.lake.compact(self.small_files_max)
+        self.lake.correct_clocks()
+
+    def _finish(self, now: float, last: bool = False) -> None:
+        """If the lake's thread is done: receipts, then PUBACKs. If the lake was away, the same batch again later."""
+        if self._work is None or not (last or self._work.done()):
+            return
+        work, self._work = self._work, None
+        try:
+            settled = work.result()
+        except UnavailableError as e:
+            log.warning("lake unavailable region=%s retry_s=%.1f reason=%s", self.gate.region, self._retry_s, e)
+            self.status.lake_available = False
+            self._retry_due, self._retry_s = now + self._retry_s, min(2 * self._retry_s, RETRY_S[1])
+            return
+        self.status.lake_available, self._retry_s = True, RETRY_S[0]
+        if settled is not None:
+            batch, self._committing = self._committing, Batch()
+            for refusal in settled.refused:
+                self._refuse(refusal)
+            for found in self.lake.take_found():
+                self.status.quarantined_rows += found.rows
+                self._add_refusal(Kind(QUARANTINED, found.device, found.lane, found.stream, found.reason), found.detail)
+            self._receipts.add(settled.receipts, now)
+            self.intake.release(batch.messages)
+            self._count(batch, settled)
+
+    def _send_receipt(self, receipt: Receipt) -> None:
+        self.status.receipts += self.intake.publish(DeviceTopics(receipt.device).receipts, encode_receipt(receipt))
+
+    def _count(self, batch: Batch, settled: Settled) -> None:
+        rows = {h.identity: h.rows for h, _ in batch.blocks}
+        status = self.status
+        status.messages += len(batch.messages)
+        status.bytes += batch.size_bytes
+        status.blocks += len(settled.committed)
+        status.rows += sum(rows[i] for i in settled.committed)
+        status.duplicates += len(batch.blocks) - len(settled.committed) - len(settled.refused)
+        status.commits += bool(settled.committed)
+
+    # Refusals, policy, status
 
     def _look_around(self, now: float) -> None:
-        """Now and then: a new policy, and what the broker has refused."""
+        """Now and then: a new policy, what the broker has refused, what is to be written down."""
+        self._refusals.write(now)
         if now < self._look_due:
             return
         self._look_due = now + STATUS_S
@@ -143,8 +222,14 @@ class Ingest:
         if zones is not None:
             self.gate = replace(self.gate, zones=zones)
             log.info("policy taken region=%s digest=%s", self.gate.region, zones.digest)
-        for denial in self.broker_log.read() if self.broker_log is not None else ():
-            self._deny(denial)
+        if self.broker_log is not None and self._refusals.available:
+            if self._refusals.written:
+                self.broker_log.keep_place()
+            for denial in self.broker_log.read():
+                self._deny(denial)
+        self.status.connected, self.status.audit_available = self.intake.connected, self._refusals.available
+        self.status.updated_us = time.time_ns() // 1_000
+        write_status(self.status_file, self.status)
 
     def _deny(self, denial: Denial) -> None:
         detail = f"the broker of {self.gate.region} refused to let {denial.client!r} {denial.action} {denial.topic!r} {denial.address}"
@@ -154,98 +239,22 @@ class Ingest:
             lane, stream = topic.lane, topic.stream
         except ContractError:
             lane = stream = ""
-        self._alarm(AlarmKey(DENIED, denial.client, lane, stream, Reason.DENIED), detail)
-
-    def _handle(self, batch: list[Received]) -> None:
-        accepted: list[tuple[BlockHeader, Table]] = []
-        for message in batch:
-            found = self.gate.inspect(message.topic, message.payload)
-            if isinstance(found, Refusal):
-                self._refuse(found)
-            else:
-                accepted.append(found)
-        settled = self._append(accepted)
-        if settled is None:
-            return  # stopping, nothing acknowledged
-        for receipt in settled.receipts:
-            self.intake.publish(DeviceTopics(receipt.device).receipts, encode_receipt(receipt))
-        self.intake.release(batch)
-        self._count(batch, accepted, settled)
-
-    def _append(self, accepted: list[tuple[BlockHeader, Table]]) -> Settled | None:
-        """Append, however long the lake is away; None if asked to stop meanwhile."""
-        wait_s = RETRY_S[0]
-        while not self.stop:
-            try:
-                settled = self.lake.append(self.gate.region, accepted)
-            except UnavailableError as e:
-                log.warning("lake unavailable region=%s retry_s=%.1f reason=%s", self.gate.region, wait_s, e)
-                self.status.lake_available = False
-                self._write_status(time.monotonic())
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, RETRY_S[1])
-            else:
-                self.status.lake_available = True
-                return settled
-        return None
-
-    def _collect(self) -> list[Received]:
-        """The next messages, at most a batch; waits `linger_ms` after the first one."""
-        try:
-            batch = [self.intake.queue.get(timeout=IDLE_S)]
-        except queue.Empty:
-            return []
-        size, deadline = len(batch[0].payload), time.monotonic() + self.limits.linger_ms / 1_000
-        while len(batch) < self.limits.batch_blocks_max and size < self.limits.batch_bytes_max:
-            try:
-                batch.append(self.intake.queue.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
-            size += len(batch[-1].payload)
-        return batch
+        self._add_refusal(Kind(DENIED, denial.client, lane, stream, Reason.DENIED), detail)
 
     def _refuse(self, refusal: Refusal) -> None:
         log.warning("block refused device=%s lane=%s reason=%s detail=%s", refusal.device, refusal.lane, refusal.reason, refusal.detail)
-        self._alarm(AlarmKey(REFUSED, refusal.device, refusal.lane, refusal.stream, refusal.reason), refusal.detail)
+        self._add_refusal(Kind(REFUSED, refusal.device, refusal.lane, refusal.stream, refusal.reason), refusal.detail)
 
-    def _alarm(self, key: AlarmKey, detail: str) -> None:
-        """Count one refusal; it is written down when its alarm is due."""
-        self.status.refused[key.reason] = self.status.refused.get(key.reason, 0) + 1
-        if key not in self._alarms and len(self._alarms) >= ALARMS_MAX:
-            key = AlarmKey(key.kind, "", "", "", key.reason)
-        alarm = self._alarms.setdefault(key, _Alarm(time.monotonic()))
-        alarm.count, alarm.detail = alarm.count + 1, detail
+    def _add_refusal(self, kind: Kind, detail: str) -> None:
+        self.status.refused[kind.reason] = self.status.refused.get(kind.reason, 0) + 1
+        self._refusals.add(kind, detail, time.monotonic())
 
-    def _raise_alarms(self, now: float) -> None:
-        """Write down refusals: the first of a kind at once, then at most one entry in ALARM_S."""
-        for key, alarm in [(k, a) for k, a in self._alarms.items() if a.due <= now]:
-            if not alarm.count:
-                del self._alarms[key]
-                continue
-            self.audit.add(key.kind, region=self.gate.region, subject=key.device, reason=key.reason, detail=alarm.detail, count=alarm.count)
-            if _is_device(key.device):
-                event = {"event": key.kind, "region": self.gate.region, "reason": key.reason, "detail": alarm.detail, "count": alarm.count}
-                self.intake.publish(DeviceTopics(key.device).events, msgspec.json.encode(event))
-            alarm.due, alarm.count = now + ALARM_S, 0
-
-    def _count(self, batch: list[Received], accepted: list[tuple[BlockHeader, Table]], settled: Settled) -> None:
-        rows = {h.identity: h.rows for h, _ in accepted}
-        status = self.status
-        status.messages += len(batch)
-        status.bytes += sum(len(m.payload) for m in batch)
-        status.blocks += len(settled.committed)
-        status.rows += sum(rows[i] for i in settled.committed)
-        status.duplicates += len(accepted) - len(settled.committed)
-        status.commits += bool(settled.committed)
-
-    def _write_status(self, now: float) -> None:
-        if now < self._status_due:
-            return
-        self._status_due = now + STATUS_S
-        self.status.connected, self.status.updated_us = self.intake.connected, time.time_ns() // 1_000
-        temporary = self.status_file.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(self.status))
-        temporary.replace(self.status_file)
+    def _raise_alarm(self, entry: Entry) -> None:
+        """Tell the device's operator what stands in the audit trail."""
+        kind, times, detail = entry
+        if _is_device(kind.device):
+            event = {"event": kind.by, "region": self.gate.region, "reason": kind.reason, "detail": detail, "count": times}
+            self.intake.publish(DeviceTopics(kind.device).events, msgspec.json.encode(event))
 
 
 def _is_device(name: str) -> bool:
@@ -256,20 +265,23 @@ def _is_device(name: str) -> bool:
     return True
 
 
-def build(settings: Settings, region_name: str) -> Ingest:
-    """The ingest of a region, its intake not yet connected."""
+def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
+    """A worker of a region, its intake not yet connected."""
     region = settings.region(region_name)
     contracts, zones = load_contracts(settings), load_zones(settings)
     settings.run_dir.mkdir(parents=True, exist_ok=True)
+    secret = brokers.password(settings, brokers.CLOUD_USER)
+    intake = Intake(region, brokers.CLOUD_USER, secret, client_id=worker.name, filters=worker.filters(region), kept=worker.kept(region))
+    place = settings.run_dir / f"broker-log-{region.name}.json"
     return Ingest(
         gate=Gate(region.name, contracts, zones),
-        lake=Lake(settings.lake, contracts),
-        intake=Intake(region, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER)),
-        audit=Audit(settings.audit_path),
+        lake=CheckedLake(Lake(settings.lake, contracts)),
+        intake=intake,
+        audit=Audit(settings.audit_db),
         limits=settings.ingest,
-        status_file=status_path(settings, region.name),
+        status_file=status_path(settings, region.name, worker.name),
         small_files_max=settings.small_files_max,
-        broker_log=BrokerLog(_broker_log_path(settings, region), settings.run_dir / f"broker-log-{region.name}.json"),
+        broker_log=BrokerLog(_broker_log_path(settings, region), place) if worker.first else None,
         policy=PolicyWatch(settings, zones).changed,
     )
 
@@ -278,25 +290,36 @@ def _broker_log_path(settings: Settings, region: Region) -> Path:
     return region.broker_log or settings.logs_dir / f"broker-{region.name}.log"
 
 
-def main() -> None:
-    """Serve one region until SIGTERM."""
-    parser = argparse.ArgumentParser(description="Store the blocks of one region's broker in the lake.")
-    parser.add_argument("--region", required=True)
-    parser.add_argument("--project", type=Path)
-    parser.add_argument("--state", type=Path)
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    ingest = build(config.load(arguments.project, arguments.state), arguments.region)
+def serve(settings: Settings, region: str, worker: Worker) -> None:
+    """Be one worker until SIGTERM."""
+    ingest = build(settings, region, worker)
 
     def end(signal_number: int, frame: object) -> None:
         ingest.stop = True
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    if worker.first:
+        end_unused(settings, settings.region(region), worker)
     ingest.intake.open()
     try:
         ingest.run()
     finally:
         ingest.intake.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """One worker, as `fenceline ingest` and the stack start it."""
+    parser = argparse.ArgumentParser(description="Store the blocks of one region's broker in the lake.")
+    parser.add_argument("--region", required=True)
+    parser.add_argument("--worker", type=int, default=1)
+    parser.add_argument("--of", type=int, default=1)
+    parser.add_argument("--name", default=NAME)
+    parser.add_argument("--project", type=Path)
+    parser.add_argument("--state", type=Path)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    serve(config.load(given.project, given.state), given.region, Worker(given.worker, given.of, given.name))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """The cloud's end of a regional broker: what devices send, on a queue; what they are told, published.
 
-- MQTT 3.1.1, QoS 1, a persistent session: what arrives while the ingest is down is kept by the broker.
+- MQTT 3.1.1 or 5, QoS 1, a persistent session: what arrives while the ingest is down is kept by the broker; on MQTT 5 for
+  SESSION_EXPIRY_S, and after that the devices send it again.
 - A message is PUBACKed when it is released, not when it arrives. A release after a reconnect does nothing: its number may name
   another message by then, and the broker sends the unacknowledged ones again.
-- The broker's limit of unacknowledged messages bounds the queue. It does not count messages of QoS 0, which Fenceline's devices do not
-  send for blocks: beyond UNCOUNTED_MAX waiting messages they are dropped, as MQTT allows.
+- What is not `kept` is for another session: it is PUBACKed at once.
+- The limit of unacknowledged messages bounds the queue: ours on MQTT 5, the broker's on 3.1.1. It does not count messages of QoS 0,
+  which Fenceline's devices do not send for blocks: beyond UNCOUNTED_MAX waiting messages they are dropped, as MQTT allows.
 - paho's callbacks only put messages on the queue.
 """
 
@@ -13,16 +15,19 @@ from __future__ import annotations
 import logging
 import queue
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage
+from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
+from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cloud.config import Region
+from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.topics import ALL_BLOCKS
 
 log = logging.getLogger(__name__)
@@ -31,9 +36,12 @@ KEEPALIVE_S = 15
 RECONNECT_S = (0.1, 2.0)
 QOS = 1
 UNCOUNTED_MAX = 10_000
+RECEIVE_MAX = 4_096
+SESSION_EXPIRY_S = 3_600
+FORGET_S = 5.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Received:
     """A message; `connection` and `mid` are for its PUBACK, `retained` says that the broker had kept it."""
 
@@ -45,8 +53,13 @@ class Received:
     qos: int = QOS
 
 
+def everything(topic: str) -> bool:
+    """Keep all messages."""
+    return True
+
+
 class Intake:
-    """A session with a region's broker. `filters` are subscribed at every connection."""
+    """A session with a region's broker. `filters` are subscribed at every connection. `None` on the queue is somebody's `wake`."""
 
     def __init__(
         self,
@@ -54,22 +67,18 @@ class Intake:
         user: str,
         password: str,
         *,
+        client_id: str,
         filters: Sequence[str] = (ALL_BLOCKS,),
-        client_id: str = "",
+        kept: Callable[[str], bool] = everything,
         persistent: bool = True,
     ) -> None:
         self.region = region
-        self.queue: queue.SimpleQueue[Received] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         self.connection = 0  # rises with every connection
         self.connected = False
-        self._filters = list(filters)
-        self._client = Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=client_id or f"ingest-{region.name}",
-            clean_session=not persistent,
-            manual_ack=True,
-        )
-        self._client.username_pw_set(user, password)
+        self._filters, self._kept = list(filters), kept
+        self._persistent = persistent
+        self._client = _client(region, client_id, user, password, persistent=persistent)
         self._client.reconnect_delay_set(*RECONNECT_S)  # type: ignore[arg-type]
         self._client.on_socket_open = _no_delay
         self._client.on_connect = self._on_connect
@@ -79,8 +88,12 @@ class Intake:
 
     def open(self) -> None:
         """Connect, and again whenever the connection is lost; does not wait."""
-        self._client.connect_async(self.region.host, self.region.port, KEEPALIVE_S)
+        self._client.connect_async(self.region.host, self.region.port, KEEPALIVE_S, **_session(self.region, self._persistent))
         self._client.loop_start()
+
+    def wake(self) -> None:
+        """Put None on the queue: whoever waits there looks around."""
+        self.queue.put(None)
 
     def release(self, batch: Sequence[Received]) -> None:
         """PUBACK messages, unless the connection that brought them is gone. Those of QoS 0 have no PUBACK: it would break the protocol."""
@@ -121,7 +134,50 @@ class Intake:
             topic = message.topic
         except UnicodeDecodeError:
             topic = repr(message._topic)
-        self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
+        if self._kept(topic):
+            self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
+        elif message.qos:
+            client.ack(message.mid, QOS)
+
+
+def forget(region: Region, client_id: str, user: str, password: str) -> None:
+    """End a session that nobody will take up again: the broker would keep messages for it.
+
+    Raises:
+        UnavailableError: the broker did not answer in FORGET_S.
+        ConfigError: there is no certificate of that name.
+    """
+    client, answered = _client(region, client_id, user, password, persistent=False), threading.Event()
+    client.on_connect = lambda *_: answered.set()
+    try:
+        client.connect_async(region.host, region.port, KEEPALIVE_S, **_session(region, persistent=False))
+        client.loop_start()
+        if not answered.wait(FORGET_S):
+            raise UnavailableError(f"broker of {region.name} did not answer in {FORGET_S:.0f} s")
+    finally:
+        client.disconnect()
+        client.loop_stop()
+
+
+def _client(region: Region, client_id: str, user: str, password: str, *, persistent: bool) -> Client:
+    five = region.mqtt == 5
+    clean = None if five else not persistent
+    client = Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=MQTTv5 if five else MQTTv311, manual_ack=True)
+    if region.tls is not None:
+        client.tls_set_context(region.tls.context(client_id))
+    if region.tls is None or region.tls.cert_file is None:  # otherwise the certificate says who we are
+        client.username_pw_set(user, password)
+    return client
+
+
+def _session(region: Region, persistent: bool) -> dict[str, Any]:
+    """How MQTT 5 is told, at CONNECT, what 3.1.1 is told by the client's `clean_session`."""
+    if region.mqtt != 5:
+        return {}
+    properties = Properties(PacketTypes.CONNECT)
+    properties.ReceiveMaximum = RECEIVE_MAX
+    properties.SessionExpiryInterval = SESSION_EXPIRY_S if persistent else 0
+    return {"clean_start": not persistent, "properties": properties}
 
 
 def _no_delay(client: Client, data: Any, sock: Any) -> None:

@@ -19,7 +19,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -99,8 +99,10 @@ class Lake:
 
     # Writing
 
-    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]]) -> Settled:
+    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], elsewhere: Sequence[Identity] = ()) -> Settled:
         """Store checked blocks that `region` received; blocks that are settled already are left out.
+
+        `elsewhere` names blocks that came too and are stored in another place: they are settled as well, and the receipts say so.
 
         Raises:
             UnavailableError: the lake could not commit. What was committed before that is settled; append again.
@@ -119,11 +121,27 @@ class Lake:
             fit = self._admit(stream, lane, group, refused)
             for part in _portions(fit, self._contract):
                 committed += self._append_group(region, stream, lane, part, arrived_us)
+        self.settle(elsewhere)
         added = set(committed)
         known = [i for i in unique if i not in refused]
-        for lane in self._settled.cut(known):
+        named = [*known, *elsewhere]
+        for lane in self._settled.cut(named):
             self._refresh(lane)
-        return Settled(committed, [i for i in known if i not in added], self._settled.receipts(known), list(refused.values()))
+        return Settled(committed, [i for i in known if i not in added], self._settled.receipts(named), list(refused.values()))
+
+    def settle(self, identities: Iterable[Identity]) -> None:
+        """Note that blocks are stored in another place: receipts tell of them, and this lake does not hold them."""
+        for identity in identities:
+            self._settled.name(identity)
+
+    def holds(self, identity: Identity) -> bool:
+        """Whether rows of a block lie here, as far as this object has seen; false for a lane that has no root."""
+        try:
+            self.roots.of(identity[2])
+        except ConfigError:
+            return False
+        self._open_lane(identity[2])
+        return identity in self._settled
 
     def _admit(self, stream: str, lane: str, group: Blocks, refused: dict[Identity, Refusal]) -> Blocks:
         """The blocks of a group that may be stored; the others go to `refused`, with the reason."""
@@ -302,18 +320,21 @@ class Lake:
     def compact(self, files_max: int) -> dict[str, int]:
         """Merge small files of tables that got more than `files_max` of them; files removed by table.
 
-        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do.
-
-        Raises:
-            UnavailableError: a table does not answer.
+        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do. It can always
+        wait: a table that does not answer is logged, and looked at again after its next commit.
         """
-        for (stream, lane), handle in self._handles.items():
-            if handle.small > files_max:
-                done = upkeep.compact(handle.table, files_max, dates_max=upkeep.DATES_PER_CALL)
-                handle.small = done.small_left
-                self._sync_or_forget(handle)
-                return {f"{lane}/{stream}": done.removed}
-        return {}
+        crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
+        if crowded is None:
+            return {}
+        try:
+            done = upkeep.compact(crowded.table, files_max, dates_max=upkeep.DATES_PER_CALL)
+            crowded.small = done.small_left
+            self._sync_or_forget(crowded)
+        except UnavailableError as e:
+            log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
+            self._forget(crowded.stream, crowded.lane)
+            return {}
+        return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.

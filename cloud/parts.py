@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from cloud import brokers, ingest
+from cloud import brokers
 from cloud.config import API, HOST, MLFLOW, RELEASE, SENSORS, Address, Region, Settings
+from cloud.ingest_status import read_worker, status_path
+from cloud.workers import Worker, command
 from edge_agent.contract.errors import ConfigError
 
 PROBE_S = 1.0
@@ -40,7 +42,8 @@ def parts(settings: Settings) -> list[Part]:
     """All parts; each may need those before it, and waits for them by itself."""
     where = {SENSORS: settings.sensors, **{r.name: Address(r.host, r.port) for r in settings.regions}}
     servers = [Part(broker_part(name), brokers.command(settings, name), _listens(where[name])) for name in brokers.names(settings)]
-    always = [*servers, *(_ingest(settings, r) for r in settings.regions), _release(settings), _api(settings), _mlflow(settings)]
+    workers = [part for region in settings.regions for part in _ingest(settings, region)]
+    always = [*servers, *workers, _release(settings), _api(settings), _mlflow(settings)]
     return [*always, _live_features(settings)] if settings.live_features else always
 
 
@@ -66,6 +69,12 @@ def check_ports(settings: Settings) -> None:
     for name, address in _addresses(settings).items():
         if not _is_loopback(address.host):
             raise ConfigError(f"host {address.host!r} of {name} is not loopback; the development stack listens on {HOST} only")
+    for region in settings.regions:
+        if region.tls is not None or region.mqtt != 4 or region.shared_subscriptions:
+            raise ConfigError(
+                f"region {region.name} wants TLS, MQTT 5 or shared subscriptions, and the stack's own broker has none of them; "
+                f"for a broker of your own run the parts one by one: fenceline ingest --region {region.name}"
+            )
     for name, port in settings.ports.items():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,12 +100,19 @@ def _python(settings: Settings, module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments, "--project", str(settings.project), "--state", str(settings.state_dir)]
 
 
-def _ingest(settings: Settings, region: Region) -> Part:
+def _ingest(settings: Settings, region: Region) -> list[Part]:
+    """The workers of a region; the first is called as the region's ingest."""
+    count = settings.ingest.workers
+    return [_worker(settings, region, Worker(number, count)) for number in range(1, count + 1)]
+
+
+def _worker(settings: Settings, region: Region, worker: Worker) -> Part:
     def ready(pid: int) -> bool:
-        status = ingest.read_status(settings, region.name)
+        status = read_worker(status_path(settings, region.name, worker.name))
         return status is not None and status.pid == pid and status.connected
 
-    return Part(f"ingest-{region.name}", _python(settings, "cloud.ingest", "--region", region.name), ready)
+    name = f"ingest-{region.name}" if worker.first else f"ingest-{region.name}-{worker.number}"
+    return Part(name, command(settings, region.name, worker), ready)
 
 
 def _release(settings: Settings) -> Part:

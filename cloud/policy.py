@@ -74,7 +74,7 @@ def publish(settings: Settings, fleet: Fleet, path: Path, *, now: datetime) -> Z
         detail = f"version {ref.version} sha256 {ref.sha256}: " + "; ".join(
             f"{z.name}: {', '.join(z.endpoints) or 'none'}" for z in zones.zones
         )
-        Audit(settings.audit_path).add(PUBLISHED, region="", subject="fleet", reason="", detail=detail)
+        Audit(settings.audit_db).add(PUBLISHED, region="", subject="fleet", reason="", detail=detail)
         log.info("policy published version=%d sha256=%s", ref.version, ref.sha256)
     return ref
 

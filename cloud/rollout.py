@@ -20,15 +20,15 @@ from __future__ import annotations
 
 import logging
 import math
-import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
+from sqlalchemy import Column, Connection, Integer, LargeBinary, MetaData, Table, delete, func, insert, select
 
+from cloud.metadata import Database, Store
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
 
@@ -38,7 +38,6 @@ WAVE_TIMEOUT_S = 600.0
 DEVICES_MAX = 100_000
 LATE_NAMED_MAX = 5
 ROUNDING = 1e-9
-BUSY_TIMEOUT_S = 10.0
 
 
 class Status(StrEnum):
@@ -113,11 +112,11 @@ class FleetState(Protocol):
     def reported(self, device: str) -> Reported | None: ...
 
 
-class StateDir(Protocol):
+class Databases(Protocol):
     """What a rollout needs of `cloud.config.Settings`."""
 
     @property
-    def state_dir(self) -> Path: ...
+    def rollouts_db(self) -> Database: ...
 
 
 # --- the core ---
@@ -240,7 +239,7 @@ _with = msgspec.structs.replace
 
 
 def start(
-    settings: StateDir,
+    settings: Databases,
     fleet: FleetState,
     ref: BundleRef,
     *,
@@ -285,7 +284,7 @@ def start(
     return Controller(settings, fleet).advance(rollout.id, now)
 
 
-def status(settings: StateDir, rollout_id: int | None = None) -> Rollout:
+def status(settings: Databases, rollout_id: int | None = None) -> Rollout:
     """One rollout, or the last one.
 
     Raises:
@@ -295,13 +294,13 @@ def status(settings: StateDir, rollout_id: int | None = None) -> Rollout:
         return store.load(rollout_id)
 
 
-def history(settings: StateDir) -> list[Rollout]:
+def history(settings: Databases) -> list[Rollout]:
     """Every rollout, the oldest first."""
     with _transaction(settings) as store:
         return store.all()
 
 
-def undo(settings: StateDir, fleet: FleetState, rollout_id: int | None = None, *, now: float) -> Rollout:
+def undo(settings: Databases, fleet: FleetState, rollout_id: int | None = None, *, now: float) -> Rollout:
     """Give every moved device of a rollout (None: the last one) its previous bundle back, at once.
 
     Raises:
@@ -322,7 +321,7 @@ def undo(settings: StateDir, fleet: FleetState, rollout_id: int | None = None, *
 class Controller:
     """Moves open rollouts on. Several may run (a service and a command): what they ask of devices twice changes nothing."""
 
-    def __init__(self, settings: StateDir, fleet: FleetState) -> None:
+    def __init__(self, settings: Databases, fleet: FleetState) -> None:
         self._settings = settings
         self._fleet = fleet
 
@@ -383,45 +382,48 @@ def _refuse_overlap(rollouts: Sequence[Rollout], members: Collection[str]) -> No
             )
 
 
-class _Store:
+_TABLES = MetaData()
+_ROLLOUTS = Table(
+    "rollouts",
+    _TABLES,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("open", Integer, nullable=False),
+    Column("document", LargeBinary, nullable=False),
+)
+
+
+class _Rollouts:
     """The table of rollouts, inside one transaction."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: Connection) -> None:
         self._db = db
 
     def all(self, only_open: bool = False) -> list[Rollout]:
-        rows = self._db.execute("SELECT document FROM rollouts WHERE open >= ? ORDER BY id", (int(only_open),))
-        return [_decode(row[0]) for row in rows]
+        rows = self._db.execute(select(_ROLLOUTS.c.document).where(_ROLLOUTS.c.open >= int(only_open)).order_by(_ROLLOUTS.c.id))
+        return [_decode(row.document) for row in rows]
 
     def next_id(self) -> int:
-        return int(self._db.execute("SELECT coalesce(max(id), 0) + 1 FROM rollouts").fetchone()[0])
+        return int(self._db.execute(select(func.coalesce(func.max(_ROLLOUTS.c.id), 0))).scalar_one()) + 1
 
     def load(self, rollout_id: int | None) -> Rollout:
-        where, arguments = ("WHERE id = ?", (rollout_id,)) if rollout_id is not None else ("ORDER BY id DESC LIMIT 1", ())
-        row = self._db.execute(f"SELECT document FROM rollouts {where}", arguments).fetchone()
+        newest = select(_ROLLOUTS.c.document).order_by(_ROLLOUTS.c.id.desc()).limit(1)
+        row = self._db.execute(newest if rollout_id is None else newest.where(_ROLLOUTS.c.id == rollout_id)).first()
         if row is None:
             known = ", ".join(str(r.id) for r in self.all()) or "none yet"
             raise ConfigError(f"there is no rollout{'' if rollout_id is None else f' {rollout_id}'}; rollouts: {known}")
-        return _decode(row[0])
+        return _decode(row.document)
 
     def save(self, rollout: Rollout) -> None:
-        row = (rollout.id, rollout.status in OPEN, msgspec.json.encode(rollout))
-        self._db.execute("INSERT OR REPLACE INTO rollouts (id, open, document) VALUES (?, ?, ?)", row)
+        self._db.execute(delete(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id))
+        document = msgspec.json.encode(rollout)
+        self._db.execute(insert(_ROLLOUTS).values(id=rollout.id, open=int(rollout.status in OPEN), document=document))
 
 
 _decode = msgspec.json.Decoder(Rollout).decode
 
 
 @contextmanager
-def _transaction(settings: StateDir) -> Iterator[_Store]:
-    """The store, held by this process alone; changes are kept only if the block ends well."""
-    settings.state_dir.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(settings.state_dir / "rollouts.db", timeout=BUSY_TIMEOUT_S, isolation_level=None)) as db:
-        db.execute("CREATE TABLE IF NOT EXISTS rollouts (id INTEGER PRIMARY KEY, open INTEGER NOT NULL, document BLOB NOT NULL)")
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield _Store(db)
-        except BaseException:
-            db.execute("ROLLBACK")
-            raise
-        db.execute("COMMIT")
+def _transaction(settings: Databases) -> Iterator[_Rollouts]:
+    """The rollouts, held by this process alone; changes are kept only if the block ends well."""
+    with Store(settings.rollouts_db, _TABLES).writing() as db:
+        yield _Rollouts(db)

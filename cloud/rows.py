@@ -34,6 +34,8 @@ DATES_MAX = 366
 """Dates that the rows of one block may lie in: a year of daily values."""
 TIME = pa.timestamp("us", "UTC")
 EVENT_DATE = "event_date"
+ROW = "row"
+"""A column that a block has here only if rows were taken out of it: the numbers that those left had in it."""
 DAY_US = 86_400_000_000
 DAYS = range((date.min - date(1970, 1, 1)).days, (date.max - date(1970, 1, 1)).days + 1)
 """The days since 1970 that have a date."""
@@ -139,7 +141,7 @@ def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], ar
     order = _sorted(stacked[contract.entity], stacked[contract.event_time], dates)
     owner = np.repeat(np.arange(len(blocks)), counts)[order]
     owners = pa.array(owner)
-    rows = np.concatenate([np.arange(n, dtype=np.int64) for n in counts])[order]
+    rows = np.concatenate([table.get(ROW, np.arange(n, dtype=np.int64)) for table, n in zip(tables, counts, strict=True)])[order]
 
     def each(values: Iterable[object], kind: pa.DataType) -> pa.Array:
         return pa.array(list(values), kind).take(owners)

@@ -39,6 +39,10 @@ class SettledIndex:
         self.stored[identity[:3]].add(identity[3])
         self._named[identity[:3]].add(identity[3])
 
+    def name(self, identity: Identity) -> None:
+        """Note that a block is settled, though it does not lie here."""
+        self._named[identity[:3]].add(identity[3])
+
     def give_up(self, rows: pa.Table) -> None:
         """Take rows of the ledger, with LEDGER_COLUMNS at least."""
         distinct = rows.select(LEDGER_COLUMNS).group_by(list(LEDGER_COLUMNS)).aggregate([])

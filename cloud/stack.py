@@ -92,7 +92,7 @@ class Stack:
         settings.state_dir.chmod(0o700)
         self._take_lock()
         check_ports(settings)
-        brokers.write_configs(settings, Fleet(settings.fleet_path).passwords())
+        brokers.write_configs(settings, Fleet(settings.fleet_db).passwords())
         token(settings)
         self._started_s = time.time()
         self._write_stack_file()

@@ -10,10 +10,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from cloud import config, ingest, rollout
+from cloud import config, rollout, watch
 from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.fleet import Fleet
+from cloud.ingest_status import read_status
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef
@@ -23,16 +24,17 @@ def collect(settings: Settings) -> dict[str, Any]:
     """Everything worth telling, as plain values.
 
     Keys: state_dir, stack (None if it does not run), devices, ingest (by region), lake (rows' tables by stream and lane:
-    version), refused (by reason), audit_broken_at, rollout (the last one, or None).
+    version), quality (what the last look found, or None), refused (by reason), audit_broken_at, rollout (the last one, or None).
     """
-    fleet, audit, lake = Fleet(settings.fleet_path), Audit(settings.audit_path), Lake(settings.lake)
-    reports = {r.name: ingest.read_status(settings, r.name) for r in settings.regions}
+    fleet, audit, lake = Fleet(settings.fleet_db), Audit(settings.audit_db), Lake(settings.lake)
+    reports = {r.name: read_status(settings, r.name) for r in settings.regions}
     return {
         "state_dir": str(settings.state_dir),
         "stack": config.running_stack(settings),
         "devices": devices(fleet),
         "ingest": {name: report for name, report in reports.items() if report is not None},
         "lake": {stream: lake.versions(stream) for stream in lake.streams()},
+        "quality": watch.read_quality(settings),
         "refused": audit.counts(),
         "audit_broken_at": audit.verify(),
         "rollout": _last_rollout(settings),
@@ -67,6 +69,7 @@ def exposition(settings: Settings) -> bytes:
     counters = {
         "blocks": Counter("fenceline_ingest_blocks", "Blocks committed to the lake.", ["region"], registry=registry),
         "rows": Counter("fenceline_ingest_rows", "Readings committed to the lake.", ["region"], registry=registry),
+        "quarantined_rows": Counter("fenceline_ingest_quarantined_readings", "Readings put apart.", ["region"], registry=registry),
         "duplicates": Counter("fenceline_ingest_duplicate_blocks", "Blocks that came again.", ["region"], registry=registry),
         "bytes": Counter("fenceline_ingest_bytes", "Bytes of block messages.", ["region"], registry=registry),
         "commits": Counter("fenceline_ingest_commits", "Batches committed.", ["region"], registry=registry),
@@ -74,7 +77,7 @@ def exposition(settings: Settings) -> bytes:
     refused = Counter("fenceline_ingest_refused_blocks", "Blocks refused.", ["region", "reason"], registry=registry)
     connected = Gauge("fenceline_ingest_connected", "1 if the region's broker is connected.", ["region"], registry=registry)
     for region in settings.regions:
-        report = ingest.read_status(settings, region.name)
+        report = read_status(settings, region.name)
         if report is None:
             continue
         for name, counter in counters.items():
@@ -82,8 +85,17 @@ def exposition(settings: Settings) -> bytes:
         for reason, count in report.refused.items():
             refused.labels(region.name, reason).inc(count)
         connected.labels(region.name).set(report.connected)
+    if (quality := watch.read_quality(settings)) is not None:
+        for name, text, value in (
+            ("fenceline_unaccounted_blocks", "Blocks that are missing and that nobody accounted for.", quality.unaccounted_blocks),
+            ("fenceline_lost_blocks", "Blocks that devices said they gave up.", quality.lost_blocks),
+            ("fenceline_quarantined_readings", "Readings that ingest took out of blocks.", quality.quarantined_readings),
+            ("fenceline_service_levels_broken", "Service levels that are not kept.", len(quality.levels)),
+            ("fenceline_complete_share", "The share of captured blocks that is in the lake.", quality.share),
+        ):
+            Gauge(name, text, registry=registry).set(value)
     known = Gauge("fenceline_devices", "Devices by phase of their model.", ["phase"], registry=registry)
-    for device in devices(Fleet(settings.fleet_path)):
+    for device in devices(Fleet(settings.fleet_db)):
         known.labels(device["phase"]).inc()
     return generate_latest(registry)
 

@@ -78,6 +78,19 @@ def partitions(table: DeltaTable) -> list[Partition]:
     )
 
 
+def summary(table: DeltaTable) -> dict[str, Any]:
+    """What `fenceline lake show` says of a table.
+
+    Keys: root (its address), version, rows, files, small (below FILE_BYTES), bytes, dates, first, last (event dates as text; None if no row
+    has one).
+    """
+    found = partitions(table)
+    days = [p.day.isoformat() for p in found if p.day is not None]
+    sums = {name: sum(getattr(p, name) for p in found) for name in ("rows", "files", "small", "bytes")}
+    ends = {"first": days[0] if days else None, "last": days[-1] if days else None}
+    return {"root": table.table_uri, "version": table.version(), **sums, "dates": len(days), **ends}
+
+
 def compact(table: DeltaTable, files_max: int, dates_max: int | None) -> Compacted:
     """Merge small files of dates that have several, those with most files first, until `files_max` could be merged yet.
 

@@ -34,6 +34,7 @@ from edge_agent.contract.stream import QUARANTINE
 from edge_agent.core.deadline import DeadlineLimits
 from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.outbox import OutboxLimits
+from edge_agent.core.privacy import Pseudonyms
 from edge_agent.core.track import Track
 from edge_agent.datapath import DataPath
 from edge_agent.fence import Fence
@@ -190,7 +191,8 @@ class Agent:
         self._fence = Fence(self._track, _locations(config), self.metrics, self._tell, anchor)
         node_state = NodeState(config.state_dir / "sparkplug.state")
         recent_rows = max(settings.buffer.history_rows, UNDER_WAY_MAX)
-        intake = Intake(config.contracts, position.topic, self._fence, recent_rows, node_state.load())
+        pseudonyms = Pseudonyms(config.pii_key) if config.pii_key else None
+        intake = Intake(config.contracts, position.topic, self._fence, recent_rows, node_state.load(), pseudonyms)
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:

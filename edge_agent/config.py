@@ -29,16 +29,20 @@ from edge_agent.addresses import (
 from edge_agent.addresses import Tls as Tls
 from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
 from edge_agent.contract.errors import ConfigError, ContractError
-from edge_agent.contract.stream import AGENT_STREAMS, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.privacy import PiiKind
+from edge_agent.contract.stream import AGENT_STREAMS, StreamContract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.fix import Position, Precision
 from edge_agent.core.functions import Functions
 from edge_agent.core.settings import parse_settings
 from edge_agent.core.zones import Zones, parse_zones
 from edge_agent.installed_functions import load_functions
+from edge_agent.key_file import read_keys
 
 MIB = 1024 * 1024
 GPSD_PORT = 2947
+PII_CREDENTIAL = "pii.key"
 AGE_S_MAX = 100 * 365 * 86_400
 
 
@@ -143,6 +147,15 @@ class UplinkSettings(Settings, frozen=True, kw_only=True):
     replay_bytes_per_s: Annotated[float, msgspec.Meta(gt=0)] | None = None
 
 
+class PrivacySettings(Settings, frozen=True, kw_only=True):
+    """The key of personal fields that contracts say to hash: the first line of `key_file`, or of the systemd credential `pii.key`.
+
+    All devices whose hashed names are to be comparable need the same key. A new key gives new names; the key's id stands in each.
+    """
+
+    key_file: str | None = None
+
+
 class MetricsSettings(Settings, frozen=True, kw_only=True):
     """Prometheus metrics over HTTP; loopback only."""
 
@@ -168,6 +181,7 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     flush: FlushSettings = FlushSettings()
     uplink: UplinkSettings = UplinkSettings()
     metrics: MetricsSettings = MetricsSettings()
+    privacy: PrivacySettings = PrivacySettings()
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,7 @@ class AgentConfig:
     releases_ca: Path | None
     key_file: Path | None
     functions: Functions
+    pii_key: bytes | None = None
 
     @property
     def device(self) -> str:
@@ -237,6 +252,7 @@ def load(path: Path) -> AgentConfig:
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
         key_file=_key_file(settings.buffer, base),
         functions=load_functions(settings.functions),
+        pii_key=_pii_key(settings.privacy, contracts, base),
     )
 
 
@@ -250,6 +266,15 @@ def _key_file(buffer: BufferSettings, base: Path) -> Path | None:
         return None
     read_file(base / buffer.key_file, "buffer.key_file")
     return base / buffer.key_file
+
+
+def _pii_key(privacy: PrivacySettings, contracts: tuple[StreamContract, ...], base: Path) -> bytes | None:
+    """The key that personal fields are hashed under; ConfigError if a contract hashes some and there is none."""
+    keys = read_keys(base / privacy.key_file if privacy.key_file else None, PII_CREDENTIAL, "privacy.key_file")
+    hashed = [f"{c.stream}.{f.name}" for c in contracts for f in c.private if f.pii and f.pii.kind is PiiKind.HASH]
+    if hashed and not keys:
+        raise ConfigError(f"{', '.join(hashed)} are hashed: set [privacy] key_file, or give the systemd credential {PII_CREDENTIAL}")
+    return keys[0] if keys else None
 
 
 def _fixed(position: PositionSettings, zones: Zones, path: Path) -> Position | None:

@@ -118,6 +118,7 @@ class DataPath:
                     last_us=int(event_us.max()),
                     order=order,
                     model=model,
+                    units=contract.units,
                 )
             )
         return drafts

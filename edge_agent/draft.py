@@ -31,6 +31,7 @@ class Draft:
     last_us: int
     order: Ints | None = None
     model: str | None = None
+    units: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,16 @@
   of one time may hold different metrics, by all its values; with single-value topics not at all (see core/single_values.py).
 - Fixes are taken first: readings are stamped by event time, not by their place in the batch.
 - A reject has no event time to trust: it gets the lane of the newest fix that came before it.
+- Personal fields are treated before anything else sees them; of rejects, quarantine gets what `core.privacy` leaves. Where a stream has
+  personal fields, payloads that belong to no stream are withheld: they may be its readings on a wrong topic.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 import numpy as np
 
@@ -25,6 +28,9 @@ from edge_agent.contract.stream import Encoding, StreamContract
 from edge_agent.core.decode import Decoded, Decoder
 from edge_agent.core.dedupe import RecentKeys
 from edge_agent.core.fix import Fix, Position, Precision
+from edge_agent.core.privacy import WITHHELD as PRIVATE
+from edge_agent.core.privacy import Pseudonyms, Treatment
+from edge_agent.core.rejects import Reject
 from edge_agent.core.single_values import ValueDecoder
 from edge_agent.core.sparkplug import is_sparkplug
 from edge_agent.core.sparkplug_nodes import Heard, Nodes
@@ -37,6 +43,7 @@ ROUTES_MAX = 10_000
 TOPIC_CHARACTERS_MAX = 256  # of topics whose route is remembered, and that are shown whole
 WITHHELD = b"(a position, not stored: no stream has location = exact)"
 _POSITION = "/position"  # no stream can have this name
+_NOT_SHOWN = "(not shown: topics here have personal levels)"
 _NODE = "/node"  # nor this one: a Sparkplug node whose devices have a stream, but not it
 
 
@@ -78,7 +85,7 @@ class Intaken:
 class Intake:
     """The checks of one agent. `fence` places its readings, `recent_rows` is how many readings the redelivery filter remembers.
 
-    `nodes` are the Sparkplug nodes as they were when the agent ran last.
+    `nodes` are the Sparkplug nodes as they were when the agent ran last. `pseudonyms` are needed if a contract hashes a field.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Intake:
         fence: Fence,
         recent_rows: int,
         nodes: Nodes | None = None,
+        pseudonyms: Pseudonyms | None = None,
     ) -> None:
         self.fence = fence
         self.nodes = Nodes() if nodes is None else nodes
@@ -97,6 +105,7 @@ class Intake:
         self._nodes = [parse_shape(c.filters[-1]) for c in contracts if c.encoding is Encoding.SPARKPLUG]
         self._named = {c.stream: _named(c) for c in contracts if c.encoding is not Encoding.VALUE}
         self._recent = {stream: RecentKeys(recent_rows) for stream in self._named}
+        self._treatments = {c.stream: Treatment(c, pseudonyms) for c in contracts if c.private}
         self._position_topic = position_topic
         self._routes: dict[str, str | None] = {}
 
@@ -133,13 +142,14 @@ class Intake:
             message = heard[i]
             rejects += [(i, message.reason, str(message))] if isinstance(message, PayloadError) else []
         for i in places.pop(None, []):
-            rejects.append((i, Reason.UNKNOWN_TOPIC, f"no stream has the topic {topics[i][:TOPIC_CHARACTERS_MAX]!r}"))
+            rejects.append((i, Reason.UNKNOWN_TOPIC, f"no stream has the topic {self._unknown(topics[i])[:TOPIC_CHARACTERS_MAX]!r}"))
         for stream, rows in places.items():
             decoded = self._decode(str(stream), rows, topics, payloads, received_us, heard)
             rejects += self._take_readings(str(stream), rows, decoded, received_us, out)
         for i, reason, detail in sorted(rejects):
             lane = lanes[bisect.bisect_left(lanes, i, key=lambda step: step[0]) - 1][1]
-            out.rejected.append(Rejected(lane, topics[i], reason, detail, self._shown(topics[i], payloads[i])))
+            topic, payload = self._shown(topics[i], payloads[i])
+            out.rejected.append(Rejected(lane, topic, reason, detail, payload))
         return out
 
     def _take_position(self, payload: bytes, received_us: int, now_us: int | None) -> tuple[Fix | None, tuple[Reason, str] | None]:
@@ -153,10 +163,21 @@ class Intake:
             self.fence.track.hear(position.time_us, received_us)
         return fix, refused
 
-    def _shown(self, topic: str, payload: bytes) -> bytes:
-        """A payload as quarantine may keep it: positions only where a stream may know them exactly."""
-        withheld = topic == self._position_topic and self.fence.precision is not Precision.EXACT
-        return WITHHELD if withheld else payload
+    def _shown(self, topic: str, payload: bytes) -> tuple[str, bytes]:
+        """A message as quarantine may keep it: positions only where a stream may know them exactly, nothing that is personal."""
+        if topic == self._position_topic:
+            return topic, payload if self.fence.precision is Precision.EXACT else WITHHELD
+        if not self._treatments:
+            return topic, payload
+        route = self._route(topic)
+        if route in self._contracts:
+            treatment = self._treatments.get(str(route))
+            return (topic, payload) if treatment is None else (treatment.topic(topic), treatment.payload(payload))
+        return self._unknown(topic), PRIVATE
+
+    def _unknown(self, topic: str) -> str:
+        """A topic that no stream has, as it may be shown: it may be that of a personal one, misspelt."""
+        return _NOT_SHOWN if any(t.topic_is_personal for t in self._treatments.values()) else topic
 
     def _places(self, topics: list[str]) -> dict[str | None, list[int]]:
         """The places of the messages, by route."""
@@ -214,10 +235,14 @@ class Intake:
         """Put the fresh, valid readings of one stream into `out`; returns the place, reason and detail of each reject."""
         contract = self._contracts[stream]
         valid, out_of_range = validate(contract, decoded.table)
-        rejects = [(rows[r.index], r.reason, r.detail) for r in decoded.rejects]
+        treatment = self._treatments.get(stream)
+        said: Callable[[Reject], str] = treatment.detail if treatment else attrgetter("detail")
+        rejects = [(rows[r.index], r.reason, said(r)) for r in decoded.rejects]
         first = {int(decoded.rows[r.index]): r for r in reversed(out_of_range)}  # one reject each, though a payload may give many rows
-        rejects += [(rows[i], r.reason, r.detail) for i, r in first.items()]
+        rejects += [(rows[i], r.reason, said(r)) for i, r in first.items()]
         table = take(decoded.table, valid)
+        if treatment:
+            table = treatment.table(table)
         if stream in self._recent:
             table = self._drop_redelivered(stream, table, out)
         event_us = table[contract.event_time]

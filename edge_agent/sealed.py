@@ -12,16 +12,14 @@ Layout: `b"FLS1"`, key id (8 bytes), nonce (12), the block's own first part (mag
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_agent.contract.block import HEADER_BYTES_MAX, MAGIC, BlockHeader, peek_header
 from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.key_file import read_keys
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -31,8 +29,6 @@ KEY_ID_BYTES = 8
 CREDENTIAL = "buffer.key"
 _NONCE_BYTES = 12
 _PREFIX_BYTES = len(SEALED_MAGIC) + KEY_ID_BYTES + _NONCE_BYTES
-_KEY_BYTES = 32
-KEYS_MAX = 16
 
 
 class Keys:
@@ -125,30 +121,8 @@ def load_keys(key_file: Path | None) -> Keys | None:
     Raises:
         ConfigError: a file that is there cannot be read, or holds something else than keys.
     """
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    credential = Path(directory) / CREDENTIAL if directory else None
-    path = key_file or (credential if credential is not None and credential.is_file() else None)
-    if path is None:
-        return None
-    try:
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"buffer.key_file: cannot read {path}: {e}") from e
-    keys = [_parse_key(text, f"{path} line {number}") for number, line in enumerate(lines, 1) if (text := line.partition("#")[0].strip())]
-    if not 1 <= len(keys) <= KEYS_MAX:
-        raise ConfigError(f"buffer.key_file: {path} holds {len(keys)} keys; 1 to {KEYS_MAX}, one per line (openssl rand -hex 32)")
-    return Keys(keys)
-
-
-def _parse_key(text: str, where: str) -> bytes:
-    for decode in (bytes.fromhex, lambda t: base64.b64decode(t, validate=True)):
-        try:
-            key: bytes = decode(text)
-        except (ValueError, binascii.Error):
-            continue
-        if len(key) == _KEY_BYTES:
-            return key
-    raise ConfigError(f"buffer.key_file: {where} is not {_KEY_BYTES} bytes in hex or base64 (openssl rand -hex 32)")
+    keys = read_keys(key_file, CREDENTIAL, "buffer.key_file")
+    return Keys(keys) if keys else None
 
 
 def _key_id(key: bytes) -> str:

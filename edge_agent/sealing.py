@@ -67,4 +67,5 @@ class Sealer:
             sealed_us=now.wall_us,
             clock_synced=now.synced,
             model=draft.model,
+            units=draft.units,
         )

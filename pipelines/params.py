@@ -14,7 +14,8 @@ import yaml
 
 from edge_agent.contract.errors import BundleError, ConfigError, ContractError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind, check_spec
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 from edge_agent.core.functions import Functions
 from edge_agent.installed_functions import load_functions
 

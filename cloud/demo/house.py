@@ -58,7 +58,7 @@ class House:
 
     @property
     def fleet(self) -> Fleet:
-        return Fleet(self.settings.fleet_path)
+        return Fleet(self.settings.fleet_db)
 
     def add_device(self, device: str, place: Place | None) -> None:
         """Register a device and its agent, which is not started yet."""

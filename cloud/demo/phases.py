@@ -29,8 +29,9 @@ from cloud.demo.scenario import Scenario
 from cloud.demo.sensors import play
 from cloud.gate import load_zones
 from edge_agent.contract.errors import FencelineError
+from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.state import BundleRef, Phase
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.stream import StreamContract
 
 BROKER_KILLED, BROKER_DOWN_S = "eu", 10.0
 AGENT_DOWN_S = 3.0

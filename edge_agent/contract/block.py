@@ -48,7 +48,8 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What a block is.
 
     Times are microseconds since 1970 UTC, `monotonic_us` since boot. `model` is the SHA-256 of the bundle that
-    scored the block, `policy` that of the zones document it was stamped with.
+    scored the block, `policy` that of the zones document it was stamped with. `units` names the contract's units (StreamContract.units);
+    empty: not said.
     """
 
     device: str
@@ -67,6 +68,7 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
     sealed_us: int
     clock_synced: bool
     model: str | None = None
+    units: str = ""
     format: int = 1
 
     @property

@@ -59,6 +59,9 @@ class Reason(StrEnum):
     WRONG_REGION = "wrong_region"  # this region may not hold the block's zone
     NO_ROOT = "no_root"  # the lake's settings do not say where the block's lane lies
     CONTRACT_BROKEN = "contract_broken"  # the block's contract does not fit the rows that the lake holds already
+    # A row of a block goes to the lake's quarantine; so it may for reasons of the first group.
+    WRONG_UNIT = "wrong_unit"  # the device's contract has other units
+    NOT_PRIVATE = "not_private"  # a personal value that was not treated as the contract says
     # A bundle is refused by the device.
     UNSIGNED = "unsigned"
     TAMPERED = "tampered"

@@ -1,48 +1,38 @@
-"""Stream contracts: what a sensor message must look like (Open Data Contract Standard 3.1).
+"""Stream contracts: what a sensor message must look like, as types. `contract.odcs` reads them from ODCS documents.
 
-One ODCS document describes one stream. Fenceline reads
-
-- `schema[0].name`: the stream name; `schema[0].properties`: the fields, with `logicalType`
-  (`string`, `integer`, `number`, `timestamp`), `required`, `unit` and `logicalTypeOptions.minimum|maximum`;
-- `primaryKey`/`primaryKeyPosition` on properties: together they name a reading, so a message that
-  a broker delivers twice is one reading;
-- `customProperties` of the schema: `topic` (MQTT filter with `{device}`; other names in braces are string fields that
-  the topic fills, see sensor_topics.py), `encoding` (`json`, `msgpack`, `cbor`, `value`, `sparkplug`), `compression`
-  (`none`, `gzip`, `zlib`, `zstd`), `eventTime` (the timestamp field), `entity` (the string field that windows are
-  grouped by), `payloadBytesMax` (of a payload, and of what it decompresses to);
-- `customProperties` of a property: `unit`, `metric` (its name in Sparkplug, if it is not the field's).
-
-Missing values are allowed in `number` fields only (`required: false`); they become NaN.
-
-A payload that says nothing about a field cannot fill it: with `value` and `sparkplug` all text comes from the topic, the event
-time is the only timestamp, and what may be missing from a message must be an optional number.
+- A field has a type, a range and a unit; `key` fields together name a reading; `entity` is what windows are grouped by.
+- A field may be tagged as personal (`pii`): what is stored of it is decided on the device, see `contract.privacy`.
+- `levels` is what the stream promises to its readers: fresh, complete, in time; see `contract.service`.
+- QUARANTINE and LOSSES are streams that every agent has, without a contract file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
-
-import yaml
+from functools import cached_property
 
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.sensor_topics import FIELD, Shape, parse_shape
-from edge_agent.contract.topics import check_name
+from edge_agent.contract.privacy import Pii
+from edge_agent.contract.sensor_topics import Shape, parse_shape
+from edge_agent.contract.service import NO_LEVELS, ServiceLevels
 
 FIELDS_MAX = 512
 PAYLOAD_BYTES_MAX = 64 * 1024
+UNITS_CHARACTERS = 8
 SPARKPLUG = "spBv1.0"
 """The first level of Sparkplug B topics."""
 
 # Columns that blocks and the lake add to a stream's fields.
 _IDENTITY = ("device", "epoch", "lane", "sequence", "row", "ordinal")
 _CAPTURE = ("contract_version", "model", "policy", "fix", "region")
+_VIOLATION = ("violation", "violation_field", "violation_detail", "block_rows", "quarantined_at")
 _CLOCK = ("boot", "monotonic_us", "clock_synced", "clock_shift_us", "sealed_at", "arrived_at")
 _PLACE = ("latitude", "longitude")
 _PARTITION = ("event_date",)
-RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE, *_PARTITION))
+RESERVED = frozenset(("score", *_IDENTITY, *_CAPTURE, *_CLOCK, *_PLACE, *_PARTITION, *_VIOLATION))
 
 
 class FieldType(StrEnum):
@@ -75,7 +65,7 @@ class Compression(StrEnum):
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a reading. `minimum` and `maximum` are inclusive, in `unit`; `metric` is its name in Sparkplug."""
+    """One field of a reading. `minimum` and `maximum` are inclusive, in `unit`; `metric` is its name in Sparkplug; `pii`: personal."""
 
     name: str
     type: FieldType
@@ -85,6 +75,7 @@ class Field:
     unit: str = ""
     description: str = ""
     metric: str = ""
+    pii: Pii | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +92,18 @@ class StreamContract:
     encoding: Encoding = Encoding.JSON
     payload_bytes_max: int = PAYLOAD_BYTES_MAX
     compression: Compression = Compression.NONE
+    levels: ServiceLevels = NO_LEVELS
+
+    @cached_property
+    def units(self) -> str:
+        """Names the units of all fields: blocks carry it, so that a device with other units under the same version is found out."""
+        said = "\n".join(f"{f.name}={f.unit}" for f in self.fields if f.unit)
+        return hashlib.sha256(said.encode()).hexdigest()[:UNITS_CHARACTERS] if said else ""
+
+    @property
+    def private(self) -> tuple[Field, ...]:
+        """The fields that are personal."""
+        return tuple(f for f in self.fields if f.pii is not None)
 
     @property
     def shape(self) -> Shape:
@@ -165,177 +168,3 @@ LOSSES = StreamContract(
 
 AGENT_STREAMS = (QUARANTINE, LOSSES)
 """The streams that every agent has, without a contract file."""
-
-
-def parse_contract(document: bytes | str, origin: str = "contract") -> StreamContract:
-    """Read an ODCS document.
-
-    Args:
-        document: YAML text.
-        origin: the file's name, for messages.
-
-    Raises:
-        ContractError: the document is not a contract that Fenceline can use; the message says where and why.
-    """
-    try:
-        tree = yaml.safe_load(document)
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date that is none; RecursionError: deep nesting
-        raise ContractError(f"{origin}: not YAML: {e}") from e
-    try:
-        return _from_tree(tree)
-    except ContractError as e:
-        raise ContractError(f"{origin}: {e}") from e
-
-
-def _from_tree(tree: Any) -> StreamContract:
-    if not isinstance(tree, dict) or tree.get("kind") != "DataContract":
-        raise ContractError("not an ODCS document (kind: DataContract is missing)")
-    if not str(tree.get("apiVersion", "")).startswith("v3."):
-        raise ContractError(f"apiVersion {tree.get('apiVersion')!r} is not ODCS v3.x")
-    schemas = tree.get("schema")
-    if not isinstance(schemas, list) or len(schemas) != 1 or not isinstance(schemas[0], dict):
-        raise ContractError("schema must list exactly one object: one contract, one stream")
-    schema = schemas[0]
-    custom = _custom(schema)
-    properties = _list(schema, "properties")
-    if not 1 <= len(properties) <= FIELDS_MAX:
-        raise ContractError(f"schema needs 1 to {FIELDS_MAX} properties, has {len(properties)}")
-    fields = tuple(_field(p) for p in properties)
-    names = [f.name for f in fields]
-    if len(set(names)) != len(names):
-        raise ContractError(f"field names repeat: {sorted({n for n in names if names.count(n) > 1})}")
-    taken = sorted(RESERVED.intersection(names))
-    if taken:
-        raise ContractError(f"field names {taken} are kept for the lake; rename them")
-    keys = sorted((_number(p, "primaryKeyPosition", 0), str(p["name"])) for p in properties if p.get("primaryKey"))
-    key = tuple(name for _, name in keys)
-    if not key:
-        raise ContractError("no property has primaryKey: true, so a redelivered message could not be told from a new reading")
-    contract = StreamContract(
-        stream=check_name(str(schema.get("name", "")), "stream"),
-        version=str(tree.get("version", "")),
-        fields=fields,
-        key=key,
-        event_time=_named(custom, "eventTime", fields, FieldType.TIMESTAMP),
-        entity=_named(custom, "entity", fields, FieldType.STRING),
-        topic=str(custom.get("topic") or ""),
-        encoding=_encoding(custom.get("encoding", "json")),
-        payload_bytes_max=_payload_bytes_max(custom),
-        compression=_compression(custom.get("compression", "none")),
-    )
-    if not contract.version:
-        raise ContractError("version is missing")
-    if not contract.topic:
-        raise ContractError("customProperties needs topic, the MQTT topic of the sensor messages")
-    _check_topic(contract)
-    return contract
-
-
-def _check_topic(contract: StreamContract) -> None:
-    """Whether topic and payload together can fill the fields."""
-    names = contract.shape.names
-    text = {f.name for f in contract.fields if f.type is FieldType.STRING}
-    bare = contract.encoding in (Encoding.VALUE, Encoding.SPARKPLUG)
-    if contract.encoding is Encoding.VALUE and FIELD in text:
-        raise ContractError(f"no string field can be called {FIELD!r} here: the level {{{FIELD}}} says which field a value is")
-    strange = set(names) - text - ({FIELD} if contract.encoding is Encoding.VALUE else set())
-    if strange:
-        raise ContractError(f"topic {contract.topic!r} names {sorted(strange)}, which are no string fields; they are {sorted(text)}")
-    if not bare:
-        return
-    if text - set(names):
-        raise ContractError(f"encoding {contract.encoding} carries no text: the topic must name {sorted(text - set(names))} in braces")
-    if sum(f.type is FieldType.TIMESTAMP for f in contract.fields) > 1:
-        raise ContractError(f"encoding {contract.encoding} has one time per message: {contract.event_time!r} must be the only timestamp")
-    values = [f for f in contract.fields if f.type in (FieldType.NUMBER, FieldType.INTEGER)]
-    sparkplug = contract.encoding is Encoding.SPARKPLUG
-    if not values or (FIELD not in names and not sparkplug and len(values) > 1):
-        raise ContractError(
-            f"topic {contract.topic!r} does not say which field a value is: name a level {{{FIELD}}}, or have one number field"
-        )
-    if (sparkplug or len(values) > 1) and any(f.required for f in values):
-        missing = sorted(f.name for f in values if f.required)
-        raise ContractError(f"encoding {contract.encoding}: a message need not hold {missing}; make them numbers with required: false")
-    if sparkplug:
-        _check_sparkplug(contract)
-
-
-def _check_sparkplug(contract: StreamContract) -> None:
-    levels = contract.shape.filter.split("/")
-    if len(levels) not in (4, 5) or levels[0] != SPARKPLUG or contract.topic.split("/")[2] != "+" or "#" in levels:
-        raise ContractError(f"topic {contract.topic!r} must be {SPARKPLUG}/GROUP/+/NODE or {SPARKPLUG}/GROUP/+/NODE/DEVICE for Sparkplug")
-    if contract.compression is not Compression.NONE:
-        raise ContractError("Sparkplug payloads have no compression")
-    metrics = [f.metric or f.name for f in contract.fields]
-    if len(set(metrics)) != len(metrics):
-        raise ContractError(f"metrics repeat: {sorted({m for m in metrics if metrics.count(m) > 1})}")
-
-
-def _field(tree: Any) -> Field:
-    if not isinstance(tree, dict) or not tree.get("name"):
-        raise ContractError(f"property without a name: {tree!r}")
-    name = str(tree["name"])
-    try:
-        kind = FieldType(str(tree.get("logicalType")))
-    except ValueError:
-        raise ContractError(f"field {name!r}: logicalType {tree.get('logicalType')!r} is none of {', '.join(FieldType)}") from None
-    required = bool(tree.get("required", False))
-    if not required and kind is not FieldType.NUMBER:
-        raise ContractError(f"field {name!r}: only number fields may be optional; set required: true")
-    options = tree.get("logicalTypeOptions") or {}
-    if not isinstance(options, dict):
-        raise ContractError(f"field {name!r}: logicalTypeOptions {options!r} is not a mapping")
-    custom = _custom(tree)
-    low, high = _number(options, "minimum", -math.inf), _number(options, "maximum", math.inf)
-    if not low <= high:
-        raise ContractError(f"field {name!r}: minimum {low} is above maximum {high}")
-    unit, metric = str(custom.get("unit", "")), str(custom.get("metric", ""))
-    return Field(name, kind, required, low, high, unit, str(tree.get("description", "")), metric)
-
-
-def _named(custom: dict[str, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:
-    name = custom.get(role)
-    if not any(f.name == name and f.type is kind for f in fields):
-        raise ContractError(f"customProperties.{role} is {name!r}; it must name a required {kind} field")
-    return str(name)
-
-
-def _list(tree: dict[Any, Any], name: str) -> list[Any]:
-    items = tree.get(name) or []
-    if not isinstance(items, list):
-        raise ContractError(f"{name} {items!r} is not a list")
-    return items
-
-
-def _custom(tree: dict[Any, Any]) -> dict[str, Any]:
-    items = _list(tree, "customProperties")
-    return {str(p.get("property")): p.get("value") for p in items if isinstance(p, dict)}
-
-
-def _number(tree: dict[Any, Any], name: str, default: float) -> float:
-    value = tree.get(name, default)
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise ContractError(f"{name} {value!r} is not a number") from None
-
-
-def _payload_bytes_max(custom: dict[str, Any]) -> int:
-    limit = _number(custom, "payloadBytesMax", PAYLOAD_BYTES_MAX)
-    if not (1 <= limit <= PAYLOAD_BYTES_MAX and limit.is_integer()):
-        raise ContractError(f"payloadBytesMax {limit:g} must be a whole number from 1 to {PAYLOAD_BYTES_MAX}")
-    return int(limit)
-
-
-def _encoding(name: Any) -> Encoding:
-    try:
-        return Encoding(str(name))
-    except ValueError:
-        raise ContractError(f"encoding {name!r} is none of {', '.join(Encoding)}") from None
-
-
-def _compression(name: Any) -> Compression:
-    try:
-        return Compression(str(name))
-    except ValueError:
-        raise ContractError(f"compression {name!r} is none of {', '.join(Compression)}") from None

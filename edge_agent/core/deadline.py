@@ -4,6 +4,8 @@
 - Karn's rule is met by construction: a block that goes again is a new message with an id of its own, so that every answer
   belongs to one sending. A late answer is therefore a sample too, and the deadline follows a link that becomes slow.
 - One sample per round trip (core.pipe sees to it): a hundred answers after one gap are one late answer.
+- A sample counts as at most SURPRISE_MAX deadlines. So a stall of seconds, which is no round trip, leaves the next deadline short, and a
+  link that has become slow is learned within a few answers.
 - Size takes time. Round trips are those of the usual number of bytes under way; more bytes than usual get twice the time that
   they take at the best rate seen of late. So a large block on a slow link is not late, and a small one is not waited for.
 - Silence is judged by the worst round trip of late (`peak_s`, halved every minute): TCP sends a lost packet again after 200 ms
@@ -23,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ALPHA, BETA, K = 1 / 8, 1 / 4, 4  # RFC 6298, 2.3
+SURPRISE_MAX = 2
 PEAK_HALF_LIFE_S = 60.0
 RATE_HALF_LIFE_S = 30.0
 RATE_FIRST = 100_000.0  # bytes/s, before any was seen
@@ -65,8 +68,9 @@ class RoundTrips:
         if self.srtt_s is None:
             self.srtt_s, self._rttvar_s, self._min_s, self._usual_bytes = waited_s, waited_s / 2, waited_s, float(ahead_bytes)
         else:
-            self._rttvar_s += BETA * (abs(self.srtt_s - waited_s) - self._rttvar_s)
-            self.srtt_s += ALPHA * (waited_s - self.srtt_s)
+            sample_s = min(waited_s, SURPRISE_MAX * self.deadline_s(ahead_bytes))
+            self._rttvar_s += BETA * (abs(self.srtt_s - sample_s) - self._rttvar_s)
+            self.srtt_s += ALPHA * (sample_s - self.srtt_s)
             self._usual_bytes += ALPHA * (ahead_bytes - self._usual_bytes)
             self._min_s = min(waited_s, self._min_s + MIN_LEAK * (waited_s - self._min_s))
         if waited_s >= self.peak_s(now):

@@ -124,21 +124,21 @@ class Decoder:
             for row in np.flatnonzero(suspects).tolist():
                 value = self._get[field.name](structs[row])
                 if value is not None and row not in bad:
-                    bad[row] = Reject(int(rows[row]), Reason.OUT_OF_RANGE, f"field {field.name!r} is {value!r}: {why}")
+                    bad[row] = Reject(int(rows[row]), Reason.OUT_OF_RANGE, f"field {field.name!r} is {value!r}: {why}", field.name)
         return bad
 
     def _explain(self, index: int, payload: bytes, error: BaseException) -> Reject:
         text = str(error)
         missing = _MISSING.search(text)
         if missing:
-            return reject(index, Reason.MISSING_FIELD, f"field {missing[1]!r} is missing")
+            return reject(index, Reason.MISSING_FIELD, f"field {missing[1]!r} is missing", missing[1])
         if not isinstance(error, msgspec.ValidationError):
             return reject(index, Reason.MALFORMED, f"not {self.contract.encoding}: {text or type(error).__name__}")
         path = _PATH.search(text)
         if not path:
             return reject(index, Reason.WRONG_TYPE, f"payload: {text}")
         reason = reason_of(text)
-        return reject(index, reason, f"field {path[1]!r} is {self._value(payload, path[1])}: {text[: path.start()]}")
+        return reject(index, reason, f"field {path[1]!r} is {self._value(payload, path[1])}: {text[: path.start()]}", path[1])
 
     def _value(self, payload: bytes, name: str) -> str:
         """The value of a field as it was sent, for people."""

@@ -12,16 +12,20 @@ _VALUE_CHARACTERS_MAX = 80
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Why one reading was refused. `index` counts payloads (from `Decoder`) or table rows (from `validate`)."""
+    """Why one reading was refused. `index` counts payloads (from `Decoder`) or table rows (from `validate`).
+
+    `field`: the one whose value `detail` shows; empty: none in particular.
+    """
 
     index: int
     reason: Reason
     detail: str
+    field: str = ""
 
 
-def reject(index: int, reason: Reason, detail: str) -> Reject:
+def reject(index: int, reason: Reason, detail: str, field: str = "") -> Reject:
     """A reject whose detail is valid, short text whatever the sensor sent."""
-    return Reject(index, reason, detail.encode(errors="backslashreplace").decode()[:DETAIL_CHARACTERS_MAX])
+    return Reject(index, reason, detail.encode(errors="backslashreplace").decode()[:DETAIL_CHARACTERS_MAX], field)
 
 
 def shown(text: str) -> str:

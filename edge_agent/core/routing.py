@@ -6,7 +6,9 @@ A state machine without clock or network: times are arguments (seconds, monotoni
 - An endpoint is closed, connecting or up; an up one may be suspected: silent while another one answers.
 - A lane stays where it is while that endpoint is up and not suspected. It leaves a suspect for one that answers, and goes back to a
   better rank once that has proved itself: it never failed, or it has answered without a gap for `failback_s` since. Each
-  failure soon after a proof doubles that time, up to 32 times. A suspect stays in use where there is nothing else.
+  failure soon after a proof doubles that time, up to 32 times. A suspect that answers after all, on the same connection, was slow
+  and not dead: its proof takes WOBBLE times as long, or lanes would go to and fro on a lossy link. A suspect stays in use where
+  there is nothing else.
 - Links are opened for the first two endpoints of every lane in use: the one it wants and a warm standby. Those that
   fail or are suspected do not count, so a long list is walked to its end.
 - A link that no lane wants is closed after `linger_s`. A link that carries a lane is never closed to try another.
@@ -37,6 +39,7 @@ HURRY, EASE = 1 / 20, 1 / 4
 FIRST_S, FIRST_EASED_S = 0.5, 3.0  # first waits are drawn up to this: a fleet that is kicked at once comes back over this time
 CAP_S = 1.0  # the longest wait is never below this
 STRIKES_MAX = 5
+WOBBLE = 12
 PATIENT_EVERY, PATIENT_TIMES = 4, 4
 INFINITY = float("inf")
 
@@ -105,13 +108,15 @@ class _State(StrEnum):
 
 @dataclass
 class _Endpoint:
-    """Health of one endpoint. `since`: of `state`; `answers_since`: without a gap; `away_since`: no stable connection."""
+    """Health of one endpoint. `since`: of `state`; `answers_since`: without a gap; `away_since`: no stable connection.
+    It `wobbled` if it was suspected and then answered on the same connection."""
 
     state: _State = _State.CLOSED
     since: float = 0.0
     suspected: bool = False
     answers_since: float = 0.0
     failed: bool = False
+    wobbled: bool = False
     strikes: int = 0
     reason: str = ""
     away_since: float | None = None
@@ -145,14 +150,14 @@ class Router:
     def connected(self, endpoint: str, now: float) -> None:
         """The link to `endpoint` is up and authenticated."""
         health = self._endpoints[endpoint]
-        health.state, health.since, health.answers_since, health.suspected = _State.UP, now, now, False
+        health.state, health.since, health.answers_since, health.suspected, health.wobbled = _State.UP, now, now, False, False
 
     def answered(self, endpoint: str, now: float, round_trip_s: float | None = None) -> None:
         """`endpoint` acknowledged a message."""
         health = self._endpoints[endpoint]
         health.round_trip_s = round_trip_s
         if health.suspected:
-            health.suspected, health.answers_since = False, now
+            health.suspected, health.wobbled, health.answers_since = False, True, now
 
     def suspect(self, endpoint: str, now: float, reason: str) -> None:
         """`endpoint` is silent though it is connected; it is trusted again when it answers."""
@@ -211,7 +216,7 @@ class Router:
         return ranks
 
     def _fail(self, health: _Endpoint, now: float, reason: str) -> None:
-        again = health.failed and now - health.answers_since < 2 * self._proof_s(health)
+        again = health.failed and now - health.answers_since < 2 * self._config.failback_s * 2**health.strikes
         health.strikes = min(STRIKES_MAX, health.strikes + 1) if again else 0
         health.failed, health.reason = True, reason
 
@@ -330,4 +335,4 @@ class Router:
         return self._good(name) and (not health.failed or now >= health.answers_since + self._proof_s(health))
 
     def _proof_s(self, health: _Endpoint) -> float:
-        return float(self._config.failback_s * 2**health.strikes)
+        return float(self._config.failback_s * max(2**health.strikes, WOBBLE if health.wobbled else 1))

@@ -37,7 +37,7 @@ def validate(contract: StreamContract, table: Table) -> tuple[Mask, list[Reject]
             continue
         for row in np.flatnonzero((values < field.minimum) | (values > field.maximum)).tolist():
             ok[row] = False
-            rejects.setdefault(row, Reject(row, Reason.OUT_OF_RANGE, _detail(field, float(values[row]))))
+            rejects.setdefault(row, Reject(row, Reason.OUT_OF_RANGE, _detail(field, float(values[row])), field.name))
     return ok, [rejects[row] for row in sorted(rejects)]
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader, FixQuality, encode_block
 from edge_agent.contract.columns import Strings, Table
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 
 CONTRACT_YAML = """
 apiVersion: v3.1.0

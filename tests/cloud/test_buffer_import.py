@@ -37,7 +37,7 @@ def settings(tmp_path: Path) -> Settings:
     (project / "contracts" / "zones.geojson").write_bytes(ZONES_JSON)
     (project / "fenceline.toml").write_text('contracts = ["contracts/pump.odcs.yaml"]\n')
     found = config.load(project, tmp_path / "state")
-    Fleet(found.fleet_path).add("d1")
+    Fleet(found.fleet_db).add("d1")
     return found
 
 
@@ -93,10 +93,10 @@ def test_a_region_that_may_not_hold_a_zone_takes_nothing_of_it(settings: Setting
     done = BufferImport(settings, ["us"]).run(path)
     assert done.refused == {"wrong_region": 2} and done.stored_blocks == 1 and not done.complete
     assert rows(settings) == [("canada", n, "us") for n in (3, 4, 5)]
-    entries = Audit(settings.audit_path).entries()
+    entries = Audit(settings.audit_db).entries()
     assert {(e.kind, e.reason, e.subject, e.count) for e in entries} >= {("block_refused", "wrong_region", "d1", 1)}
     assert entries[0].kind == IMPORTED and done.sha256 in entries[0].detail
-    assert Audit(settings.audit_path).verify() is None
+    assert Audit(settings.audit_db).verify() is None
 
 
 def test_a_stranger_s_buffer_and_unknown_streams_are_refused(settings: Settings, tmp_path: Path) -> None:

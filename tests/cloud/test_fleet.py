@@ -94,7 +94,7 @@ def test_events_are_kept_newest_first_cut_and_bounded(fleet: Fleet) -> None:
 def test_a_device_whose_files_cannot_be_written_keeps_its_name_free(tmp_path: Path) -> None:
     settings = config.load(Path(__file__).parents[2], tmp_path / "state")
     keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
-    fleet, blocked = Fleet(settings.fleet_path), tmp_path / "file"
+    fleet, blocked = Fleet(settings.fleet_db), tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(ConfigError, match="give another --out"):
         enrol(settings, fleet, "gw", blocked / "agent.toml")
@@ -108,7 +108,7 @@ def test_enrolled_files_are_private_even_where_files_were(tmp_path: Path) -> Non
     old.parent.mkdir()
     old.write_text("old")
     old.chmod(0o644)
-    made = enrol(settings, Fleet(settings.fleet_path), "gw", tmp_path / "gw/agent.toml")
+    made = enrol(settings, Fleet(settings.fleet_db), "gw", tmp_path / "gw/agent.toml")
     assert {p.stat().st_mode & 0o777 for p in made.parent.iterdir()} == {0o600}
 
 
@@ -118,7 +118,7 @@ def test_a_missing_contract_is_named_before_a_device_is_added(tmp_path: Path) ->
     )
     settings = config.load(tmp_path)
     keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
-    fleet = Fleet(settings.fleet_path)
+    fleet = Fleet(settings.fleet_db)
     with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml"):
         enrol(settings, fleet, "gw")
     assert fleet.devices() == []

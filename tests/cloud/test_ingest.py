@@ -20,6 +20,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud import brokers, config, ingest
 from cloud.audit import Audit
 from cloud.config import Settings
+from cloud.ingest_status import read_status
 from cloud.lake import Lake
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
@@ -169,7 +170,7 @@ def test_what_is_refused_is_counted_audited_and_alarmed_and_the_next_block_goes_
         assert work.status.refused == {reason: 1}
         alarm = device.alarms.get(timeout=WAIT_S)
         assert (alarm["event"], alarm["region"], alarm["reason"], alarm["count"]) == ("block_refused", "eu", reason, 1)
-        (entry,) = Audit(settings.audit_path).entries()
+        (entry,) = Audit(settings.audit_db).entries()
         assert (entry.subject, entry.region, entry.reason) == ("d1", "eu", reason)
         assert len(rows(settings)) == 3
         time.sleep(1.5)  # past ack_wait: an unacknowledged message would have come again
@@ -181,7 +182,7 @@ def test_a_storm_of_refusals_is_a_few_entries_with_their_number(settings: Settin
         for sequence in range(1, 31):
             device.send(block_bytes(sequence, lane="atlantis"), "atlantis")
         wait_until(lambda: work.status.refused == {"wrong_region": 30})
-    audit = Audit(settings.audit_path)
+    audit = Audit(settings.audit_db)
     assert audit.counts() == {"wrong_region": 30} and len(audit.entries()) <= 2
 
 
@@ -237,7 +238,7 @@ ingest.main()
 def test_killed_between_commit_and_receipt_it_stores_nothing_twice(settings: Settings, device: Device) -> None:
     arguments = ["--region", "eu", "--project", str(settings.project)]
     work = subprocess.Popen([sys.executable, "-c", DIES_BEFORE_THE_RECEIPT, *arguments], cwd=ROOT, stderr=subprocess.DEVNULL)
-    wait_until(lambda: (status := ingest.read_status(settings, "eu")) is not None and status.connected)
+    wait_until(lambda: (status := read_status(settings, "eu")) is not None and status.connected)
     device.send(block_bytes(1))
     assert work.wait(WAIT_S) == -9
     assert len(rows(settings)) == 3 and device.receipts.empty()

@@ -14,7 +14,8 @@ import pytest
 from cloud.labels import SCHEMA, add, from_column, plain, run_to_failure
 from cloud.mapping import ColumnMapping, EntityRule, TimeRule, adjust, count_rows, load_mapping, parse_mapping, read_rows, same_names
 from edge_agent.contract.errors import ConfigError
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 
 PROJECT = Path(__file__).parents[2]
 START_US = round(datetime(2024, 1, 1, tzinfo=UTC).timestamp() * 1e6)

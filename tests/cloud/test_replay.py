@@ -19,7 +19,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud.mapping import ColumnMapping, EntityRule, TimeRule, load_mapping, read_rows
 from cloud.replay import Assignment, SensorBroker, messages, replay
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
-from edge_agent.contract.stream import Encoding, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import Encoding, StreamContract
 from tests.brokers import Broker, User, free_port, nats_broker
 from tests.cloud.test_labels import HOUR_US, PROJECT, START_US, cmapss_line
 

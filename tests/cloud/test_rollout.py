@@ -80,13 +80,13 @@ class SimulatedFleet:
 
 
 @dataclass(frozen=True)
-class StateDir:
-    state_dir: Path
+class Databases:
+    rollouts_db: Path
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> StateDir:
-    return StateDir(tmp_path / "state")
+def state(tmp_path: Path) -> Databases:
+    return Databases(tmp_path / "state" / "rollouts.db")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_canary_that_is_neither_is_refused(canary: float) -> None:
         plan(["a"], canary)
 
 
-def test_canary_moves_first_and_the_rest_after_it_is_active(state: StateDir) -> None:
+def test_canary_moves_first_and_the_rest_after_it_is_active(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b", "c")
     rollout = start(state, fleet, NEW, now=0.0)
     assert rollout.status is Status.RUNNING
@@ -121,7 +121,7 @@ def test_canary_moves_first_and_the_rest_after_it_is_active(state: StateDir) -> 
     assert status(state).status is Status.COMPLETE
 
 
-def test_report_to_an_older_document_does_not_count(state: StateDir) -> None:
+def test_report_to_an_older_document_does_not_count(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
     fleet.report("a", Phase.ROLLED_BACK, OLD, Reason.PROBATION)
     start(state, fleet, NEW, now=0.0)
@@ -130,7 +130,7 @@ def test_report_to_an_older_document_does_not_count(state: StateDir) -> None:
 
 
 @pytest.mark.parametrize(("phase", "reason"), [(Phase.REJECTED, Reason.SELF_TEST), (Phase.ROLLED_BACK, Reason.PROBATION)])
-def test_refused_bundle_gives_every_moved_device_its_own_previous_bundle_back(state: StateDir, phase: Phase, reason: Reason) -> None:
+def test_refused_bundle_gives_every_moved_device_its_own_previous_bundle_back(state: Databases, phase: Phase, reason: Reason) -> None:
     fleet = SimulatedFleet.of("a", "b", "c")
     fleet.desires["b"] = Desired(version=7, bundle=None)
     start(state, fleet, NEW, now=0.0, canary=2)
@@ -144,7 +144,7 @@ def test_refused_bundle_gives_every_moved_device_its_own_previous_bundle_back(st
     assert Action("c", NEW) not in fleet.asked
 
 
-def test_tolerated_failure_lets_the_rollout_complete(state: StateDir) -> None:
+def test_tolerated_failure_lets_the_rollout_complete(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b", "c")
     start(state, fleet, NEW, now=0.0, failures_allowed=1)
     control = Controller(state, fleet)
@@ -155,7 +155,7 @@ def test_tolerated_failure_lets_the_rollout_complete(state: StateDir) -> None:
     assert (rollout.status, rollout.failed) == (Status.COMPLETE, ["a"])
 
 
-def test_late_device_of_an_earlier_wave_still_undoes_the_rollout(state: StateDir) -> None:
+def test_late_device_of_an_earlier_wave_still_undoes_the_rollout(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
     start(state, fleet, NEW, now=0.0)
     control = Controller(state, fleet)
@@ -167,7 +167,7 @@ def test_late_device_of_an_earlier_wave_still_undoes_the_rollout(state: StateDir
     assert fleet.wants() == {"a": OLD, "b": OLD}
 
 
-def test_silent_wave_pauses_then_goes_on_when_it_answers(state: StateDir) -> None:
+def test_silent_wave_pauses_then_goes_on_when_it_answers(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
     start(state, fleet, NEW, now=0.0, wave_timeout_s=10.0)
     control = Controller(state, fleet)
@@ -181,12 +181,12 @@ def test_silent_wave_pauses_then_goes_on_when_it_answers(state: StateDir) -> Non
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.inf, math.nan])
-def test_wave_timeout_that_cannot_be_stored_or_reached_is_refused(state: StateDir, timeout_s: float) -> None:
+def test_wave_timeout_that_cannot_be_stored_or_reached_is_refused(state: Databases, timeout_s: float) -> None:
     with pytest.raises(ConfigError, match="positive and finite"):
         start(state, SimulatedFleet.of("d1"), NEW, now=0.0, wave_timeout_s=timeout_s)
 
 
-def test_operator_undoes_a_complete_rollout(state: StateDir) -> None:
+def test_operator_undoes_a_complete_rollout(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b", ref=None)
     start(state, fleet, NEW, now=0.0, canary=0)
     fleet.accept("a", "b")
@@ -198,7 +198,7 @@ def test_operator_undoes_a_complete_rollout(state: StateDir) -> None:
         undo(state, fleet, now=3.0)
 
 
-def test_older_rollout_is_not_undone_under_a_newer_one(state: StateDir) -> None:
+def test_older_rollout_is_not_undone_under_a_newer_one(state: Databases) -> None:
     fleet = SimulatedFleet.of("a")
     for ref in (NEW, a_ref(3)):
         start(state, fleet, ref, now=0.0)
@@ -211,7 +211,7 @@ def test_older_rollout_is_not_undone_under_a_newer_one(state: StateDir) -> None:
     assert fleet.wants() == {"a": OLD}
 
 
-def test_device_in_an_open_rollout_is_not_taken_by_another(state: StateDir) -> None:
+def test_device_in_an_open_rollout_is_not_taken_by_another(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
     start(state, fleet, NEW, now=0.0, devices=["a"])
     with pytest.raises(ConfigError, match="rollout 1 is running and holds a"):
@@ -220,13 +220,13 @@ def test_device_in_an_open_rollout_is_not_taken_by_another(state: StateDir) -> N
     assert [r.id for r in history(state)] == [1, 2]
 
 
-def test_devices_that_already_want_the_release_are_left_out(state: StateDir) -> None:
+def test_devices_that_already_want_the_release_are_left_out(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", ref=NEW)
     rollout = start(state, fleet, NEW, now=0.0)
     assert (rollout.status, rollout.members, fleet.asked) == (Status.COMPLETE, {}, [])
 
 
-def test_unknown_device_and_unknown_rollout_name_the_known_ones(state: StateDir) -> None:
+def test_unknown_device_and_unknown_rollout_name_the_known_ones(state: Databases) -> None:
     fleet = SimulatedFleet.of("a")
     with pytest.raises(ConfigError, match="unknown: z; known: a"):
         start(state, fleet, NEW, now=0.0, devices=["a", "z"])
@@ -237,7 +237,7 @@ def test_unknown_device_and_unknown_rollout_name_the_known_ones(state: StateDir)
         status(state, 9)
 
 
-def test_crash_between_intention_and_action_is_made_good(state: StateDir) -> None:
+def test_crash_between_intention_and_action_is_made_good(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
 
     def fails(device: str, bundle: BundleRef | None) -> Desired:
@@ -253,7 +253,7 @@ def test_crash_between_intention_and_action_is_made_good(state: StateDir) -> Non
     assert fleet.asked == [Action("a", NEW)]
 
 
-def test_device_that_leaves_the_fleet_while_moved_counts_as_failed(state: StateDir) -> None:
+def test_device_that_leaves_the_fleet_while_moved_counts_as_failed(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b", "c")
     start(state, fleet, NEW, now=0.0, canary=2)
     del fleet.desires["b"], fleet.desires["c"]

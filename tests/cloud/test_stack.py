@@ -188,7 +188,7 @@ def test_status_tells_the_same_as_the_stack(up: Up, capsys: pytest.CaptureFixtur
 
 
 def test_a_device_added_while_the_stack_runs_connects_and_others_stay_connected(up: Up) -> None:
-    settings, fleet = up.settings, Fleet(up.settings.fleet_path)
+    settings, fleet = up.settings, Fleet(up.settings.fleet_db)
     enrol(settings, fleet, "old")
     wait_until(lambda: (up.state / "nats/eu.users.conf").read_text().count('"old"'))
     time.sleep(0.3)
@@ -214,7 +214,7 @@ def test_a_device_added_while_the_stack_runs_connects_and_others_stay_connected(
 
 
 def test_a_device_cannot_speak_for_another(up: Up) -> None:
-    settings, fleet = up.settings, Fleet(up.settings.fleet_path)
+    settings, fleet = up.settings, Fleet(up.settings.fleet_db)
     for name in ("honest", "forger"):
         enrol(settings, fleet, name)
     time.sleep(0.3)
@@ -237,7 +237,7 @@ def test_a_device_cannot_speak_for_another(up: Up) -> None:
 
 
 def test_a_new_desired_document_reaches_the_device_in_every_region(up: Up) -> None:
-    settings, fleet = up.settings, Fleet(up.settings.fleet_path)
+    settings, fleet = up.settings, Fleet(up.settings.fleet_db)
     enrol(settings, fleet, "plane")
     time.sleep(0.3)
     clients = [Client(settings, region, "plane", fleet.passwords()["plane"], DeviceTopics("plane").desired) for region in ("eu", "us")]
@@ -263,7 +263,7 @@ def test_a_part_that_dies_is_started_again_and_counted(up: Up) -> None:
 
 
 def test_a_killed_broker_comes_back_with_what_devices_should_run(up: Up) -> None:
-    settings, fleet = up.settings, Fleet(up.settings.fleet_path)
+    settings, fleet = up.settings, Fleet(up.settings.fleet_db)
     enrol(settings, fleet, "patient")
     before = up.pids["broker-us"]
     os.kill(before, signal.SIGKILL)

@@ -13,7 +13,8 @@ from shapely.geometry import LinearRing, Point, shape
 
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.stream import Encoding, FieldType, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import Encoding, FieldType, StreamContract
 from edge_agent.core.zones import Zones, parse_zones
 
 CONTRACTS = Path(__file__).parents[2] / "contracts"

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from paho.mqtt.client import topic_matches_sub
 
 from edge_agent.contract.errors import ContractError
+from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.sensor_topics import parse_shape
-from edge_agent.contract.stream import Compression, Encoding, parse_contract
+from edge_agent.contract.stream import Compression, Encoding
 
 
 def tree(**custom: str) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.stream import FIELDS_MAX, PAYLOAD_BYTES_MAX, Encoding, Field, FieldType, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import FIELDS_MAX, PAYLOAD_BYTES_MAX, Encoding, Field, FieldType, StreamContract
 
 TREE: dict[str, Any] = {
     "apiVersion": "v3.1.0",

@@ -95,7 +95,9 @@ class Store:
 class World:
     """One device with `lanes` (the endpoints each allows), endpoints and a lake."""
 
-    def __init__(self, seed: int, lanes: dict[str, tuple[str, ...]], endpoints: Sequence[str], **changes: Any) -> None:
+    def __init__(
+        self, seed: int, lanes: dict[str, tuple[str, ...]], endpoints: Sequence[str], *, failback_s: float = 2.0, **changes: Any
+    ) -> None:
         self.rng = random.Random(seed)
         self.now = 100.0
         self.lanes = lanes
@@ -111,7 +113,9 @@ class World:
         self._order = itertools.count()
         self._turn_at = self.now
         self.uplink = Uplink(
-            UplinkConfig("plane-01", tuple(EndpointConfig(name, "sim", 1) for name in endpoints), failback_s=2.0, limits=self.limits),
+            UplinkConfig(
+                "plane-01", tuple(EndpointConfig(name, "sim", 1) for name in endpoints), failback_s=failback_s, limits=self.limits
+            ),
             self.store,  # type: ignore[arg-type]
             lambda lane: self.lanes[lane],
             lambda document: None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from edge_agent.uplink import UplinkConfig
 from tests.edge_agent.simulated_uplink import Mode, World
 
 LANES = {"atlantic": ("eu", "us"), "europe": ("eu",), "canada": ("us", "eu"), "pacific": ("asia", "us"), "nowhere": ()}
@@ -117,7 +118,7 @@ def test_nothing_is_hedged_to_a_standby_that_does_not_answer(seed: int) -> None:
 
 def test_a_lossy_link_is_kept(seed: int) -> None:
     """50 ms round trip and 5 % loss in both directions: late blocks are hedged, lanes hardly move, and nothing piles up."""
-    world = _pair(seed)
+    world = _pair(seed, failback_s=UplinkConfig.failback_s)
     for site in world.endpoints.values():
         site.round_trip_s, site.loss = 0.05, 0.05
     minutes = 3

@@ -48,14 +48,14 @@ class Cloud:
 
     def audited(self) -> list[tuple[str, str, str]]:
         """(kind, device, reason) of every entry, the oldest first."""
-        return [(e.kind, e.subject, e.reason) for e in reversed(Audit(self.settings.audit_path).entries())]
+        return [(e.kind, e.subject, e.reason) for e in reversed(Audit(self.settings.audit_db).entries())]
 
     def caught(self, kind: str, device: str, reason: str) -> str:
         """Wait until it stands in the audit trail and was alarmed; the detail."""
         wait_until(lambda: (kind, device, reason) in self.audited())
         wait_until(lambda: any(d == device and (a["event"], a["reason"]) == (kind, reason) for d, a in self.alarms))
-        assert Audit(self.settings.audit_path).verify() is None
-        return next(e.detail for e in Audit(self.settings.audit_path).entries() if (e.kind, e.subject, e.reason) == (kind, device, reason))
+        assert Audit(self.settings.audit_db).verify() is None
+        return next(e.detail for e in Audit(self.settings.audit_db).entries() if (e.kind, e.subject, e.reason) == (kind, device, reason))
 
 
 @pytest.fixture
@@ -154,7 +154,7 @@ def test_the_password_of_another_device_does_not_open_ones_own_topics(cloud: Clo
 
 
 def test_a_policy_that_was_published_is_in_force_at_the_gate_without_a_restart(cloud: Cloud, tmp_path: Path) -> None:
-    settings, fleet = cloud.settings, Fleet(cloud.settings.fleet_path)
+    settings, fleet = cloud.settings, Fleet(cloud.settings.fleet_db)
     keys.init(settings.keys_dir, settings.releases_dir, datetime.now(UTC))
     fleet.add("d1")
     send(cloud, "us", up("d1", "canada"), block_bytes(1, lane="canada"))

@@ -6,7 +6,7 @@ import numpy as np
 
 from bench.peers.sensors import CONTRACT, Checked, check, payload
 from edge_agent.contract.columns import Table, take
-from edge_agent.contract.stream import parse_contract
+from edge_agent.contract.odcs import parse_contract
 from edge_agent.core.decode import Decoder
 from edge_agent.core.validate import validate
 

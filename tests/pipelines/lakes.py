@@ -13,7 +13,8 @@ from cloud.lake import Lake
 from cloud.rows import TIME, Contracts
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader, FixQuality
 from edge_agent.contract.columns import Floats, Strings, Table
-from edge_agent.contract.stream import FieldType, StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import FieldType, StreamContract
 
 ROOT = Path(__file__).resolve().parents[2]
 START_US = 1_700_000_000_000_000

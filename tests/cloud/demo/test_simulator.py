@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from cloud.demo.simulator import CYCLES_MAX, CYCLES_MIN, FIELDS, build_engine, cut_short
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 
 CONTRACTS = Path(__file__).parents[3] / "contracts"
 

@@ -52,7 +52,7 @@ def test_worst_round_trip_of_late_makes_patient_and_is_forgotten() -> None:
     trips = measured([0.05] * 9 + [1.0])
     assert trips.suspect_s(300, 9.0) == pytest.approx(2.0)  # and not 3.0: there is a limit
     assert trips.dead_s(300, 9.0) == pytest.approx(8.0)
-    assert trips.suspect_s(300, 9.0 + 600.0) == trips.deadline_s(300)
+    assert trips.suspect_s(300, 9.0 + 600.0) == LIMITS.suspect_s
 
 
 def test_connection_given_up_in_vain_gives_the_next_one_more_time_until_a_block_is_answered() -> None:
@@ -131,6 +131,19 @@ def test_idle_endpoint_is_asked_and_a_busy_one_is_not() -> None:
         now += 0.102
         pipe.answered(mid, now)
     assert pipe.beat_at(1.0) == pytest.approx(now + 1.0)
+
+
+def test_stall_of_seconds_leaves_the_next_deadline_short() -> None:
+    trips = measured([0.002] * 100 + [3.0])
+    assert trips.deadline_s(300) < 0.12
+    for n in range(8):
+        trips.answered(waited_s=0.002, ahead_bytes=300, answered_bytes=300, now=101.0 + n)
+    assert trips.deadline_s(300) < 0.05
+
+
+def test_link_that_becomes_slow_is_learned_within_a_few_answers() -> None:
+    trips = measured([0.002] * 100 + [0.7] * 6)
+    assert trips.deadline_s(300) > 0.7
 
 
 def test_one_long_stall_does_not_make_silence_unsuspicious_for_a_minute() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_agent.core.routing import Held, Move, Plan, Route, Router, RoutingConfig
+from edge_agent.core.routing import WOBBLE, Held, Move, Plan, Route, Router, RoutingConfig
 
 CONFIG = RoutingConfig(endpoints=("eu", "us", "asia"), failback_s=10.0, connect_timeout_s=5.0, stable_s=5.0, linger_s=20.0)
 
@@ -175,8 +175,18 @@ def test_suspected_endpoint_is_left_without_being_closed_and_is_no_standby() -> 
     assert plan.close == []
     r.answered("eu", 21.0, 0.002)
     assert r.step(21.0).routes["atlantic"] == Route("us", "eu")
-    assert r.step(30.9).moves == []
-    assert r.step(31.0).moves == [Move("atlantic", "us", "eu", "preferred")]
+    assert r.step(20.9 + WOBBLE * 10.0).moves == []
+    assert r.step(21.0 + WOBBLE * 10.0).moves == [Move("atlantic", "us", "eu", "preferred")]
+
+
+def test_suspect_that_was_dead_and_connects_anew_proves_itself_sooner_than_a_slow_one() -> None:
+    r = connected_pair()
+    r.suspect("eu", 20.0, "silent")
+    r.lost("eu", 23.0, "silent for 3 s")
+    r.step(23.0)
+    r.connected("eu", 24.0)
+    assert r.step(33.9).moves == []
+    assert r.step(34.0).moves == [Move("atlantic", "us", "eu", "preferred")]
 
 
 def test_suspected_standby_is_dropped_and_the_next_endpoint_is_opened() -> None:
@@ -205,17 +215,31 @@ def test_suspected_endpoint_stays_in_use_where_there_is_no_other() -> None:
 
 def test_gap_while_it_proves_itself_begins_the_proof_anew_and_doubles_it() -> None:
     r = connected_pair()
-    for proof_s, silent_at in ((10.0, 20.0), (20.0, 25.0), (40.0, 60.0), (80.0, 130.0)):
-        r.suspect("eu", silent_at, "silent")
-        assert r.step(silent_at).routes["atlantic"].endpoint == "us"
-        r.answered("eu", silent_at + 1.0)
-        if silent_at != 20.0:
-            assert r.step(silent_at + 0.9 + proof_s).routes["atlantic"].endpoint == "us"
-            assert r.step(silent_at + 1.0 + proof_s).routes["atlantic"].endpoint == "eu"
-    r.suspect("eu", 1_000.0, "silent")  # long after: a new beginning
+    for proof_s, lost_at in ((10.0, 20.0), (20.0, 25.0), (40.0, 60.0), (80.0, 130.0)):
+        r.lost("eu", lost_at, "reset")
+        assert r.step(lost_at).routes["atlantic"].endpoint == "us"
+        r.connected("eu", lost_at + 1.0)
+        if lost_at != 20.0:
+            assert r.step(lost_at + 0.9 + proof_s).routes["atlantic"].endpoint == "us"
+            assert r.step(lost_at + 1.0 + proof_s).routes["atlantic"].endpoint == "eu"
+    r.lost("eu", 1_000.0, "reset")  # long after: a new beginning
     r.step(1_000.0)
-    r.answered("eu", 1_001.0)
+    r.connected("eu", 1_001.0)
     assert r.step(1_011.0).routes["atlantic"].endpoint == "eu"
+
+
+@pytest.mark.parametrize("gap_s", [0.5, 5.0, 60.0, 125.0])
+def test_slow_link_changes_endpoints_at_most_once_a_minute(gap_s: float) -> None:
+    """However often the preferred one is silent for a moment: two moves need WOBBLE times `failback_s`."""
+    r, moves, now = connected_pair(), 0, 20.0
+    while now < 20.0 + 1_800.0:
+        r.suspect("eu", now, "silent")
+        moves += len(r.step(now).moves)
+        r.answered("eu", now + 0.3)
+        moves += len(r.step(now + 0.3).moves)
+        now += gap_s
+        moves += len(r.step(now).moves)
+    assert 1 <= moves <= 30
 
 
 def test_equal_ranks_are_chosen_by_round_trip_and_do_not_move_a_lane() -> None:

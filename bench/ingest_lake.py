@@ -1,0 +1,144 @@
+"""Ingest at scale: readings/s from MQTT to committed rows, exactly once, against a bare write; and the time from block to receipt.
+
+Real Mosquitto, `cloud.ingest` as it is run, the real lake. Throughput: blocks of 300 readings of the turbofan contract (27 columns with score,
+30 s of ten readings a second) of 100 devices, some sent twice, until every block has its receipt; then the same rows, as one Arrow table, by
+one bare `write_deltalake`. Also with small blocks of 10. Receipts: 1,000 devices, each one block of 10 readings a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from deltalake import write_deltalake
+
+from bench.block_sender import STREAM
+from bench.report import Cell, Report, best_of, main
+from cloud import brokers, config
+from cloud.config import Settings
+from cloud.ingest_status import Status, read_status
+from cloud.lake import Lake
+from cloud.workers import Worker, command
+from tests.brokers import Broker, mosquitto_broker
+
+CONTRACTS = Path(__file__).parents[1] / "contracts"
+SAVE_RARELY = ("autosave_on_changes false", "autosave_interval 1800")
+AGAIN = 0.1
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the devices saw, what the ingest says, and what stands in the lake."""
+
+    devices: dict[str, Any]
+    ingest: Status
+    settings: Settings
+
+    @property
+    def rows(self) -> Any:
+        return Lake(self.settings.lake).read(STREAM)
+
+
+@contextlib.contextmanager
+def plant(folder: Path, workers: int) -> Iterator[tuple[Broker, Settings]]:
+    """A region's broker with its ingest workers, connected."""
+    with mosquitto_broker(folder, extra=SAVE_RARELY) as broker, contextlib.ExitStack() as stack:
+        settings = _project(folder / "project", broker.port)
+        for number in range(1, workers + 1):
+            log = stack.enter_context((folder / f"ingest-{number}.log").open("ab"))
+            worker = subprocess.Popen(command(settings, "eu", Worker(number, workers)), stdout=log, stderr=log)
+            stack.callback(worker.wait)
+            stack.callback(worker.terminate)
+        deadline = time.monotonic() + WAIT_S
+        while (found := read_status(settings, "eu")) is None or not found.connected:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ingest did not connect: {(folder / 'ingest-1.log').read_text()[-2000:]}")
+            time.sleep(0.05)
+        yield broker, settings
+
+
+def _project(folder: Path, port: int) -> Settings:
+    folder.mkdir()
+    for name in ("turbofan.odcs.yaml", "zones.geojson"):
+        shutil.copy(CONTRACTS / name, folder)
+    files = "contracts = ['turbofan.odcs.yaml']\nzones = 'zones.geojson'\n"
+    (folder / "fenceline.toml").write_text(f"{files}[[regions]]\nname = 'eu'\nport = {port}\nshared_subscriptions = true\nmqtt = 5\n")
+    settings = config.load(folder)
+    brokers.password(settings, brokers.CLOUD_USER)
+    return settings
+
+
+def run(
+    workers: int, devices: int, blocks: int, rows: int, *, period_s: float = 0.0, again: float = 0.0, bare: bool = False
+) -> dict[str, Any]:
+    """Play devices to the end, and check every row."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with plant(folder, workers) as (broker, settings):
+            out = folder / "devices.json"
+            sizes = ["--devices", str(devices), "--blocks", str(blocks), "--rows", str(rows)]
+            how = ["--port", str(broker.port), "--period", str(period_s), "--again", str(again), "--out", str(out)]
+            subprocess.run([sys.executable, "-m", "bench.block_sender", *sizes, *how], check=True)
+            time.sleep(1.0)  # the status is written twice a second
+            status = read_status(settings, "eu")
+        found: dict[str, Any] = json.loads(out.read_text())
+        table = Lake(settings.lake).read(STREAM)
+        expected = devices * blocks * rows
+        distinct = table.select(["device", "sequence", "row"]).group_by(["device", "sequence", "row"]).aggregate([]).num_rows
+        found |= {"readings": expected, "lost": expected - distinct, "duplicates": table.num_rows - distinct, "status": status}
+        found["readings_per_s"] = expected / found["seconds"]
+        if bare:
+            seconds = best_of(2, lambda: write_deltalake(str(folder / f"bare-{time.monotonic_ns()}"), table))
+            found["bare_write_readings_per_s"] = expected / seconds
+    if found["lost"] or found["duplicates"] or found["settled"] != found["sent"]:
+        raise AssertionError(f"{found['lost']} lost, {found['duplicates']} twice, {found['sent'] - found['settled']} without receipt")
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    """Throughput with large and small blocks, then receipts at a steady rate."""
+    quick = arguments.quick
+    large = run(arguments.workers, 20 if quick else 100, 3 if quick else 40, 300, again=AGAIN, bare=True)
+    small = run(arguments.workers, 20 if quick else 200, 10 if quick else 100, 10, again=AGAIN, bare=True)
+    steady = run(arguments.workers, 50 if quick else 1_000, 3 if quick else 20, 10, period_s=1.0)
+    p50, p99 = np.percentile(steady["latency_ms"], [50, 99])
+    rows: list[list[Cell]] = []
+    for name, found in (("blocks of 300 readings", large), ("blocks of 10 readings", small)):
+        bare, ratio = found["bare_write_readings_per_s"], found["readings_per_s"] / found["bare_write_readings_per_s"]
+        rows.append([name, found["readings_per_s"], bare, ratio, found["status"].commits, found["status"].duplicates])
+    numbers = {
+        **{key: large[key] for key in ("readings", "readings_per_s", "bare_write_readings_per_s", "block_bytes")},
+        "ratio": large["readings_per_s"] / large["bare_write_readings_per_s"],
+        "small_blocks": {key: small[key] for key in ("readings_per_s", "bare_write_readings_per_s", "block_bytes")},
+        "receipt_p50_ms": float(p50),
+        "receipt_p99_ms": float(p99),
+        "lost": sum(found["lost"] for found in (large, small, steady)),
+        "duplicates": sum(found["duplicates"] for found in (large, small, steady)),
+        "workers": arguments.workers,
+    }
+    notes = [
+        f"block sent → receipt, {steady['sent']:,} blocks of 10 readings, one a second from each device: p50 {p50:.0f} ms, p99 {p99:.0f} ms",
+        f"broker, devices and ingest ({arguments.workers} workers) share this machine; the bare write has it alone; {AGAIN:.0%} of blocks go twice",
+    ]
+    columns = ["MQTT to committed rows", "readings/s", "bare write", "ratio", "commits", "copies"]
+    return Report("Ingest into the lake, exactly once", columns, rows, numbers, notes)
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=1)
+
+
+if __name__ == "__main__":
+    main(__doc__, measure, options)

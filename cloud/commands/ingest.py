@@ -1,0 +1,55 @@
+"""`fenceline ingest`: the workers that bring a region's blocks into the lake."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from typing import Any
+
+from cloud import config
+from cloud.commands.output import add_command, say
+
+
+def declare(commands: Any) -> None:
+    """Declare the command."""
+    ingest = add_command(commands, "ingest", _ingest, "bring the blocks of a region's broker into the lake, until Ctrl-C or SIGTERM")
+    ingest.add_argument("--region", required=True, help="a region of fenceline.toml")
+    ingest.add_argument("--workers", type=int, metavar="N", help="processes that share the work (default: ingest.workers)")
+    ingest.add_argument(
+        "--worker-name",
+        default="ingest",
+        metavar="NAME",
+        help="sessions are NAME-1, NAME-2 …; another on each host (default: ingest)",
+    )
+    ingest.add_argument(
+        "--only",
+        type=_numbers,
+        metavar="I,…",
+        help="run only these of the N here: brokers without shared subscriptions, several hosts",
+    )
+
+
+def _ingest(args: argparse.Namespace) -> int:
+    from cloud.ingest import serve
+    from cloud.workers import Pool, Worker, command
+
+    settings = config.load(args.project, args.state)
+    settings.region(args.region)
+    count = args.workers or settings.ingest.workers
+    workers = [Worker(number, count, args.worker_name) for number in args.only or range(1, count + 1)]
+    logging.getLogger().setLevel(logging.INFO)
+    if len(workers) == 1:
+        serve(settings, args.region, workers[0])
+        return 0
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    say(f"{len(workers)} workers for region {args.region}; Ctrl-C ends them")
+    Pool([command(settings, args.region, worker) for worker in workers], stop).run()
+    return 0
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]

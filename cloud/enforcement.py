@@ -1,0 +1,164 @@
+"""Rows against their contract, in the cloud: the device is not trusted to have checked them. Pure.
+
+- Ranges are as on the device: inclusive, NaN means missing and is in range; a required field may not be missing; numbers are finite; times
+  lie in 1970 to 2200; texts have at most STRING_CHARACTERS_MAX characters.
+- A personal field must look treated (`contract.privacy`): hashed text like a hash, a rounded number on its step, a dropped value absent.
+- A block that names other units than its contract has breaks it in every row: nobody can tell which value is meant how.
+- A row that breaks several rules is given the first, in the contract's order of fields, units before all.
+
+Clean blocks are the rule: those of one contract are stacked and looked at together, one pass for the lowest and highest value of each
+field; only where that fails are blocks parted until the ones to blame are found.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from edge_agent.contract.block import BlockHeader
+from edge_agent.contract.columns import Column, Ints, Strings, Table
+from edge_agent.contract.errors import Reason
+from edge_agent.contract.privacy import PiiKind, is_hashed, off_step
+from edge_agent.contract.stream import AGENT_STREAMS, Field, FieldType, StreamContract
+from edge_agent.core.decode import EVENT_S_END
+from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
+
+US_PER_S = 1e6
+FLOAT_MAX = sys.float_info.max
+
+Block = tuple[BlockHeader, Table]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a row broke: why it is refused, which field, and what is allowed there."""
+
+    reason: Reason
+    field: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Violations:
+    """Rows of one block that break its contract: `rows[i]`, rising, broke `rules[broken[i]]`."""
+
+    rows: Ints
+    broken: Ints
+    rules: tuple[Rule, ...]
+
+    def texts(self, name: str) -> Strings:
+        """`reason`, `field` or `detail` of each row."""
+        return Strings(self.broken.astype(np.int32), tuple(str(getattr(rule, name)) for rule in self.rules))
+
+
+def violations(contract: StreamContract, blocks: Sequence[Block]) -> dict[int, Violations]:
+    """Which of these blocks, all of `contract`, hold rows that break it, by their place in `blocks`."""
+    if contract in AGENT_STREAMS:
+        return {}
+    found = {}
+    for place in _suspects(contract, [table for _, table in blocks], 0):
+        found[place] = check(contract, blocks[place][1])
+    for place, (header, _) in enumerate(blocks):
+        if header.units and header.units != contract.units:
+            detail = f"the block's units are {header.units!r}, those of version {contract.version} {contract.units!r}"
+            rule = Rule(Reason.WRONG_UNIT, "", detail)
+            found[place] = Violations(np.arange(header.rows), np.zeros(header.rows, np.int64), (rule,))
+    return {place: hit for place, hit in found.items() if len(hit.rows)}
+
+
+def check(contract: StreamContract, table: Table) -> Violations:
+    """The rows of one table that break the contract."""
+    count = len(table[contract.event_time])
+    first = np.full(count, -1, np.int64)
+    rules: list[Rule] = []
+    for field in contract.fields:
+        for rule, bad in _broken(field, table[field.name]):
+            if bad.any():
+                first[bad & (first < 0)] = len(rules)
+                rules.append(rule)
+    rows = np.flatnonzero(first >= 0)
+    return Violations(rows.astype(np.int64), first[rows], tuple(rules))
+
+
+def broken_fields(contract: StreamContract, table: Table) -> dict[str, str]:
+    """What is allowed in each field that any row of a table breaks."""
+    return {f.name: rule.detail for f in contract.fields for rule, bad in _broken(f, table[f.name]) if bad.any()}
+
+
+def allowed(field: Field) -> str:
+    """The range of a field in words."""
+    unit = f" {field.unit}" if field.unit else ""
+    return f"{field.minimum:g} to {field.maximum:g}{unit} allowed"
+
+
+def _suspects(contract: StreamContract, tables: Sequence[Table], start: int) -> list[int]:
+    """The places, counted from `start`, of tables that may hold a row to blame."""
+    if not tables or all(_clean(field, [table[field.name] for table in tables]) for field in contract.fields):
+        return []
+    if len(tables) == 1:
+        return [start]
+    half = len(tables) // 2
+    return _suspects(contract, tables[:half], start) + _suspects(contract, tables[half:], start + half)
+
+
+def _clean(field: Field, columns: Sequence[Column]) -> bool:
+    """Whether nothing in a field can be wrong; False: look closer."""
+    tag = field.pii.kind if field.pii else None
+    numbers: list[npt.NDArray[np.float64] | Ints] = []
+    for column in columns:
+        if isinstance(column, Strings):
+            if not all(_text_fits(text, tag) for text in column.values):
+                return False
+        else:
+            numbers.append(column)
+    if not numbers:
+        return True
+    values = numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
+    if field.pii and (off_step(values.astype(np.float64, copy=False), field.pii.step) if field.pii.step else ~np.isnan(values)).any():
+        return False
+    low, high = _limits(field)
+    if field.required:  # NaN is the lowest and the highest there, and not in range
+        return bool(values.min() >= low and values.max() <= high)
+    return bool(np.fmin.reduce(values, initial=np.inf) >= low and np.fmax.reduce(values, initial=-np.inf) <= high)
+
+
+def _limits(field: Field) -> tuple[float, float]:
+    """The lowest and highest value of a column; times are in microseconds there."""
+    if field.type is FieldType.TIMESTAMP:
+        return max(0.0, field.minimum * US_PER_S), min(EVENT_S_END * US_PER_S - 1, field.maximum * US_PER_S)
+    return max(-FLOAT_MAX, field.minimum), min(FLOAT_MAX, field.maximum)
+
+
+def _text_fits(text: str, tag: PiiKind | None) -> bool:
+    if tag is PiiKind.HASH:
+        return is_hashed(text)
+    return not text if tag is PiiKind.DROP else len(text) <= STRING_CHARACTERS_MAX
+
+
+def _broken(field: Field, column: Column) -> list[tuple[Rule, Mask]]:
+    """The rules of one field, each with the rows that break it."""
+    tag = field.pii.kind if field.pii else None
+    if isinstance(column, Strings):
+        odd = np.array([not _text_fits(text, tag) for text in column.values], np.bool_)
+        rule = Rule(Reason.NOT_PRIVATE, field.name, f"pii: {tag} is not done") if tag else _too_long(field)
+        return [(rule, odd[column.codes] if len(odd) else np.zeros(len(column), np.bool_))]
+    low, high = _limits(field)
+    values = column.astype(np.float64, copy=False)
+    ranges = (Rule(Reason.OUT_OF_RANGE, field.name, allowed(field)), (values < low) | (values > high))
+    found = [ranges]
+    if field.required:
+        found.insert(0, (Rule(Reason.MISSING_FIELD, field.name, "required"), np.isnan(values)))
+    if field.pii:
+        bad = off_step(values, field.pii.step) if field.pii.step else ~np.isnan(values)
+        step = f", step {field.pii.step:g}" if field.pii.step else ""
+        found.append((Rule(Reason.NOT_PRIVATE, field.name, f"pii: {tag}{step} is not done"), bad))
+    return found
+
+
+def _too_long(field: Field) -> Rule:
+    return Rule(Reason.OVERSIZE, field.name, f"at most {STRING_CHARACTERS_MAX} characters")

@@ -1,0 +1,135 @@
+"""The watch over the lake: now and then, what is missing and which service levels are not kept. Runs beside the control loop.
+
+- `tick` never waits: a look takes place in a thread of its own, and only one at a time. Only files that are new are read.
+- An alarm is told once, in the log and in the audit trail, when it begins: blocks that nobody accounted for (`unaccounted`), a level
+  that is not kept (`level_broken`). What stands now is in `<state>/run/quality.json`, for `fenceline status` and Prometheus.
+- If the lake does not read, what was known stays, with its time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+
+from cloud.audit import Audit
+from cloud.block_index import BlockIndex
+from cloud.completeness import Gap, State, examine
+from cloud.config import Settings
+from cloud.fleet import Fleet
+from cloud.gate import load_contracts
+from cloud.lake import Lake
+from cloud.levels import breaches
+from cloud.quarantine import CheckedLake
+from edge_agent.contract.errors import FencelineError
+
+log = logging.getLogger(__name__)
+
+UNACCOUNTED, LEVEL = "unaccounted", "level_broken"
+GAPS_TOLD_MAX = 100
+
+
+class Quality(msgspec.Struct, frozen=True):
+    """What the last look found. `gaps`: those that nobody accounted for, `levels`: promises that are not kept; in words."""
+
+    at_us: int
+    share: float
+    stored_blocks: int
+    lost_blocks: int
+    quarantined_readings: int
+    unaccounted_blocks: int
+    gaps: list[str] = []
+    levels: list[str] = []
+
+
+def quality_path(settings: Settings) -> Path:
+    """Where the last look is written down."""
+    return settings.run_dir / "quality.json"
+
+
+def read_quality(settings: Settings) -> Quality | None:
+    """What the last look found; None before the first."""
+    try:
+        return msgspec.json.decode(quality_path(settings).read_bytes(), type=Quality)
+    except FileNotFoundError:
+        return None
+
+
+def open_lake(settings: Settings) -> CheckedLake:
+    """The lake of the settings, with its contracts and its quarantine."""
+    return CheckedLake(Lake(settings.lake, load_contracts(settings)))
+
+
+def waiting(fleet: Fleet) -> dict[tuple[str, str], int]:
+    """How many blocks each device said last that it still holds, by device and epoch."""
+    return {(name, told.epoch): told.blocks_waiting for name, (told, _) in fleet.all_reported().items()}
+
+
+class Watch:
+    """Looks every `[quality] check_s`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings, self._fleet, self._audit = settings, Fleet(settings.fleet_db), Audit(settings.audit_db)
+        self._index = BlockIndex()
+        self._due = 0.0
+        self._thread: threading.Thread | None = None
+        self._told: set[str] = set()
+
+    def tick(self, now: float) -> None:
+        """Begin a look, if one is due and none is under way; `now`: monotonic seconds."""
+        if now < self._due or (self._thread is not None and self._thread.is_alive()):
+            return
+        self._due = now + self._settings.quality.check_s
+        self._thread = threading.Thread(target=self._look_quietly, name="watch", daemon=True)
+        self._thread.start()
+
+    def look(self, now_us: int) -> Quality:
+        """Look now; alarms that are new are told.
+
+        Raises:
+            FencelineError: the lake does not read, or a contract cannot be used.
+        """
+        lake = open_lake(self._settings)
+        found = examine(lake, self._index, now_us, grace_s=self._settings.quality.grace_s, waiting=waiting(self._fleet))
+        gaps = [gap for gap in found.gaps if gap.state is State.UNACCOUNTED]
+        levels = breaches(lake, self._index, now_us)
+        quality = Quality(
+            at_us=now_us,
+            share=found.share,
+            stored_blocks=found.stored,
+            lost_blocks=found.blocks[State.LOST],
+            quarantined_readings=found.quarantined_readings,
+            unaccounted_blocks=found.blocks[State.UNACCOUNTED],
+            gaps=[words(gap) for gap in gaps[:GAPS_TOLD_MAX]],
+            levels=[str(breach) for breach in levels],
+        )
+        alarms = {f"{UNACCOUNTED} {words(g)}": (UNACCOUNTED, g.device, words(g), g.blocks) for g in gaps[:GAPS_TOLD_MAX]}
+        alarms |= {f"{LEVEL} {b.stream} {b.level} {b.subject}": (LEVEL, b.subject, str(b), 1) for b in levels}
+        for key, (kind, subject, detail, count) in alarms.items():
+            if key not in self._told:
+                log.warning("%s %s", kind.replace("_", " "), detail)
+                self._audit.add(kind, region="", subject=subject, reason=kind, detail=detail, count=count)
+        self._told = set(alarms)
+        self._write(quality)
+        return quality
+
+    def _look_quietly(self) -> None:
+        try:
+            self.look(time.time_ns() // 1_000)
+        except (FencelineError, OSError) as e:
+            log.warning("quality not looked at reason=%s", e)
+
+    def _write(self, quality: Quality) -> None:
+        path = quality_path(self._settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.json.encode(quality))
+        temporary.replace(path)
+
+
+def words(gap: Gap) -> str:
+    """A gap in a line."""
+    return f"device {gap.device} epoch {gap.epoch} lane {gap.lane}: sequences {gap.first} to {gap.last}, {gap.blocks} blocks"

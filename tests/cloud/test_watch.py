@@ -1,0 +1,127 @@
+"""The watch over the lake: service levels that are not kept and blocks that nobody accounted for are told, once."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cloud import cli, config
+from cloud.audit import Audit
+from cloud.config import Settings
+from cloud.enforcement import Block
+from cloud.fleet import Fleet
+from cloud.lake import Lake
+from cloud.status import collect, exposition
+from cloud.watch import Watch, open_lake, read_quality
+from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block
+from tests.cloud.test_quarantine import bad
+
+LEVELS = """
+slaProperties:
+  - {property: freshness, value: 10, unit: min}
+  - {property: latency, value: 5, unit: min}
+  - {property: frequency, value: 30, unit: min}
+  - {property: completeness, value: 99, unit: percent}
+"""
+NULLS = "logicalTypeOptions: {minimum: 0, maximum: 100}, quality: [{metric: nullValues, mustBeLessThan: 50, unit: percent}]}"
+NOW_US = time.time_ns() // 1_000
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    text = CONTRACT_YAML.replace("logicalTypeOptions: {minimum: 0, maximum: 100}}", NULLS) + LEVELS
+    (tmp_path / "pump.yaml").write_text(text)
+    (tmp_path / "zones.geojson").write_bytes(ZONES_JSON)
+    (tmp_path / "fenceline.toml").write_text("contracts = ['pump.yaml']\nzones = 'zones.geojson'\n[quality]\ngrace_s = 1\n")
+    found = config.load(tmp_path)
+    Fleet(found.fleet_db).add("d1")
+    return found
+
+
+def fresh(sequence: int, ago_s: float = 0.0, missing: bool = False) -> Block:
+    header, table = block(sequence, rows=2)
+    times = np.full(2, NOW_US - int(ago_s * 1e6), np.int64)
+    return header, {**table, "ts": times, "pressure": np.full(2, np.nan if missing else 1.0)}
+
+
+def test_kept_promises_are_quiet_and_broken_ones_are_told_once(settings: Settings) -> None:
+    lake = open_lake(settings)
+    lake.append("eu", [fresh(1), fresh(2)])
+    watch = Watch(settings)
+    assert watch.look(NOW_US + 1_000_000).levels == [] and Audit(settings.audit_db).entries() == []
+    lake.append("eu", [fresh(9, ago_s=1_000, missing=True), fresh(10, missing=True), fresh(11, missing=True)])
+    found = watch.look(NOW_US + 3_600_000_000)
+    assert [line.split(" is ")[0].removeprefix("stream pump: ") for line in found.levels] == [
+        "freshness of d1",
+        "latency of d1",
+        "missing values of pressure",
+        "frequency of p1",
+        "completeness",
+    ]
+    assert found.unaccounted_blocks == 6 and "sequences 3 to 8, 6 blocks" in found.gaps[0]
+    assert watch.look(NOW_US + 3_601_000_000) == read_quality(settings)
+    kinds = [entry.kind for entry in Audit(settings.audit_db).entries()]
+    assert sorted(set(kinds)) == ["level_broken", "unaccounted"] and len(kinds) == 6
+    assert watch.look(NOW_US + 30 * 86_400_000_000).levels == [
+        "stream pump: completeness is 45.455 percent of 11 blocks; promised is 99 percent"
+    ]
+
+
+def test_status_and_metrics_show_what_the_watch_found(settings: Settings) -> None:
+    assert collect(settings)["quality"] is None
+    lake = open_lake(settings)
+    lake.append("eu", [fresh(1), fresh(3), bad(4, [1])])
+    watch = Watch(settings)
+    watch.tick(time.monotonic())
+    deadline = time.monotonic() + 20
+    while (found := read_quality(settings)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert found.stored_blocks == 3 and found.quarantined_readings == 1
+    text = exposition(settings).decode()
+    assert "fenceline_quarantined_readings 1.0" in text and "fenceline_complete_share 0.75" in text
+
+
+def run(settings: Settings, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(["--project", str(settings.project), *words])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_commands(settings: Settings, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    open_lake(settings).append("eu", [block(1), bad(2, [1, 2])])
+    code, out, _ = run(settings, capsys, "quarantine", "list", "--json")
+    assert code == 0 and json.loads(out)[0]["rows"] == 2
+    assert "out_of_range" in run(settings, capsys, "quarantine", "list")[1]
+    code, out, _ = run(settings, capsys, "quarantine", "show", "--stream", "pump")
+    assert code == 0 and "d1/e1/europe/2/1" in out and "pressure = 1001.0   <- 0 to 100 allowed" in out
+    assert run(settings, capsys, "quarantine", "show")[0] == 2 and run(settings, capsys, "quarantine", "show", "d1/e1")[0] == 2
+    code, out, _ = run(settings, capsys, "quarantine", "release", "--stream", "pump")
+    assert code == 1 and "2 rows stay: out_of_range" in out
+    assert run(settings, capsys, "quarantine", "release", "--stream", "pump", "--as-is")[0] == 2
+    code, out, _ = run(settings, capsys, "quarantine", "release", "d1/e1/europe/2/2", "--as-is", "--by", "anna", "--json")
+    assert code == 0 and json.loads(out)["released"] == 1
+    code, out, _ = run(settings, capsys, "completeness", "pump", "--json")
+    assert code == 0 and json.loads(out)["blocks"]["stored"] == 2
+    open_lake(settings).append("eu", [block(7)])
+    code, out, err = run(settings, capsys, "completeness", "d1", "--grace", "0", "--since", "1h")
+    assert code == 1 and "unaccounted" in out and "nobody accounted for" in err
+    assert run(settings, capsys, "completeness", "d11")[0] == 2
+    code, out, _ = run(settings, capsys, "query", "SELECT count(*) AS n FROM pump", "--json")
+    assert code == 0 and json.loads(out) == [{"n": 9}]
+    assert run(settings, capsys, "query", "SELECT 1 AS one", "--csv")[1] == '"one"\n1\n'
+    assert run(settings, capsys, "query", "SELECT * FROM pump", "--parquet", str(tmp_path / "x.parquet"))[0] == 0
+    assert (tmp_path / "x.parquet").stat().st_size and run(settings, capsys, "query", "SELECT * FROM pumb")[0] == 2
+    assert run(settings, capsys, "query", "SELECT lane FROM pump LIMIT 1", "--zones", "canada")[0] == 2
+
+
+def test_a_lake_that_is_empty_is_whole(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Lake(settings.lake).streams() == []
+    assert (
+        run(settings, capsys, "completeness")[0] == 0 and run(settings, capsys, "quarantine", "list")[1] == "nothing lies in quarantine\n"
+    )
+    assert run(settings, capsys, "query", "SELECT * FROM pump")[0] == 2
