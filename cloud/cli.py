@@ -41,7 +41,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (stack, ingest, data, lake, quality, models, features, fleet, policy):
+    for group in (stack, ingest, data, lake, quality, features, models, fleet, policy):
         group.declare(commands)
     _add_demo(commands, with_demo)
     return parser

@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 KEY, AT, CREATED = "__key", "__at", "__created"
 NOBODY = -1
 _CODES_MAX = 2**62
+_RUN_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,16 @@ class Labels:
 
 
 def numbered(keys: pl.DataFrame, distinct: pl.DataFrame) -> pl.Series:
-    """The place of each row in `distinct`, null where it is not there."""
-    return keys.join(distinct.with_row_index(KEY), on=keys.columns, how="left", maintain_order="left")[KEY].cast(pl.Int64)
+    """The place of each row in `distinct`, null where it is not there.
+
+    Files are mostly sorted by entity, so a run of equal keys is looked up once.
+    """
+    changes = keys.select(pl.any_horizontal(pl.all().ne_missing(pl.all().shift()))).to_series().to_numpy(writable=True)
+    changes[:1] = True
+    runs = np.flatnonzero(changes)
+    heads = keys[runs] if len(runs) < keys.height // _RUN_ROWS else keys
+    places = heads.join(distinct.with_row_index(KEY), on=keys.columns, how="left", maintain_order="left")[KEY].cast(pl.Int64)
+    return places if heads is keys else places.gather(np.cumsum(changes) - 1)
 
 
 def candidates(features: pl.DataFrame, labels: Labels, rule: Rule) -> pl.DataFrame:
@@ -82,9 +91,10 @@ def candidates(features: pl.DataFrame, labels: Labels, rule: Rule) -> pl.DataFra
 
 def join(features: pl.DataFrame, labels: Labels, rule: Rule) -> pl.DataFrame:
     """The values (all columns but KEY, AT, CREATED) that each label gets, in the order of `labels.rows`; null for no answer."""
-    found = winners(features, labels, rule)[np.argsort(labels.rows)]
-    places = pl.Series(found).replace(NOBODY, None).cast(pl.get_index_type())
-    return features.select(pl.col(values_of(features)).gather(places))
+    found = pl.Series(winners(features, labels, rule)).replace(NOBODY, None).cast(pl.get_index_type())
+    # Two steps: rows are near each other in the order of the labels' keys and times, not in that of their places.
+    values = features.select(pl.col(values_of(features)).gather(found))
+    return values[np.argsort(labels.rows)]
 
 
 def prune(features: pl.DataFrame, labels: Labels, rule: Rule) -> pl.DataFrame:

@@ -2,7 +2,8 @@
 
 - Reading is lazy (Polars): only the columns that are asked for, and only row groups whose times can matter.
 - A Delta source is read at its newest version, or at the one that the source's tag `delta_version` names.
-- S3: the source's `s3_endpoint_override`, and the usual AWS_* variables for the rest.
+- S3: the source's `s3_endpoint_override` or AWS_ENDPOINT_URL, AWS_REGION, and the keys in AWS_ACCESS_KEY_ID and
+  AWS_SECRET_ACCESS_KEY, or for a source with the tag `credentials: EU` in EU_AWS_ACCESS_KEY_ID and so on (`cloud.roots`).
 - A batch is appended as a new file of a directory or a new Delta commit: readers see all of it or nothing. A source that is one
   Parquet file is written anew, and then put in the old one's place.
 """
@@ -29,10 +30,10 @@ from feast.data_source import DataSource
 from feast.infra.offline_stores.file_source import FileSource
 from feast.repo_config import RepoConfig
 
+from cloud.roots import S3, Bucket, Root
 from edge_agent.contract.errors import ConfigError, UnavailableError
 
-DELTA_VERSION = "delta_version"
-_S3 = "s3://"
+DELTA_VERSION, CREDENTIALS = "delta_version", "credentials"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Source:
             raise ConfigError(f"tag {DELTA_VERSION} of data source {source.name!r} is {version!r}; it must be a version number such as 12")
         path = FileSource.get_uri_for_file_path(config.repo_path, source.path)
         delta = isinstance(source.file_format, DeltaFormat)
-        storage = s3_options(source.s3_endpoint_override) if path.startswith(_S3) else {}
+        storage = storage_of(path, source.s3_endpoint_override, source.tags.get(CREDENTIALS, ""))
         return cls(source.name, path, delta, int(version) if version else None, storage)
 
     def scan(self) -> pl.LazyFrame:
@@ -123,6 +124,8 @@ class Source:
                 write_deltalake(self.path, table, mode="append", storage_options=self.storage or None)
             elif self.is_file() and self.exists():
                 self._rewrite(table)
+            elif by := self._partitions():
+                self.add_partitioned(table, by)
             else:
                 self.write(table)
 
@@ -135,7 +138,7 @@ class Source:
             place = self._place() if self.is_file() else f"{self._place().rstrip('/')}/{uuid.uuid4().hex}.parquet"
             with self._writer(place, table.schema) as writer:
                 writer.write_table(table)
-        return (_S3 if self.path.startswith(_S3) else "") + place
+        return (S3 if self.path.startswith(S3) else "") + place
 
     def add_partitioned(self, rows: Any, by: list[str]) -> None:
         """Add a table or a dataset to this directory, in hive partitions by some columns."""
@@ -151,32 +154,51 @@ class Source:
                 filesystem=self._filesystem(),
             )
 
+    def _partitions(self) -> list[str]:
+        """The columns by which this directory is partitioned, from the names of its folders."""
+        found: list[str] = []
+        place = self._place()
+        while not self.is_file():
+            inside = self._filesystem().get_file_info(pyarrow.fs.FileSelector(place, allow_not_found=True))
+            folders = [i for i in inside if i.type == pyarrow.fs.FileType.Directory and "=" in i.base_name]
+            if not folders:
+                break
+            found.append(folders[0].base_name.partition("=")[0])
+            place = folders[0].path
+        return found
+
     def _rewrite(self, table: pa.Table) -> None:
         old = pq.ParquetFile(self._place(), filesystem=self._filesystem())
+        added = table.cast(old.schema_arrow)
         with self._writer(self._place(), old.schema_arrow) as writer:
             for group in range(old.num_row_groups):
                 writer.write_table(old.read_row_group(group))
-            writer.write_table(table.cast(old.schema_arrow))
+            writer.write_table(added)
 
     @contextmanager
     def _writer(self, place: str, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         """A writer whose file appears when it is complete; an object in S3 does so by itself."""
         files = self._filesystem()
         hidden = place
-        if not self.path.startswith(_S3):
+        if not self.path.startswith(S3):
             target = Path(place)
             files.create_dir(str(target.parent), recursive=True)
             hidden = str(target.with_name(f".{target.name}.{uuid.uuid4().hex}"))
-        with pq.ParquetWriter(hidden, schema, filesystem=files, compression="zstd") as writer:
-            yield writer
-        if hidden != place:
-            files.move(hidden, place)
+        try:
+            with pq.ParquetWriter(hidden, schema, filesystem=files, compression="zstd") as writer:
+                yield writer
+            if hidden != place:
+                files.move(hidden, place)
+        except BaseException:
+            if hidden != place:
+                Path(hidden).unlink(missing_ok=True)
+            raise
 
     def _place(self) -> str:
-        return self.path.removeprefix(_S3)
+        return self.path.removeprefix(S3)
 
     def _filesystem(self) -> Any:
-        if not self.path.startswith(_S3):
+        if not self.path.startswith(S3):
             return pyarrow.fs.LocalFileSystem()
         names = {
             "access_key": "AWS_ACCESS_KEY_ID",
@@ -204,17 +226,11 @@ class Source:
             raise UnavailableError(f"data source {self.name!r} at {self.path} could not be read or written: {e}") from e
 
 
-def s3_options(endpoint: str | None) -> dict[str, str]:
-    """Options for deltalake and Polars from an endpoint and the environment."""
-    known = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL")
-    options = {name: os.environ[name] for name in known if os.environ.get(name)}
-    if region := os.environ.get("AWS_DEFAULT_REGION"):
-        options.setdefault("AWS_REGION", region)
-    if endpoint:
-        options["AWS_ENDPOINT_URL"] = endpoint
-    if options.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        options["AWS_ALLOW_HTTP"] = "true"
-    return options
+def storage_of(path: str, endpoint: str | None, credentials: str) -> dict[str, str]:
+    """How an S3 path is reached, as the lake's own roots are: `credentials` is the prefix of the variables with the keys."""
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL", "")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or ""
+    return Root(path, Bucket(endpoint, region, credentials, allow_http=endpoint.startswith("http://"))).storage_options() or {}
 
 
 def arrow(frame: pl.DataFrame) -> pa.Table:

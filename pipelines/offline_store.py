@@ -207,8 +207,9 @@ class AsOfOfflineStore(OfflineStore):
 
 def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by: bool, config: RepoConfig) -> View:
     """Where a view's columns lie; Feast's names are those after the source's field mapping."""
-    source, projection = view.batch_source, view.projection
+    projection, source = view.projection, view.batch_source
     place = Source.of(source, config)
+    assert source is not None
     stored = {new: old for old, new in source.field_mapping.items()}
     wanted = [name for prefix, _, name in (ref.partition(":") for ref in refs) if prefix == projection.name_to_use()]
     shown = f"{projection.name_alias or projection.name}__" if full_feature_names else ""

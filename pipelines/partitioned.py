@@ -59,7 +59,7 @@ def on_ray(query: Query, partitions: int, bytes_max: int, deadline: Deadline) ->
 def gathered(query: Query, source: Source, bytes_max: int, deadline: Deadline) -> pl.DataFrame:
     """The rows of a source that may be an answer: in `bytes_max` or one row per label, whichever is more."""
     frame = query.frame(source)
-    held, size, limit = [query.nothing()], 0, bytes_max
+    held, size, limit = [query.nothing()], 0.0, float(bytes_max)
     for batch in source.batches(frame, batch_rows(frame, bytes_max)) if frame is not None else ():
         deadline.check()
         held.append(candidates(batch, query.labels, query.rule))

@@ -50,7 +50,7 @@ class Pull:
     def newest_rows(self, bytes_max: int, deadline: Deadline) -> Iterator[pa.Table]:
         """The newest row of each entity. Memory: `bytes_max` or one row per entity, whichever is more."""
         frame = self.frame()
-        held, size, limit = [frame.head(0).collect()], 0, bytes_max
+        held, size, limit = [frame.head(0).collect()], 0.0, float(bytes_max)
         for batch in self.source.batches(frame, batch_rows(frame, bytes_max)):
             deadline.check()
             held.append(batch)
@@ -93,8 +93,8 @@ def seen(views: Sequence[View], first: datetime, last: datetime, time: str) -> p
     for view in keyed:
         if sorted(view.keys) != keys:
             raise ConfigError(
-                f"without entity_df the views must share their join keys; {keyed[0].name!r} has {keys}, {view.name!r} has {sorted(view.keys)}: "
-                f"give an entity_df, or ask for the views one by one"
+                f"without entity_df the views must share their join keys; {keyed[0].name!r} has {keys}, "
+                f"{view.name!r} has {sorted(view.keys)}: give an entity_df, or ask for the views one by one"
             )
     frames = []
     for view in keyed:
