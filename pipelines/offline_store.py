@@ -29,7 +29,7 @@ import pyarrow.dataset
 from feast.data_source import DataSource
 from feast.errors import EntityTimestampInferenceException, FeastEntityDFMissingColumnsError, RequestDataNotFoundInEntityDfException
 from feast.feature_logging import LoggingConfig, LoggingSource
-from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_NAME, DUMMY_ENTITY_VAL, FeatureView
 from feast.infra.offline_stores.file_source import FileLoggingDestination
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
@@ -214,6 +214,10 @@ def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by
     wanted = [name for prefix, _, name in (ref.partition(":") for ref in refs) if prefix == projection.name_to_use()]
     shown = f"{projection.name_alias or projection.name}__" if full_feature_names else ""
     keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+    if not keys and view.entities not in ([], [DUMMY_ENTITY_NAME]):  # a join without keys would give everybody's newest row
+        raise ConfigError(
+            f"feature view {view.name!r} has entities {view.entities} but no join keys yet; apply it, or take it from the registry"
+        )
     return View(
         name=projection.name_to_use(),
         source=place,
