@@ -94,7 +94,7 @@ def test_view_whose_keys_are_not_known_yet_is_refused(tmp_path: Path) -> None:
     """Feast learns a view's keys when it is applied; without keys everybody would get the newest row of all."""
     view = FeatureView(name="view", entities=[engine], schema=[Field(name="value", dtype=Float64)], source=file_source("x.parquet"))
     store = feature_store(tmp_path)
-    with pytest.raises(ConfigError, match="apply it"):
+    with pytest.raises(ConfigError, match="apply it first"):
         AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], labels(0), store.registry, "t")
 
 
