@@ -113,7 +113,8 @@ def test_the_page_followed(settings: Settings, gateway: Gateway, capsys: pytest.
     thread = threading.Thread(target=work.run)
     thread.start()
     try:
-        gateway.start()
+        gateway.start_now()
+        wait_for(lambda: gateway.status()["sensors"]["connected"], gateway.log, 60)
         start_s = time.time() - SAMPLES / 100
         for number in range(SAMPLES):
             gateway.sample(number, start_s, operator=SECRET, **({"vibration": 640.0} if number % 100 == 50 else {}))
