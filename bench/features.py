@@ -19,8 +19,8 @@ import pandas as pd
 
 from bench.report import Cell, Report, best_of, main
 from bench.streams import Stream, engines
-from edge_agent.contract.bundle import Feature, FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, take
+from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.core.features import Windows
 
 FIELDS = [f"sensor_{i}" for i in (2, 3, 4, 7, 8, 9, 11, 12, 13, 14, 15, 17, 20, 21)]
@@ -70,7 +70,7 @@ def windows(stream: Stream, batch: int, size: int | None = None) -> Floats:
     parts = []
     for start in range(0, total, batch):
         rows = slice(start, min(start + batch, total))
-        parts.append(open_windows.push(entity[rows], stream.event_us[rows], take(stream.table, rows)))
+        parts.append(open_windows.push(entity[rows], stream.event_us[rows], take(stream.table, rows)).features)
     return np.concatenate(parts)
 
 
@@ -86,7 +86,7 @@ def std_errors(spike: float) -> tuple[float, float]:
     values = np.round(np.random.default_rng(3).normal(20, 0.5, 1_000), 2)
     values[SPIKE_PLACE] = spike
     spec = FeatureSpec(features=[Feature("x", "std")], window_rows=WINDOW_ROWS, window_s=10**9)
-    ours = Windows(spec).push(Strings.of(["a"] * len(values)), np.arange(len(values)), {"x": values})[:, 0]
+    ours = Windows(spec).push(Strings.of(["a"] * len(values)), np.arange(len(values)), {"x": values}).features[:, 0]
     theirs = pd.Series(values).rolling(WINDOW_ROWS, min_periods=1).std(ddof=0).to_numpy()
     clean = slice(SPIKE_PLACE + WINDOW_ROWS, None)
     exact = np.array([exact_std(values[i - WINDOW_ROWS + 1 : i + 1].tolist()) for i in range(len(values))[clean]])

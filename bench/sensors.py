@@ -77,7 +77,7 @@ class Sensors:
         self._rest = data[whole:]
 
     def _connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self._port), 10.0)
+        sock = socket.create_connection(("127.0.0.1", self._port), 60.0)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(frames.connect(4, "bench-sensors", 600, clean=True))
         answer = sock.recv(4)

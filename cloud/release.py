@@ -41,6 +41,7 @@ from edge_agent.contract.bundle import Bundle, Manifest, pack_bundle, read_bundl
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
 from edge_agent.contract.state import BundleRef, ZonesRef
 from edge_agent.contract.topics import check_name
+from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from edge_agent.core.golden import check_golden
 from edge_agent.core.settings import nearest
 
@@ -70,6 +71,7 @@ def release(
     releases_dir: Path,
     now: datetime,
     progress: Progress = lambda step: None,
+    functions: Functions = NO_FUNCTIONS,
 ) -> BundleRef:
     """Publish a registered model version to the fleet's release server.
 
@@ -77,6 +79,7 @@ def release(
         alias_or_version: an alias such as `champion`, or a version number.
         mlflow_url: the tracking and registry server (or `sqlite:///…`).
         progress: is told each step in a few words.
+        functions: those of the user's own that features may be made with here.
 
     Raises:
         ConfigError: there is no such model, alias, version or key; the message names the known ones.
@@ -88,12 +91,20 @@ def release(
     version = _find_version(client, model, alias_or_version)
     progress(f"downloading version {version.version}")
     bundle = _download(version, mlflow_url)
-    ref = publish(bundle, keys_dir=keys_dir, releases_dir=releases_dir, now=now, progress=progress)
+    ref = publish(bundle, keys_dir=keys_dir, releases_dir=releases_dir, now=now, progress=progress, functions=functions)
     client.set_model_version_tag(model, version.version, SHA256_TAG, ref.sha256)
     return ref
 
 
-def publish(bundle: Bundle, *, keys_dir: Path, releases_dir: Path, now: datetime, progress: Progress = lambda step: None) -> BundleRef:
+def publish(
+    bundle: Bundle,
+    *,
+    keys_dir: Path,
+    releases_dir: Path,
+    now: datetime,
+    progress: Progress = lambda step: None,
+    functions: Functions = NO_FUNCTIONS,
+) -> BundleRef:
     """Test, pack and sign a bundle, and add it to the repository.
 
     Raises:
@@ -105,7 +116,7 @@ def publish(bundle: Bundle, *, keys_dir: Path, releases_dir: Path, now: datetime
     packed = pack_bundle(bundle)
     bundle = read_bundle(packed)  # as the device will read it
     progress("running the golden self-test")
-    _self_test(bundle)
+    _self_test(bundle, functions)
     with _writing(releases_dir) as repository:
         known = repository.targets.targets.get(target)
         if known is not None:
@@ -269,13 +280,13 @@ def _same_again(target: str, known: TargetFile, bundle: Bundle, releases_dir: Pa
     return _ref(target, known)
 
 
-def _self_test(bundle: Bundle) -> None:
+def _self_test(bundle: Bundle, functions: Functions) -> None:
     """Check the golden vectors here before anything is signed; the device checks them again there."""
     from onnxruntime import InferenceSession
 
     session = InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    check_golden(bundle.manifest, lambda features: session.run(None, {name: features.astype("float32")})[0].reshape(-1))
+    check_golden(bundle.manifest, lambda features: session.run(None, {name: features.astype("float32")})[0].reshape(-1), functions)
 
 
 def _client(mlflow_url: str) -> MlflowClient:

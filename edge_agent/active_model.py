@@ -15,9 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+import numpy as np
+
 from edge_agent.contract.columns import Floats, Table
-from edge_agent.contract.errors import Reason
+from edge_agent.contract.errors import BundleError, Reason
 from edge_agent.contract.stream import FieldType, StreamContract
+from edge_agent.core.functions import NO_FUNCTIONS, Functions, check_functions
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.intake import Readings
 from edge_agent.metrics import Metrics
@@ -38,6 +41,7 @@ class ActiveModel:
     Args:
         history: the stored readings of a stream at a contract version, to warm windows with.
         tell: tells the operator of an event.
+        functions: those of the user's own that are installed here.
     """
 
     def __init__(
@@ -46,10 +50,11 @@ class ActiveModel:
         history: Callable[[str, str], Table | None],
         metrics: Metrics,
         tell: Callable[..., None],
+        functions: Functions = NO_FUNCTIONS,
     ) -> None:
         self.updater: Updater | None = None
         self._contracts = {c.stream: c for c in contracts}
-        self._history, self._metrics, self._tell = history, metrics, tell
+        self._history, self._metrics, self._tell, self._functions = history, metrics, tell, functions
         self._scoring: Scoring | None = None
         self._swaps: queue.SimpleQueue[Scoring | None] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[tuple[Scoring, ModelWorker | WorkerError]] = queue.SimpleQueue()
@@ -71,7 +76,11 @@ class ActiveModel:
         foreign = sorted({f.field for f in manifest.features.features} - numeric)
         if foreign:
             raise RefusedError(Reason.FOREIGN, f"bundle needs the fields {foreign}, which are no numbers of stream {contract.stream}")
-        self._swaps.put(Scoring(activation, contract))
+        try:
+            check_functions(manifest.features, self._functions)
+        except BundleError as e:
+            raise RefusedError(Reason.FOREIGN, str(e)) from e
+        self._swaps.put(Scoring(activation, contract, self._functions))
 
     def swap(self) -> None:
         """Take the model made ready last, if there is a new one, and the worker started again, if there is one."""
@@ -86,7 +95,7 @@ class ActiveModel:
             self._take_worker(*self._started.get())
 
     def score(self, readings: Readings) -> tuple[Floats | None, str | None]:
-        """Scores and the digest of the bundle that made them; (None, None) if there are none, for whatever reason."""
+        """Scores (NaN where no window is done) and the digest of the bundle; (None, None) if there are none, for whatever reason."""
         scoring = self._scoring
         if scoring is None or scoring.stream != readings.contract.stream:
             return None, None
@@ -101,7 +110,7 @@ class ActiveModel:
             return None, None
         if scoring.proved and not was_proved and self.updater is not None:
             self.updater.confirm(scoring.sha256)
-        self._metrics.scored.labels(readings.contract.stream).inc(len(scores))
+        self._metrics.scored.labels(readings.contract.stream).inc(int(np.count_nonzero(~np.isnan(scores))))
         return scores, scoring.sha256
 
     def close(self) -> None:

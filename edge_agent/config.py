@@ -34,8 +34,10 @@ from edge_agent.contract.privacy import PiiKind
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract
 from edge_agent.contract.topics import check_name
 from edge_agent.core.fix import Position, Precision
+from edge_agent.core.functions import Functions
 from edge_agent.core.settings import parse_settings
 from edge_agent.core.zones import Zones, parse_zones
+from edge_agent.installed_functions import load_functions
 from edge_agent.key_file import read_keys
 
 MIB = 1024 * 1024
@@ -161,7 +163,10 @@ class MetricsSettings(Settings, frozen=True, kw_only=True):
 
 
 class AgentSettings(Settings, frozen=True, kw_only=True):
-    """The whole of agent.toml."""
+    """The whole of agent.toml.
+
+    `functions` names an installed module with functions for features; see installed_functions.py.
+    """
 
     device: str
     state_dir: str
@@ -170,6 +175,7 @@ class AgentSettings(Settings, frozen=True, kw_only=True):
     streams: list[StreamSettings]
     position: PositionSettings
     endpoints: list[EndpointSettings]
+    functions: str | None = None
     releases: ReleaseSettings | None = None
     buffer: BufferSettings = BufferSettings()
     flush: FlushSettings = FlushSettings()
@@ -192,6 +198,7 @@ class AgentConfig:
     root: bytes | None
     releases_ca: Path | None
     key_file: Path | None
+    functions: Functions
     pii_key: bytes | None = None
 
     @property
@@ -245,6 +252,7 @@ def load(path: Path) -> AgentConfig:
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
         key_file=_key_file(settings.buffer, base),
         pii_key=_pii_key(settings.privacy, contracts, base),
+        functions=load_functions(settings.functions),
     )
 
 

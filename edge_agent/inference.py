@@ -32,6 +32,7 @@ from edge_agent import worker
 from edge_agent.contract.bundle import Bundle, Limits
 from edge_agent.contract.columns import Floats
 from edge_agent.contract.errors import BundleError, ContractError, FencelineError, Reason
+from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from edge_agent.core.golden import check_golden
 
 log = logging.getLogger(__name__)
@@ -223,7 +224,7 @@ def _start(stdin: socket.socket) -> subprocess.Popen[bytes]:
         raise WorkerError(Reason.WORKER_DIED, f"worker cannot be started: {e}") from e
 
 
-def self_test(bundle: Bundle) -> None:
+def self_test(bundle: Bundle, functions: Functions = NO_FUNCTIONS) -> None:
     """Check that this device gives the golden vectors of `bundle`: features in every bit, scores within the tolerance.
 
     Raises:
@@ -235,7 +236,7 @@ def self_test(bundle: Bundle) -> None:
             return running.score(features)
 
     try:
-        check_golden(bundle.manifest, score)
+        check_golden(bundle.manifest, score, functions)
     except WorkerError as e:
         raise BundleError(f"self-test: {e}") from e
 

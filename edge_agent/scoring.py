@@ -2,6 +2,9 @@
 
 - Windows are warmed from the buffer's history, so that the first readings after a swap or a restart have the windows
   that they would have had without it. Readings that get no score pass through the windows all the same.
+- The score of a window stands on the row of the reading that it was done with: with trailing windows that is every reading; with windows
+  that close, the reading that closed it, NaN on all others. A reading that closes several windows carries the score of the newest; the
+  others are checked like it, and come again from the lake (`pipelines.score`).
 - Every score must be a number within the manifest's bounds. One that is not, and any failure of the worker, is a WorkerError: the
   caller stores the readings unscored.
 - The data path waits PATIENCE_S for the scores of a batch and no longer; without them its readings are stored unscored. The worker has
@@ -14,9 +17,10 @@ from __future__ import annotations
 import numpy as np
 
 from edge_agent.contract.columns import Floats, Strings, Table
-from edge_agent.contract.errors import Reason
+from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
+from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.updater import Activation
 
@@ -30,12 +34,12 @@ class Scoring:
         WorkerError: the model does not load within the limits.
     """
 
-    def __init__(self, activation: Activation, contract: StreamContract) -> None:
+    def __init__(self, activation: Activation, contract: StreamContract, functions: Functions = NO_FUNCTIONS) -> None:
         self.sha256 = activation.sha256
         self.stream, self.contract_version = contract.stream, contract.version
         self._manifest, self._model = activation.bundle.manifest, activation.bundle.model
         self._contract = contract
-        self._windows = Windows(self._manifest.features)
+        self._windows = Windows(self._manifest.features, functions)
         self._good_rows = 0 if activation.on_probation else self._manifest.probation_rows
         self._worker: ModelWorker | None = self.start_worker()
 
@@ -50,26 +54,31 @@ class Scoring:
             self._windows.warm(*self._columns(history), history)
 
     def score(self, table: Table) -> Floats | None:
-        """Score fresh readings in the order seen; None if there are no scores in time, or no worker now.
+        """Score fresh readings in the order seen, one score per row; None if there are no scores in time, or no worker now.
 
         Raises:
-            WorkerError: the worker failed and is ended, or a score is out of bounds.
+            WorkerError: the worker failed and is ended, a score is out of bounds, or a function of the features failed.
         """
-        if self._worker is None:
-            self._windows.warm(*self._columns(table), table)
-            return None
-        features = self._windows.push(*self._columns(table), table)
-        scores = self._worker.try_score(features, PATIENCE_S)
+        try:
+            made = self._windows.push(*self._columns(table), table)
+        except ContractError as e:
+            raise WorkerError(Reason.BAD_SCORES, str(e)) from e
+        scores = None if self._worker is None else self._worker.try_score(made.features, PATIENCE_S)
         if scores is None:
             return None
+        self._check(scores)
+        self._good_rows += len(scores)
+        out = np.full(len(table[self._contract.entity]), np.nan)
+        out[made.rows] = scores  # of several on one row the last stays: the newest window's
+        return out
+
+    def _check(self, scores: Floats) -> None:
         low, high = self._manifest.score_min, self._manifest.score_max
         bad = ~((scores >= low) & (scores <= high))
         if bad.any():
             value = scores[np.argmax(bad)]
             reason = Reason.BAD_SCORES if self.proved else Reason.PROBATION
             raise WorkerError(reason, f"score {value} is not within [{low}, {high}] of the manifest")
-        self._good_rows += len(scores)
-        return scores
 
     def start_worker(self) -> ModelWorker:
         """Another worker for the same model, not yet at work; takes as long as the model needs to load.

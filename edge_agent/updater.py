@@ -23,7 +23,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -31,6 +31,7 @@ import msgspec
 from edge_agent.contract.bundle import Bundle, Manifest, read_bundle
 from edge_agent.contract.errors import UNREADABLE, BundleError, Reason, UnavailableError
 from edge_agent.contract.state import BundleRef, Desired, Phase
+from edge_agent.core.functions import Functions
 from edge_agent.inference import WorkerError, self_test
 from edge_agent.policy_updates import PolicyUpdates
 from edge_agent.releases import RefusedError, Repository, RepositoryConfig
@@ -43,12 +44,16 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class UpdaterConfig:
-    """`contracts`: the contract version of each stream of this device. Waits between attempts grow from min to max."""
+    """`contracts`: the contract version of each stream of this device. Waits between attempts grow from min to max.
+
+    `functions`: those of the user's own that are installed here.
+    """
 
     repository: RepositoryConfig
     contracts: Mapping[str, str]
     retry_s_min: float = 1.0
     retry_s_max: float = 60.0
+    functions: Functions = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -269,7 +274,7 @@ class Updater:
         if manifest.zones and not set(lane.split("_")) <= set(manifest.zones):
             raise RefusedError(Reason.FOREIGN, f"bundle may run in {', '.join(manifest.zones)}; this device is in {lane}")
         try:
-            self_test(bundle)
+            self_test(bundle, self._config.functions)
         except BundleError as e:
             raise RefusedError(Reason.SELF_TEST, str(e)) from e
         return bundle

@@ -93,6 +93,7 @@ def make_manifest(context: Context, onnx_model: bytes) -> Manifest:
         score_max=limits.score_max,
         probation_rows=limits.probation_rows,
         zones=limits.zones,
+        format=context.params.spec.format,
     )
     check_manifest(manifest)
     return manifest
@@ -102,7 +103,8 @@ def make_golden(context: Context, onnx_model: bytes) -> Golden:
     """Golden vectors from readings of the hold-out engines.
 
     Raises:
-        BundleError: a score of real readings lies outside [score_min, score_max]: the device would roll the model back.
+        BundleError: a score of real readings lies outside [score_min, score_max]: the device would roll the model back; or the readings
+            close no window.
     """
     spec, contract, limits = context.params.spec, context.contract, context.params.export
     readings = pick_golden(context.readings, contract.entity, _holdout(context), limits.golden_rows)
@@ -115,7 +117,9 @@ def make_golden(context: Context, onnx_model: bytes) -> Golden:
         scores=[],
         tolerance=limits.tolerance,
     )
-    features = Windows(spec).push(*golden_readings(golden))
+    features = Windows(spec, context.params.functions).push(*golden_readings(golden)).features
+    if not len(features):
+        raise BundleError(f"{limits.golden_rows} golden readings close no window of {spec.window_s} s; raise export.golden_rows")
     scores = score(onnx_model, features)
     if scores.min() < limits.score_min or scores.max() > limits.score_max:
         raise BundleError(

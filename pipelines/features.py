@@ -1,14 +1,22 @@
-"""features: window features of every reading, by the code that runs on the device.
+"""features: window features of the lake's readings, by the code that runs on the device.
 
-- Devices are dealt out to Ray tasks; a device's readings go through one `Windows` per epoch, in the order the device saw them.
-  A new epoch is a new disk: the device itself starts with empty windows then.
+- `LakeWindows` turns rows of the lake, as they come, into rows of features: for the features stage, and for rows that ingest has just
+  committed. Each device and epoch has windows of its own, fed in the order in which the device saw the readings. A new epoch is a new disk:
+  the device itself starts with empty windows then.
+- Devices are dealt out to Ray tasks. A task reads record batches and writes as it goes: it holds a batch and the open windows only.
 - The result does not depend on the number of tasks or on how readings are cut into batches.
+- A window's row says when it was known: `event_time` is the reading's (trailing) or the end of the window (tumbling, hopping),
+  `created_time` when the lake had all the readings that it may hold (`pipelines.arrival`).
+- Windows that are still open at the end of the lake are not made: the device has not made them either.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,36 +24,144 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from edge_agent.contract.bundle import FeatureSpec
 from edge_agent.contract.columns import Floats, Strings, Table
+from edge_agent.contract.feature_spec import FeatureSpec, WindowKind
 from edge_agent.contract.stream import StreamContract
-from edge_agent.core.features import Windows
+from edge_agent.core.features import Made, Windows
+from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from pipelines import cluster, stage
+from pipelines.arrival import ARRIVED, Known
 from pipelines.cli import progress
 from pipelines.stage import Context
 
-BATCH_ROWS = 8_192
-EVENT_TIME, CREATED_TIME = "event_time", "created_time"
+BATCH_ROWS = 65_536
+DEVICES_MAX = 10_000
+EVENT_TIME, CREATED_TIME, WINDOW_START = "event_time", "created_time", "window_start"
+ORDINAL = "ordinal"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a task did: readings taken and windows made; readings that missed windows of theirs: too late, or the hop was full."""
+
+    readings: int = 0
+    windows: int = 0
+    late: int = 0
+    overfull: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+class LakeWindows:
+    """The open windows of many devices.
+
+    Args:
+        devices_max: so many (device, epoch) are remembered; the one longest unseen is forgotten first, and begins anew.
+
+    Raises:
+        BundleError: a function of the spec is not installed here.
+    """
+
+    def __init__(
+        self, contract: StreamContract, spec: FeatureSpec, functions: Functions = NO_FUNCTIONS, devices_max: int = DEVICES_MAX
+    ) -> None:
+        self._contract, self._spec, self._functions, self._devices_max = contract, spec, functions, devices_max
+        self._windows: dict[tuple[str, str], Windows] = {}
+        self._newest: dict[tuple[str, str], int] = {}
+        self._known = Known(contract.entity, spec.window_rows)
+        self.behind = 0
+        """Rows left out because their device's windows had gone past them: a block that came after newer ones."""
+
+    @property
+    def columns(self) -> list[str]:
+        """What `push` needs of a row."""
+        c = self._contract
+        return list(dict.fromkeys([*self._spec.fields, c.entity, c.event_time, "device", "epoch", ARRIVED]))
+
+    def push(self, rows: pa.Table) -> tuple[pa.Table, Counts]:
+        """The features of the windows that these rows are done with.
+
+        Args:
+            rows: rows of the lake, sorted by device, epoch and the order seen. With a column `ordinal`, rows that are not newer than
+                the newest one taken of their device are left out.
+
+        Returns:
+            entity, event_time, created_time, device, window_start (windows that close), and a column per feature; in the order in
+            which the windows were done.
+        """
+        if ORDINAL in rows.column_names:
+            rows = self._fresh(rows)
+        rows = self._known.into(rows)
+        parts, counts = [], Counts(readings=rows.num_rows)
+        for start, end in runs(rows):
+            part = rows.slice(start, end - start)
+            made = self._of(part).push(*readings_of(part, self._contract, self._spec))
+            counts += Counts(0, len(made.rows), len(made.late), len(made.overfull))
+            parts.append(self._table(part, made))
+        return (pa.concat_tables(parts) if parts else self._table(rows, _nothing(self._spec))), counts
+
+    def _of(self, part: pa.Table) -> Windows:
+        """The windows of the device and epoch of these rows."""
+        key = (part["device"][0].as_py(), part["epoch"][0].as_py())
+        windows = self._windows.pop(key, None) or Windows(self._spec, self._functions)
+        self._windows[key] = windows
+        for old in list(islice(self._windows, max(0, len(self._windows) - self._devices_max))):
+            del self._windows[old]
+            self._newest.pop(old, None)
+        return windows
+
+    def _fresh(self, rows: pa.Table) -> pa.Table:
+        kept = np.zeros(rows.num_rows, bool)
+        ordinals = rows[ORDINAL].to_numpy()
+        for start, end in runs(rows):
+            key = (rows["device"][start].as_py(), rows["epoch"][start].as_py())
+            kept[start:end] = ordinals[start:end] > self._newest.get(key, -1)
+            self._newest[key] = max(self._newest.get(key, -1), int(ordinals[start:end].max()))
+        self.behind += int((~kept).sum())
+        return rows if kept.all() else rows.filter(pa.array(kept))
+
+    def _table(self, rows: pa.Table, made: Made) -> pa.Table:
+        trailing = self._spec.kind is WindowKind.TRAILING
+        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, ARRIVED, "device"]))).take(made.rows)
+        time = pa.timestamp("us", "UTC")
+        start = {} if trailing else {WINDOW_START: pa.array(made.start_us).cast(time)}
+        return pa.table(
+            {
+                self._contract.entity: done[self._contract.entity].cast(pa.string()),
+                EVENT_TIME: pa.array(made.end_us).cast(time),
+                CREATED_TIME: done[ARRIVED],
+                "device": done["device"].cast(pa.string()),
+                **start,
+                **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},
+            }
+        )
 
 
 def work(context: Context) -> None:
     """Write the features of all readings, one Parquet file per task."""
     shutil.rmtree(context.features, ignore_errors=True)
-    out = context.folder("features")
-    parts = deal(count_by_device(context.readings), context.params.features.parts)
+    out, params = context.folder("features"), context.params
+    parts = deal(count_by_device(context.readings), params.features.parts)
     calls = [
-        (context.readings, devices, context.contract, context.params.spec, out / f"part-{i:03d}.parquet") for i, devices in enumerate(parts)
+        (context.readings, devices, context.contract, params.spec, params.functions, out / f"part-{i:03d}.parquet")
+        for i, devices in enumerate(parts)
     ]
-    rows = 0
-    for done, (_, written) in enumerate(cluster.as_done(write_part, calls), 1):
-        rows += written
-        progress(f"{rows} readings with {len(context.params.spec.features)} features", done, len(calls))
+    total = Counts()
+    for done, (_, counts) in enumerate(cluster.as_done(write_part, calls), 1):
+        total += counts
+        progress(f"{total.readings} readings, {total.windows} windows with {len(params.spec.features)} features", done, len(calls))
+    if total.late or total.overfull:
+        progress(f"{total.late} readings came too late for a window of theirs, {total.overfull} found theirs full (features.window_rows)")
 
 
 def count_by_device(readings: Path) -> dict[str, int]:
     """Readings of each device in the snapshot."""
-    counts = pq.read_table(readings, columns=["device"]).column("device").value_counts().to_pylist()
-    return {c["values"]: c["counts"] for c in counts}
+    counts: dict[str, int] = {}
+    for batch in pq.ParquetFile(readings, read_dictionary=["device"]).iter_batches(BATCH_ROWS, columns=["device"]):
+        for count in batch.column(0).value_counts().to_pylist():
+            counts[count["values"]] = counts.get(count["values"], 0) + count["counts"]
+    return counts
 
 
 def deal(counts: dict[str, int], parts: int) -> list[list[str]]:
@@ -59,37 +175,67 @@ def deal(counts: dict[str, int], parts: int) -> list[list[str]]:
     return [sorted(group) for group in groups]
 
 
-def write_part(readings: Path, devices: list[str], contract: StreamContract, spec: FeatureSpec, out: Path) -> int:
-    """Write the features of some devices; the number of rows."""
-    fields = dict.fromkeys(f.field for f in spec.features)
-    columns = [*fields, contract.entity, contract.event_time, "device", "epoch", "arrived_at"]
-    table = pq.read_table(readings, columns=list(dict.fromkeys(columns)), filters=[("device", "in", devices)])
-    features = windows_of(table, contract, spec)
-    made = {name: features[:, i] for i, name in enumerate(spec.names)}
-    keys = {
-        contract.entity: table[contract.entity],
-        EVENT_TIME: table[contract.event_time],
-        CREATED_TIME: table["arrived_at"],
-        "device": table["device"],
-    }
-    pq.write_table(pa.table({**keys, **made}), out, compression="zstd")
-    return int(table.num_rows)
+def write_part(readings: Path, devices: list[str], contract: StreamContract, spec: FeatureSpec, functions: Functions, out: Path) -> Counts:
+    """Write the features of some devices."""
+    windows, counts = LakeWindows(contract, spec, functions, devices_max=1), Counts()
+    writer: pq.ParquetWriter | None = None
+    waiting: list[pa.Table] = []
+    try:
+        for batch in read_devices(readings, devices, windows.columns):
+            made, more = windows.push(batch)
+            counts += more
+            waiting.append(made)
+            writer = writer or pq.ParquetWriter(out, made.schema, compression="zstd")
+            if sum(t.num_rows for t in waiting) >= BATCH_ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if writer is not None and waiting:
+            writer.write_table(pa.concat_tables(waiting))
+    finally:
+        if writer is not None:
+            writer.close()
+    return counts
 
 
-def windows_of(readings: pa.Table, contract: StreamContract, spec: FeatureSpec, batch_rows: int = BATCH_ROWS) -> Floats:
-    """The features of readings that are sorted by device, epoch and order seen: float64 (rows, features)."""
-    out = np.empty((readings.num_rows, len(spec.features)))
-    fields = list(dict.fromkeys(f.field for f in spec.features))
+def read_devices(readings: Path, devices: list[str], columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of some devices in batches, in the order of the file; row groups without them are not read."""
+    file = pq.ParquetFile(readings, read_dictionary=["device", "epoch"])
+    place = file.schema_arrow.get_field_index("device")
+    wanted = pa.array(devices)
+    groups = []
+    for group in range(file.num_row_groups):
+        found = file.metadata.row_group(group).column(place).statistics
+        if found is None or not found.has_min_max or any(found.min <= device <= found.max for device in devices):
+            groups.append(group)
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
+        table = pa.Table.from_batches([batch])
+        mine = pc.is_in(table["device"], value_set=wanted)
+        if pc.any(mine).as_py():
+            yield table if pc.all(mine).as_py() else table.filter(mine)
+
+
+def windows_of(
+    readings: pa.Table,
+    contract: StreamContract,
+    spec: FeatureSpec,
+    functions: Functions = NO_FUNCTIONS,
+    batch_rows: int = BATCH_ROWS,
+) -> Made:
+    """The windows of readings that are sorted by device, epoch and the order seen."""
+    parts = []
     for start, end in runs(readings):
-        windows = Windows(spec)
+        windows = Windows(spec, functions)
         for first in range(start, end, batch_rows):
             part = readings.slice(first, min(batch_rows, end - first))
-            entity = part[contract.entity].combine_chunks().dictionary_encode()
-            strings = Strings(entity.indices.to_numpy(zero_copy_only=False), tuple(entity.dictionary.to_pylist()))
-            event_us = part[contract.event_time].cast(pa.int64()).to_numpy()
-            columns: Table = {name: _floats(part[name]) for name in fields}
-            out[first : first + part.num_rows] = windows.push(strings, event_us, columns)
-    return out
+            parts.append((first, windows.push(*readings_of(part, contract, spec))))
+    return Made.together(parts) if parts else _nothing(spec)
+
+
+def readings_of(rows: pa.Table, contract: StreamContract, spec: FeatureSpec) -> tuple[Strings, np.ndarray, Table]:
+    """Entity, event time in microseconds and the fields of rows, ready for `Windows.push`."""
+    entity = rows[contract.entity].combine_chunks().dictionary_encode()
+    strings = Strings(entity.indices.to_numpy(zero_copy_only=False), tuple(entity.dictionary.to_pylist()))
+    return strings, rows[contract.event_time].cast(pa.int64()).to_numpy(), {name: _floats(rows[name]) for name in spec.fields}
 
 
 def runs(readings: pa.Table) -> list[tuple[int, int]]:
@@ -107,6 +253,11 @@ def runs(readings: pa.Table) -> list[tuple[int, int]]:
 def _floats(column: pa.ChunkedArray) -> Floats:
     values: Floats = column.cast(pa.float64()).fill_null(np.nan).to_numpy()
     return values
+
+
+def _nothing(spec: FeatureSpec) -> Made:
+    none, times = np.zeros(0, np.intp), np.zeros(0, np.int64)
+    return Made(np.empty((0, len(spec.features))), none, times, times, none, none)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from typing import Any
 import msgspec
 import yaml
 
-from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
-from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.errors import BundleError, ConfigError, ContractError
+from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind, check_spec
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import StreamContract
+from edge_agent.core.functions import Functions
+from edge_agent.installed_functions import load_functions
 
 PARAMS = Path("pipelines/params.yaml")
 
@@ -29,16 +31,26 @@ class Snapshot(_Section, frozen=True):
 
 
 class Features(_Section, frozen=True):
+    """Every aggregate of every field, over windows of one kind; `contract.feature_spec` says what they are.
+
+    `functions` names an installed module with functions that `aggregates` may name; see `edge_agent.installed_functions`.
+    """
+
     fields: list[str]
     aggregates: list[str]
     window_rows: int
     window_s: float
+    windows: WindowKind = WindowKind.TRAILING
+    every_s: float = 0.0
+    lateness_s: float = 0.0
+    functions: str = ""
     parts: int = 4
 
 
 class Dataset(_Section, frozen=True):
     ttl_s: float
     label_max: float
+    known_by_then: bool = False
 
 
 class Setting(_Section, frozen=True):
@@ -92,10 +104,30 @@ class Params(_Section, frozen=True):
 
     @property
     def spec(self) -> FeatureSpec:
-        """The features, field by field."""
-        f = self.features
-        features = [Feature(field, aggregate) for field in f.fields for aggregate in f.aggregates]
-        return FeatureSpec(features=features, window_rows=f.window_rows, window_s=f.window_s)
+        """The features, field by field.
+
+        Raises:
+            ConfigError: the module of the functions is not installed.
+        """
+        f, known = self.features, self.functions
+        return FeatureSpec(
+            features=[Feature(field, aggregate) for field in f.fields for aggregate in f.aggregates],
+            window_rows=f.window_rows,
+            window_s=f.window_s,
+            kind=f.windows,
+            every_s=f.every_s,
+            lateness_s=f.lateness_s,
+            functions={name: known[name].digest for name in f.aggregates if name in known},
+        )
+
+    @property
+    def functions(self) -> Functions:
+        """The user's own functions that features may be made with.
+
+        Raises:
+            ConfigError: their module is not installed.
+        """
+        return load_functions(self.features.functions)
 
     @property
     def view(self) -> str:
@@ -181,12 +213,13 @@ def _assign(tree: Any, assignment: str) -> None:
 
 
 def _check(params: Params, path: Path) -> None:
-    unknown = sorted(set(params.features.aggregates) - set(AGGREGATES))
-    if unknown or not params.features.fields:
-        raise ConfigError(f"{path}: features.aggregates {unknown} are unknown or features.fields is empty; known: {', '.join(AGGREGATES)}")
+    try:
+        check_spec(params.spec)
+    except BundleError as e:
+        raise ConfigError(f"{path}: features: {e}") from e
     if not params.train.search or not 0 < params.train.holdout < 1 or params.train.folds < 2:
         raise ConfigError(f"{path}: train needs at least one setting in search, a holdout between 0 and 1, and at least 2 folds")
-    if min(params.features.parts, params.features.window_rows, params.export.golden_rows) < 1 or params.features.window_s <= 0:
-        raise ConfigError(f"{path}: features.parts, window_rows, window_s and export.golden_rows must be positive")
+    if min(params.features.parts, params.export.golden_rows) < 1:
+        raise ConfigError(f"{path}: features.parts and export.golden_rows must be positive")
     if params.dataset.ttl_s <= 0 or params.dataset.label_max <= 0 or params.export.score_min >= params.export.score_max:
         raise ConfigError(f"{path}: dataset.ttl_s and label_max must be positive, export.score_min below score_max")

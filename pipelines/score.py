@@ -25,9 +25,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cloud.lake import Lake
-from edge_agent.contract.bundle import FeatureSpec, read_bundle
+from edge_agent.contract.bundle import read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, FencelineError
+from edge_agent.contract.feature_spec import FeatureSpec
 from edge_agent.contract.stream import StreamContract
+from edge_agent.core.functions import Functions
 from pipelines import cli, cluster
 from pipelines.features import deal, runs, windows_of
 from pipelines.scoring import score
@@ -61,7 +63,7 @@ def recompute(context: Context, bundle_path: Path, out: Path | None = None) -> d
     counts = {c["values"]: c["counts"] for c in readings["device"].value_counts().to_pylist()}
     groups = deal(counts, context.params.features.parts)
     parts = [readings.filter(pc.is_in(readings["device"], pa.array(group))) for group in groups]
-    calls = [(part, contract, spec, bundle.model) for part in parts]
+    calls = [(part, contract, spec, context.params.functions, bundle.model) for part in parts]
     scored = pa.concat_tables([part for _, part in sorted(cluster.as_done(score_devices, calls), key=itemgetter(0))])
     if out is not None:
         pq.write_table(scored.drop_columns(["model"]), out)
@@ -73,17 +75,23 @@ def recompute(context: Context, bundle_path: Path, out: Path | None = None) -> d
     }
 
 
-def score_devices(readings: pa.Table, contract: StreamContract, spec: FeatureSpec, model: bytes) -> pa.Table:
-    """The names, entity, time, `device_score`, `model` and recomputed `score` of readings sorted by device, epoch and order seen."""
-    scores = score(model, windows_of(readings, contract, spec))
+def score_devices(readings: pa.Table, contract: StreamContract, spec: FeatureSpec, functions: Functions, model: bytes) -> pa.Table:
+    """The names, entity, time, `device_score`, `model` and recomputed `score` of readings sorted by device, epoch and order seen.
+
+    A window's score stands on the row of the reading that it was done with, as on the device (`edge_agent.scoring`).
+    """
+    made = windows_of(readings, contract, spec, functions)
+    scores = np.full(readings.num_rows, np.nan)
+    scores[made.rows] = score(model, made.features)
     keys = [*NAMES, contract.entity, contract.event_time, "model"]
-    return pa.table({**{k: readings[k] for k in keys}, "device_score": readings["score"], "score": pa.array(scores)})
+    return pa.table({**{k: readings[k] for k in keys}, "device_score": readings["score"], "score": pa.array(scores, from_pandas=True)})
 
 
 def compare(scored: pa.Table, digest: str) -> dict[str, Any]:
     """How far the devices' scores are from ours, over rows scored with the bundle of this digest."""
     own = pc.fill_null(pc.equal(scored["model"], digest), False)
-    compared = scored.filter(pc.and_(own, pc.is_valid(scored["device_score"])))
+    ours, theirs = pc.is_valid(scored["score"]), pc.is_valid(scored["device_score"])
+    compared = scored.filter(pc.and_(own, pc.and_(ours, theirs)))
     difference = np.abs(compared["device_score"].to_numpy() - compared["score"].to_numpy())
     return {
         "bundle_sha256": digest,
@@ -92,6 +100,7 @@ def compare(scored: pa.Table, digest: str) -> dict[str, Any]:
         "rows_compared": compared.num_rows,
         "max_abs_diff": float(difference.max()) if len(difference) else None,
         "rows_not_equal": int(np.count_nonzero(difference)),
+        "rows_scored_by_one": int(pc.sum(pc.and_(own, pc.xor(ours, theirs))).as_py() or 0),
     }
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from bench.peers.sensors import START_S, STREAM, payload
-from edge_agent.contract.bundle import Bundle, Feature, FeatureSpec, Golden, Limits, Manifest, Provenance, pack_bundle
+from edge_agent.contract.bundle import Bundle, Golden, Limits, Manifest, Provenance, pack_bundle
 from edge_agent.contract.columns import Strings
+from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.contract.state import BundleRef, Phase
 from edge_agent.core.features import Windows
 from edge_agent.updater import UpdaterState
@@ -50,7 +51,7 @@ def _bundle() -> Bundle:
     readings = [msgspec.json.decode(payload(i)) for i in range(TRAINING_ROWS)]
     columns = {name: np.array([r[name] for r in readings]) for name in ("ts", *FIELDS)}
     event_us = np.round(columns["ts"] * 1e6).astype(np.int64)
-    x = Windows(SPEC).push(Strings.of([r["pump"] for r in readings]), event_us, dict(columns)).astype(np.float32)
+    x = Windows(SPEC).push(Strings.of([r["pump"] for r in readings]), event_us, dict(columns)).features.astype(np.float32)
     scaled = (x - x.mean(axis=0)) / (x.std(axis=0) + 1e-9)
     y = scaled[:, 0] + scaled[:, 4] * scaled[:, 8] + np.random.default_rng(SEED).normal(size=TRAINING_ROWS)
     model = HistGradientBoostingRegressor(max_iter=TREES, max_leaf_nodes=LEAVES, learning_rate=0.05, early_stopping=False).fit(x, y)
@@ -62,7 +63,7 @@ def _manifest(onnx: bytes) -> Manifest:
     event_us = START_S * 1_000_000 + np.arange(GOLDEN_ROWS) * 1_000_000
     fields = {field: np.round(20 + np.arange(GOLDEN_ROWS) * 0.25, 2) for field in FIELDS}
     entity = ["pump-00"] * GOLDEN_ROWS
-    features = Windows(SPEC).push(Strings.of(entity), event_us, dict(fields))
+    features = Windows(SPEC).push(Strings.of(entity), event_us, dict(fields)).features
     golden = Golden(
         entity=entity,
         event_us=event_us.tolist(),

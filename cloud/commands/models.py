@@ -27,6 +27,7 @@ def declare(commands: Any) -> None:
     train.add_argument("--ray-address", metavar="URL", help="a Ray cluster (default: a local one)")
     release = add_command(commands, "release", _release, "sign a registered model as a bundle that devices may fetch")
     release.add_argument("model", metavar="MODEL@ALIAS", help="for example turbofan-rul@champion, or @3 for version 3")
+    release.add_argument("--functions", metavar="MODULE", help="the installed module with the functions of its features")
     rollout = add_group(commands, "rollout", "bring a release to the fleet")
     start = add_command(rollout, "start", _rollout_start, "move devices to a release, wave after wave")
     start.add_argument("model", metavar="MODEL[@VERSION]", help="a released model (default: its newest release)")
@@ -62,6 +63,7 @@ def _train(args: argparse.Namespace) -> int:
 
 def _release(args: argparse.Namespace) -> int:
     from cloud.release import release
+    from edge_agent.installed_functions import load_functions
 
     settings = config.load(args.project, args.state)
     model, alias = _model(args.model, "champion")
@@ -74,6 +76,7 @@ def _release(args: argparse.Namespace) -> int:
         releases_dir=settings.releases_dir,
         now=datetime.now(UTC),
         progress=say,
+        functions=load_functions(args.functions),
     )
     if args.json:
         print_json(ref)

@@ -17,46 +17,18 @@ from dataclasses import dataclass
 import msgspec
 
 from edge_agent.contract.errors import UNREADABLE, BundleError
+from edge_agent.contract.feature_spec import FORMAT_MAX, FeatureSpec, WindowKind, check_spec
 
 BUNDLE_BYTES_MAX = 256 * 1024 * 1024
 MANIFEST_BYTES_MAX = 8 * 1024 * 1024
-FEATURES_MAX = 2_048
-WINDOW_ROWS_MAX = 1_024
 # What zipfile raises for bytes that are no zip: it was not made for hostile ones.
 _NO_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, OverflowError, EOFError, OSError, RuntimeError)
-AGGREGATES = ("last", "mean", "std", "min", "max", "slope", "count")
-
-
-class Feature(msgspec.Struct, frozen=True, array_like=True):
-    """One aggregate over the window of one field. `slope` is per hour, `std` the population's, `count` of values present."""
-
-    field: str
-    aggregate: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.field}_{self.aggregate}"
-
-
-class FeatureSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """How readings become model inputs.
-
-    The window of a reading holds it and the readings of the same entity that the device saw before it, at most
-    `window_rows` of them, those with an event time in (t - window_s, t]. Features come in the order listed.
-    """
-
-    features: list[Feature]
-    window_rows: int
-    window_s: float
-
-    @property
-    def names(self) -> list[str]:
-        return [f.name for f in self.features]
 
 
 class Golden(msgspec.Struct, frozen=True, kw_only=True):
-    """Readings with the features and scores that they must give, in the order seen; None stands for NaN.
+    """Readings in the order seen, with the features and scores that they must give; None stands for NaN.
 
+    One row of features and one score per reading; with windows that close, per window, in the order in which they close.
     The features must be equal in every bit, the scores within `tolerance`.
     """
 
@@ -88,7 +60,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about a model but its weights.
 
     Scores outside [score_min, score_max] count as bad; `probation_rows` scored readings after activation must
-    hold none. An empty `zones` allows all.
+    hold none. An empty `zones` allows all. `format` is at least that of `features`, so that a device that would misread them refuses.
     """
 
     model: str
@@ -152,21 +124,22 @@ def read_bundle(data: bytes) -> Bundle:
 def check_manifest(manifest: Manifest) -> None:
     """Raise BundleError unless the manifest is within limits and agrees with itself."""
     spec, golden = manifest.features, manifest.golden
-    if manifest.format != 1:
-        raise BundleError(f"manifest format {manifest.format}; this version reads format 1")
-    if not 1 <= len(spec.features) <= FEATURES_MAX or not 1 <= spec.window_rows <= WINDOW_ROWS_MAX or not spec.window_s > 0:
-        raise BundleError(
-            f"{len(spec.features)} features over {spec.window_rows} rows and {spec.window_s} s; "
-            f"1 to {FEATURES_MAX} features, 1 to {WINDOW_ROWS_MAX} rows and a positive time are allowed"
-        )
-    unknown = sorted({f.aggregate for f in spec.features} - set(AGGREGATES))
-    if unknown:
-        raise BundleError(f"unknown aggregates {unknown}; this version knows {', '.join(AGGREGATES)}")
+    if not 1 <= manifest.format <= FORMAT_MAX:
+        raise BundleError(f"manifest format {manifest.format}; this version reads formats 1 to {FORMAT_MAX}")
+    check_spec(spec)
+    if manifest.format < spec.format:
+        raise BundleError(f"manifest format {manifest.format} has no such features; they need format {spec.format}")
     if not manifest.score_min < manifest.score_max:
         raise BundleError(f"score_min {manifest.score_min} is not below score_max {manifest.score_max}")
-    rows = len(golden.entity)
-    columns: list[Sequence[object]] = [golden.event_us, golden.features, golden.scores, *golden.fields.values()]
-    if rows == 0 or any(len(c) != rows for c in columns) or any(len(f) != len(spec.features) for f in golden.features):
+    rows, made = len(golden.entity), len(golden.scores)
+    columns: list[Sequence[object]] = [golden.event_us, *golden.fields.values()]
+    if (
+        not 0 < made <= (rows if spec.kind is WindowKind.TRAILING else rows * spec.overlap)
+        or (made != rows and spec.kind is WindowKind.TRAILING)
+        or any(len(c) != rows for c in columns)
+        or len(golden.features) != made
+        or any(len(f) != len(spec.features) for f in golden.features)
+    ):
         raise BundleError("golden vectors are empty or of unequal length")
     missing = sorted({f.field for f in spec.features} - set(golden.fields))
     if missing:

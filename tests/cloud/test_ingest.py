@@ -25,11 +25,15 @@ from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.ingest_status import read_status, read_worker, status_path
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
 from cloud.workers import ONE, Pool, Worker, command, end_unused
+from edge_agent.contract.block import encode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
 from tests.brokers import Broker, User, mosquitto_broker, nats_broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
+from tests.cloud.test_quarantine import bad
+from tests.cloud.test_quarantine import rows as held_rows
 
 ROOT = Path(__file__).parents[2]
 SECRET = "between cloud and broker"
@@ -321,3 +325,17 @@ def test_a_pool_starts_its_workers_again_and_ends_them(settings: Settings, devic
         stop.set()
         pool.join()
     assert not Path(f"/proc/{before[1]}").exists()
+
+
+def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        device.send(encode_block(*bad(1, [0, 2])))
+        device.send(encode_block(*bad(2, [0, 1, 2, 3])))
+        device.wait_for(2)
+        alarm = device.alarms.get(timeout=WAIT_S)
+        wait_until(lambda: work.status.quarantined_rows == 6)
+    assert rows(settings) == [(1, 1), (1, 3)]
+    assert held_rows(CheckedLake(Lake(settings.lake)).held) == [(1, 0), (1, 2), *((2, r) for r in range(4))]
+    assert (alarm["event"], alarm["reason"]) == ("rows_quarantined", "out_of_range")
+    assert "field 'pressure': 0 to 100 allowed" in alarm["detail"]
+    assert {e.kind for e in Audit(settings.audit_db).entries()} == {"rows_quarantined"}

@@ -11,21 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.contract.bundle import (
-    FEATURES_MAX,
-    MANIFEST_BYTES_MAX,
-    WINDOW_ROWS_MAX,
-    Bundle,
-    Feature,
-    FeatureSpec,
-    Golden,
-    Manifest,
-    Provenance,
-    check_manifest,
-    pack_bundle,
-    read_bundle,
-)
+from edge_agent.contract.bundle import MANIFEST_BYTES_MAX, Bundle, Golden, Manifest, Provenance, check_manifest, pack_bundle, read_bundle
 from edge_agent.contract.errors import BundleError
+from edge_agent.contract.feature_spec import FEATURES_MAX, WINDOW_ROWS_MAX, Feature, FeatureSpec
 
 SPEC = FeatureSpec(features=[Feature("t", "mean"), Feature("t", "count")], window_rows=3, window_s=60.0)
 GOLDEN = Golden(
@@ -145,7 +133,7 @@ def test_manifest_may_not_be_huge() -> None:
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        (changed(format=2), "format 2"),
+        (changed(format=3), "format 3"),
         (with_features(features=[]), "0 features"),
         (with_features(features=[Feature("t", "mean")] * (FEATURES_MAX + 1)), "features"),
         (with_features(window_rows=0), "over 0 rows"),

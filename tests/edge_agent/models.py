@@ -10,8 +10,9 @@ import msgspec
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
-from edge_agent.contract.bundle import Bundle, Feature, FeatureSpec, Golden, Limits, Manifest, Provenance
+from edge_agent.contract.bundle import Bundle, Golden, Limits, Manifest, Provenance
 from edge_agent.contract.columns import Strings
+from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.core.features import Windows
 
 OPSET = 15
@@ -103,7 +104,7 @@ def golden(weights: Sequence[float] = (1.0, 2.0)) -> Golden:
     """Golden vectors of a linear model."""
     values = np.array([1.0, 2.5, 4.0])
     event_us = np.arange(3) * 1_000_000
-    features = Windows(SPEC).push(Strings.of(["a"] * 3), event_us, {"t": values})
+    features = Windows(SPEC).push(Strings.of(["a"] * 3), event_us, {"t": values}).features
     return Golden(
         entity=["a"] * 3,
         event_us=event_us.tolist(),

@@ -88,7 +88,7 @@ class Path:
     def right(self) -> Floats:
         """The scores of one pass over all readings."""
         values = np.arange(self.seen, dtype=np.float64)
-        features = Windows(models.SPEC).push(Strings.of(["p"] * self.seen), (values * 1e6).astype(np.int64), {"t": values})
+        features = Windows(models.SPEC).push(Strings.of(["p"] * self.seen), (values * 1e6).astype(np.int64), {"t": values}).features
         return np.asarray((features.astype(np.float32) @ np.array([1, 2], np.float32)).astype(np.float64))
 
     def assert_scores_are_right_where_there_are_any(self) -> int:

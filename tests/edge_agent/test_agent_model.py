@@ -17,8 +17,9 @@ import onnxruntime
 import pytest
 
 from edge_agent.contract.block import ORDINAL, SCORE
-from edge_agent.contract.bundle import Bundle, Feature, FeatureSpec, Golden
+from edge_agent.contract.bundle import Bundle, Golden
 from edge_agent.contract.columns import Floats, Ints, Strings
+from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.contract.state import BundleRef, Desired
 from edge_agent.core.features import Windows
 from tests.brokers import nats_broker
@@ -93,7 +94,7 @@ class Fleet:
     def assert_scores_can_be_made_again(self) -> list[str | None]:
         """Returns the model of each reading."""
         entity, event_us, fields, used, scores = self.device_scores()
-        features = Windows(SPEC).push(entity, event_us, fields).astype(np.float32)
+        features = Windows(SPEC).push(entity, event_us, fields).features.astype(np.float32)
         want = np.full(len(scores), np.nan)
         for sha256, bundle in self.bundles.items():
             rows = [i for i, model in enumerate(used) if model == sha256]
@@ -109,7 +110,7 @@ def turbofan_bundle(version: int, **manifest: Any) -> Bundle:
     rows = 4
     fields = {"sensor_2": [640.0, 641.5, 639.25, 644.0], "sensor_11": [47.0, 47.5, 47.25, 47.125]}
     event_us = [i * 1_000_000 for i in range(rows)]
-    features = Windows(SPEC).push(Strings.of(["a"] * rows), np.array(event_us), {k: np.array(v) for k, v in fields.items()})
+    features = Windows(SPEC).push(Strings.of(["a"] * rows), np.array(event_us), {k: np.array(v) for k, v in fields.items()}).features
     scores = (features.astype(np.float32) @ np.array(weights, np.float32)).astype(float)
     golden = Golden(
         entity=["a"] * rows, event_us=event_us, fields=dict(fields), features=features.tolist(), scores=scores.tolist(), tolerance=1e-2

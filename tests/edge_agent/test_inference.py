@@ -172,7 +172,7 @@ def test_good_bundle_passes_its_self_test() -> None:
 
 
 def test_model_that_gives_other_scores_fails_the_self_test() -> None:
-    with pytest.raises(BundleError, match="score of golden reading 2"):
+    with pytest.raises(BundleError, match="score of golden window 2"):
         self_test(models.bundle(onnx=models.linear([1.0, 2.1])))
 
 
@@ -180,7 +180,7 @@ def test_feature_that_differs_in_its_last_bit_fails_the_self_test() -> None:
     golden = models.golden()
     features = [list(row) for row in golden.features]
     features[1][1] = float(np.nextafter(features[1][1], np.inf))
-    with pytest.raises(BundleError, match="feature t_mean of golden reading 1"):
+    with pytest.raises(BundleError, match="feature t_mean of golden window 1"):
         self_test(models.bundle(golden=msgspec.structs.replace(golden, features=features)))
 
 

@@ -213,7 +213,7 @@ def test_failed_self_test_is_rejected_and_not_tried_again(device: Device) -> Non
     ref = device.repository.add(bundle_of(1, golden=models.golden((1.0, 1.5))))
     state = device.rejected(1, ref)
     assert state.reason is Reason.SELF_TEST
-    assert "score of golden reading" in state.detail
+    assert "score of golden window" in state.detail
     asked = len(device.repository.requests)
     device.restart()
     device.updater.handle(Desired(version=1, bundle=ref))

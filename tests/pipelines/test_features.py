@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.columns import Strings, take
+from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec
 from edge_agent.core.features import Windows
 from pipelines.features import count_by_device, deal, runs, windows_of, write_part
 from pipelines.snapshot import ORIGIN
@@ -33,7 +33,8 @@ def lake_rows(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 @pytest.mark.parametrize("batch_rows", [1, 3, 64, 100_000])
 def test_windows_do_not_depend_on_how_readings_are_cut(lake_rows: pa.Table, batch_rows: int) -> None:
     rows = lake_rows.slice(0, 300)
-    assert np.array_equal(windows_of(rows, turbofan(), SPEC, batch_rows), windows_of(rows, turbofan(), SPEC), equal_nan=True)
+    cut, whole = (windows_of(rows, turbofan(), SPEC, batch_rows=n).features for n in (batch_rows, 10**6))
+    assert np.array_equal(cut, whole, equal_nan=True)
 
 
 def test_lake_gives_the_features_that_the_device_computed(tmp_path: Path, seed: int) -> None:
@@ -46,9 +47,9 @@ def test_lake_gives_the_features_that_the_device_computed(tmp_path: Path, seed: 
     device = []
     for first, last in pairwise(cuts):
         part = take(table, slice(int(first), int(last)))
-        device.append(windows.push(part["engine"], part["ts"], part))  # type: ignore[arg-type]
+        device.append(windows.push(part["engine"], part["ts"], part).features)  # type: ignore[arg-type]
     columns = [*(f.name for f in turbofan().fields), "device", "epoch"]
-    cloud = windows_of(lake.read("turbofan", columns=columns), turbofan(), SPEC)
+    cloud = windows_of(lake.read("turbofan", columns=columns), turbofan(), SPEC).features
     assert np.array_equal(np.concatenate(device), cloud, equal_nan=True)
 
 
@@ -56,7 +57,7 @@ def test_new_epoch_and_other_device_start_with_empty_windows(lake_rows: pa.Table
     rows = lake_rows.slice(0, 20)
     twice = pa.concat_tables([rows, rows.set_column(rows.schema.get_field_index("epoch"), "epoch", pa.array(["zz"] * 20))])
     assert runs(twice) == [(0, 20), (20, 40)]
-    features = windows_of(twice, turbofan(), SPEC)
+    features = windows_of(twice, turbofan(), SPEC).features
     assert np.array_equal(features[:20], features[20:], equal_nan=True)
 
 
@@ -64,11 +65,11 @@ def test_parts_together_hold_every_reading_once(lake_rows: pa.Table, tmp_path: P
     path = tmp_path / "readings.parquet"
     pq.write_table(lake_rows, path)
     groups = deal(count_by_device(path), 2)
-    rows = sum(write_part(path, devices, turbofan(), SPEC, tmp_path / f"{i}.parquet") for i, devices in enumerate(groups))
+    rows = sum(write_part(path, devices, turbofan(), SPEC, {}, tmp_path / f"{i}.parquet").windows for i, devices in enumerate(groups))
     parts = pa.concat_tables([pq.read_table(tmp_path / f"{i}.parquet") for i in range(len(groups))])
     assert rows == parts.num_rows == lake_rows.num_rows
     assert parts.column_names[:4] == ["engine", "event_time", "created_time", "device"]
-    whole = windows_of(lake_rows, turbofan(), SPEC)
+    whole = windows_of(lake_rows, turbofan(), SPEC).features
     assert np.array_equal(np.sort(parts["sensor_2_mean"].to_numpy()), np.sort(whole[:, SPEC.names.index("sensor_2_mean")]))
 
 
@@ -88,7 +89,7 @@ def test_missing_values_stay_missing() -> None:
             "epoch": ["x"] * 3,
         }
     )
-    features = windows_of(table, turbofan(), SPEC)
+    features = windows_of(table, turbofan(), SPEC).features
     names = SPEC.names
     assert features[:, names.index("sensor_2_mean")].tolist() == [1.0, 1.0, 2.0]
     assert np.isnan(features[:, names.index("sensor_11_mean")]).all()

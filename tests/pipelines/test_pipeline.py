@@ -129,7 +129,7 @@ def test_logged_model_has_signature_and_example_and_predicts(project: Project, t
 def test_bundle_is_one_that_a_device_accepts(project: Project, trained: dict[str, Any]) -> None:
     bundle = bundle_of(project, trained)
     golden = bundle.manifest.golden
-    features = Windows(bundle.manifest.features).push(*golden_readings(golden))
+    features = Windows(bundle.manifest.features).push(*golden_readings(golden)).features
     expected = np.array([[np.nan if v is None else v for v in row] for row in golden.features])
     assert np.array_equal(features, expected, equal_nan=True)
     assert np.abs(score(bundle.model, features) - golden.scores).max() <= golden.tolerance
@@ -148,12 +148,12 @@ def test_hold_out_engines_are_in_no_training_row(project: Project, trained: dict
 
 
 def test_online_store_has_the_newest_features_of_each_engine(project: Project, trained: dict[str, Any]) -> None:
-    from pipelines.dataset import open_store
+    from pipelines.feature_store import open_repo
 
-    feast_store, view = open_store(project.path)
+    repo = open_repo(project.path)
     features = pq.read_table(project.build / "features").sort_by("event_time")
     mine = features.filter(pc.equal(features["engine"], "engine-1-1"))
-    served = feast_store.get_online_features([f"{view.name}:sensor_4_mean"], entity_rows=[{"engine": "engine-1-1"}]).to_dict()
+    served = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "engine-1-1"}]).to_dict()
     assert served["sensor_4_mean"] == [mine["sensor_4_mean"][-1].as_py()]
 
 
@@ -206,7 +206,7 @@ def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, 
         scores = []
         for first in range(0, len(entity), 11):
             rows = slice(first, first + 11)
-            scores.append(score(bundle.model, windows.push(entity[rows], event_us[rows], take(columns, rows))))
+            scores.append(score(bundle.model, windows.push(entity[rows], event_us[rows], take(columns, rows)).features))
         return np.concatenate(scores)
 
     lake = open_lake(project.state / "lake")

@@ -22,6 +22,7 @@ def test_only_rows_scored_with_this_bundle_are_compared() -> None:
         "rows_compared": 2,
         "max_abs_diff": 0.5,
         "rows_not_equal": 1,
+        "rows_scored_by_one": 1,
     }
 
 

@@ -1,124 +1,259 @@
-"""Window features: the definition, and equal bits however the readings are cut."""
+"""Window features: the definition in plain Python, and equal bits however the readings are cut and mixed."""
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.contract.bundle import AGGREGATES, Feature, FeatureSpec
 from edge_agent.contract.columns import Strings, take
-from edge_agent.contract.errors import ContractError
-from edge_agent.core import features
-from edge_agent.core.features import Windows
+from edge_agent.contract.errors import BundleError, ContractError
+from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec, WindowKind, check_spec
+from edge_agent.core import closing, features, trailing
+from edge_agent.core.features import Made, Windows, entities_max
+from edge_agent.core.functions import Function
+from tests.edge_agent.core import window_oracle as oracle
 
+ALL = (*AGGREGATES, "quantile(0.5)", "quantile(0.95)", "quantile(0)", "quantile(1)")
 HOUR_US = 3_600_000_000
-SPEC = FeatureSpec(features=[Feature(f, a) for f in ("t", "p") for a in AGGREGATES], window_rows=5, window_s=4 * 3600.0)
+BOTH = [Feature(f, a) for f in ("t", "p") for a in ALL]
+SPEC = FeatureSpec(features=BOTH, window_rows=5, window_s=4 * 3600.0)
+TUMBLING = FeatureSpec(features=BOTH, window_rows=8, window_s=3 * 3600.0, kind=WindowKind.TUMBLING, lateness_s=1800.0)
+HOPPING = FeatureSpec(features=BOTH, window_rows=9, window_s=6 * 3600.0, kind=WindowKind.HOPPING, every_s=2 * 3600.0, lateness_s=600.0)
+SPECS = (SPEC, TUMBLING, HOPPING)
+EVERY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: str(s.kind))
+Table = dict[str, Any]
 
 
-def readings(seed: int, rows: int) -> tuple[Strings, np.ndarray, dict[str, np.ndarray]]:
+def readings(seed: int, rows: int, entities: int = 3) -> tuple[Strings, np.ndarray, Table]:
+    """Readings of some entities: late ones, equal times, gaps, missing values, zeros of both signs."""
     random = np.random.default_rng(seed)
-    entity = Strings.of([f"e{i}" for i in random.integers(0, 3, rows)])
-    event_us = np.cumsum(random.integers(-HOUR_US // 2, 2 * HOUR_US, rows))
+    entity = Strings.of([f"e{i}" for i in random.integers(0, entities, rows)])
+    steps = random.choice(
+        [0, HOUR_US // 8, HOUR_US // 2, HOUR_US, -HOUR_US // 2, -3 * HOUR_US, 9 * HOUR_US], rows, p=[0.15, 0.3, 0.2, 0.15, 0.1, 0.05, 0.05]
+    )
     t = np.where(random.random(rows) < 0.1, np.nan, random.normal(500, 20, rows))
-    return entity, event_us, {"t": t, "p": random.normal(size=rows).round(2)}
+    p = random.choice([-1.5, -0.0, 0.0, 0.25, 3.0], rows)
+    return entity, np.cumsum(steps) - 5 * HOUR_US, {"t": t, "p": p}
 
 
-def by_definition(entity: list[str], event_us: np.ndarray, values: np.ndarray, row: int) -> list[float]:
-    """The features of one reading of one field, straight from the words of FeatureSpec."""
-    seen = [j for j in range(row + 1) if entity[j] == entity[row]][-SPEC.window_rows :]
-    inside = [j for j in seen if event_us[row] - SPEC.window_s * 1e6 < event_us[j] <= event_us[row]]
-    kept = [j for j in inside if not np.isnan(values[j])]
-    x, hours = values[kept], (event_us[kept] - event_us[row]) / HOUR_US
-    if not kept:
-        return [values[row], np.nan, np.nan, np.nan, np.nan, np.nan, 0.0]
-    spread = ((hours - hours.mean()) ** 2).sum()
-    slope = ((x - x.mean()) * (hours - hours.mean())).sum() / spread if spread else 0.0
-    return [values[row], x.mean(), x.std(), x.min(), x.max(), slope, float(len(kept))]
-
-
-@given(st.integers(0, 2**32), st.integers(1, 60))
-def test_features_follow_their_definition(seed: int, rows: int) -> None:
-    entity, event_us, table = readings(seed, rows)
-    found = Windows(SPEC).push(entity, event_us, table)
+def by_oracle(
+    spec: FeatureSpec, entity: Strings, event_us: np.ndarray, table: Table, fields: tuple[str, ...] = ("t", "p")
+) -> list[oracle.Membership]:
     names = entity.tolist()
-    for row in range(rows):
-        want = by_definition(names, event_us, table["t"], row) + by_definition(names, event_us, table["p"], row)
-        np.testing.assert_allclose(found[row], want, rtol=1e-9, atol=1e-9)
+    return [
+        oracle.membership(spec, [oracle.Reading(i, names[i], int(event_us[i]), float(table[field][i])) for i in range(len(names))])
+        for field in fields
+    ]
 
 
-@given(st.integers(0, 2**32), st.lists(st.integers(1, 20), min_size=1, max_size=10))
-def test_any_cut_into_batches_and_a_restart_give_the_same_bits(seed: int, cuts: list[int]) -> None:
-    rows = sum(cuts)
+def cut(windows: Windows, cuts: list[int], entity: Strings, event_us: np.ndarray, table: Table) -> Made:
+    parts, start = [], 0
+    for size in [*cuts, len(entity) - sum(cuts)]:
+        part = slice(start, start + size)
+        parts.append((start, windows.push(entity[part], event_us[part], take(table, part))))
+        start += size
+    return Made.together(parts)
+
+
+def bits(made: Made) -> dict[str, bytes]:
+    features = np.where(np.isnan(made.features), np.nan, made.features)  # a NaN has no sign that anybody sees
+    return {"features": features.tobytes()} | {n: getattr(made, n).tobytes() for n in ("rows", "start_us", "end_us", "late", "overfull")}
+
+
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), rows=st.integers(0, 60))
+def test_windows_and_features_are_those_of_the_definition_in_every_bit(spec: FeatureSpec, seed: int, rows: int) -> None:
     entity, event_us, table = readings(seed, rows)
-    whole = Windows(SPEC).push(entity, event_us, table)
-    windows, parts, start = Windows(SPEC), [], 0
-    for cut in cuts:
-        part = slice(start, start + cut)
-        parts.append(windows.push(entity[part], event_us[part], take(table, part)))
-        start += cut
-        restarted = Windows(SPEC)
-        restarted.warm(entity[:start], event_us[:start], take(table, slice(0, start)))
-        windows = restarted
-    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    made = Windows(spec).push(entity, event_us, table)
+    by_field = by_oracle(spec, entity, event_us, table)
+    assert made.late.tolist() == by_field[0].late
+    assert made.overfull.tolist() == by_field[0].overfull
+    assert made.rows.tolist() == [w.done for w in by_field[0].windows]
+    assert made.start_us.tolist() == [w.start_us for w in by_field[0].windows]
+    assert (made.end_us - made.start_us == spec.window_us).all()
+    want = np.array([[oracle.value(a, w.readings) for w in f.windows] for f in by_field for a in ALL]).T.reshape(-1, len(BOTH))
+    # `last` of a trailing window is the reading's own
+    np.testing.assert_array_equal(made.features, want)
+    assert bits(made)["features"] == np.where(np.isnan(want), np.nan, want).tobytes()
 
 
-def one_addition_at_a_time(entity: list[str], event_us: np.ndarray, values: np.ndarray, row: int, spec: FeatureSpec) -> list[float]:
-    """Mean, standard deviation and slope of one reading in plain Python floats, oldest reading first."""
-    seen = [j for j in range(row + 1) if entity[j] == entity[row]][-spec.window_rows :]
-    inside = [j for j in seen if 0 <= event_us[row] - event_us[j] < spec.window_s * 1e6 and not np.isnan(values[j])]
-    x = [float(values[j]) for j in inside]
-    hours = [float(-(event_us[row] - event_us[j]) / 3_600e6) for j in inside]
-    if not x:
-        return [np.nan] * 3
-    mean, hours_mean = added(x) / len(x), added(hours) / len(x)
-    spread = added([(h - hours_mean) * (h - hours_mean) for h in hours])
-    together = added([(v - mean) * (h - hours_mean) for v, h in zip(x, hours, strict=True)])
-    return [mean, math.sqrt(added([(v - mean) * (v - mean) for v in x]) / len(x)), together / spread if spread else 0.0]
-
-
-def added(numbers: list[float]) -> float:
-    total = 0.0
-    for number in numbers:
-        total += number
-    return total
-
-
-@given(st.integers(0, 2**32), st.integers(1, 40), st.sampled_from([1, 2, 9, 33, 130]), st.lists(st.integers(1, 30), min_size=1, max_size=4))
-def test_sums_are_made_one_addition_at_a_time_from_the_oldest(seed: int, rows: int, window_rows: int, cuts: list[int]) -> None:
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 40))
+def test_features_are_near_those_of_rational_arithmetic(spec: FeatureSpec, seed: int, rows: int) -> None:
     entity, event_us, table = readings(seed, rows)
-    spec = FeatureSpec(features=[Feature("t", a) for a in ("mean", "std", "slope")], window_rows=window_rows, window_s=1e9)
-    windows, found, start = Windows(spec), [], 0
-    for cut in [*cuts, rows]:
-        part = slice(start, start + cut)
-        found.append(windows.push(entity[part], event_us[part], take(table, part)))
-        start += cut
-    names = entity.tolist()
-    want = np.array([one_addition_at_a_time(names, event_us, table["t"], row, spec) for row in range(rows)])
-    assert np.concatenate(found).tobytes() == want.tobytes()
+    made = Windows(spec).push(entity, event_us, table)
+    want = [[oracle.exact(a, w.readings) for w in f.windows] for f in by_oracle(spec, entity, event_us, table) for a in ALL]
+    np.testing.assert_allclose(made.features, np.array(want).T.reshape(-1, len(BOTH)), rtol=1e-9, atol=1e-9)
 
 
-def test_minus_zeros_add_up_to_zero() -> None:
-    spec = FeatureSpec(features=[Feature("t", "mean")], window_rows=3, window_s=10.0)
-    found = Windows(spec).push(Strings.of(["a"] * 2), np.array([0, 1]), {"t": np.array([-0.0, -0.0])})
-    assert not np.signbit(found).any()
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 20), max_size=10))
+def test_any_cut_into_batches_gives_the_same_bits(spec: FeatureSpec, seed: int, cuts: list[int]) -> None:
+    entity, event_us, table = readings(seed, sum(cuts) + 7)
+    whole = Windows(spec)
+    assert bits(cut(Windows(spec), cuts, entity, event_us, table)) == bits(whole.push(entity, event_us, table))
+
+
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 60))
+def test_any_mixture_of_entities_gives_the_same_bits(spec: FeatureSpec, seed: int, rows: int) -> None:
+    """Each entity's readings in the order seen, with those of others anywhere between them."""
+    entity, event_us, table = readings(seed, rows)
+    mixed = Windows(spec).push(entity, event_us, table)
+    names = np.array(entity.tolist())
+    for name in entity.values:
+        alone = np.flatnonzero(names == name)
+        made = Windows(spec).push(entity[alone], event_us[alone], take(table, alone))
+        mine = names[mixed.rows] == name
+        assert made.features.tobytes() == np.ascontiguousarray(mixed.features[mine]).tobytes()
+        assert alone[made.rows].tolist() == mixed.rows[mine].tolist()
+        assert alone[made.late].tolist() == [row for row in mixed.late.tolist() if names[row] == name]
+
+
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 60), restart=st.integers(0, 60))
+def test_a_restart_with_the_history_of_the_buffer_changes_no_bit(spec: FeatureSpec, seed: int, rows: int, restart: int) -> None:
+    entity, event_us, table = readings(seed, rows)
+    whole = Windows(spec).push(entity, event_us, table)
+    restarted, first = Windows(spec), slice(0, restart)
+    restarted.warm(entity[first], event_us[first], take(table, first))
+    rest = slice(restart, None)
+    made = restarted.push(entity[rest], event_us[rest], take(table, rest))
+    assert made.features.tobytes() == np.ascontiguousarray(whole.features[whole.rows >= restart]).tobytes()
+
+
+@pytest.mark.parametrize("spec", [TUMBLING, HOPPING], ids=lambda s: str(s.kind))
+@given(seed=st.integers(0, 2**32), rows=st.integers(1, 60))
+def test_the_order_of_arrival_within_the_lateness_changes_nothing(spec: FeatureSpec, seed: int, rows: int) -> None:
+    random = np.random.default_rng(seed)
+    event_us = np.cumsum(random.integers(1, HOUR_US, rows))
+    arrival = np.argsort(event_us + random.integers(0, spec.lateness_us, rows), kind="stable")
+    table = {"t": random.normal(size=rows), "p": random.normal(size=rows)}
+    roomy = FeatureSpec(**{f: getattr(spec, f) for f in spec.__struct_fields__} | {"window_rows": 999})
+    sent, arrived = Windows(roomy), Windows(roomy)
+    end, entity = np.array([10**15]), Strings.of(["e"] * (rows + 1))  # closes all
+    last = {"t": np.zeros(1), "p": np.zeros(1)}
+    in_order = sent.push(entity, np.concatenate([event_us, end]), {f: np.concatenate([table[f], last[f]]) for f in table})
+    mixed = arrived.push(entity, np.concatenate([event_us[arrival], end]), {f: np.concatenate([table[f][arrival], last[f]]) for f in table})
+    assert arrived.late == 0
+    assert in_order.features.tobytes() == mixed.features.tobytes()
+    assert in_order.start_us.tolist() == mixed.start_us.tolist()
+
+
+@EVERY_SPEC
+def test_long_runs_and_small_pieces_give_the_same_bits(spec: FeatureSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is worked on at once, and whether windows are copied or looked at where they lie, changes nothing."""
+    entity, event_us, table = readings(3, 400, entities=1)
+    event_us = np.arange(400) * HOUR_US // 2 + np.where(np.arange(400) == 200, 30 * HOUR_US, 0)
+    table["t"][:100] = 7.25
+    whole = bits(Windows(spec).push(entity, event_us, table))
+    by_field = by_oracle(spec, entity, event_us, table)
+    want = np.array([[oracle.value(a, w.readings) for w in f.windows] for f in by_field for a in ALL]).T
+    assert whole["features"] == np.where(np.isnan(want), np.nan, want).tobytes()
+    for cells, run in ((30, 1), (7 * 5 * 2, 10), (1 << 20, 10_000)):
+        monkeypatch.setattr(trailing, "CELLS_MAX", cells)
+        monkeypatch.setattr(closing, "CELLS_MAX", cells)
+        monkeypatch.setattr(trailing, "RUN_ROWS_MIN", run)
+        assert bits(Windows(spec).push(entity, event_us, table)) == whole
+
+
+def test_late_readings_are_counted_and_named() -> None:
+    spec = FeatureSpec(features=[Feature("t", "count")], window_rows=9, window_s=10.0, kind=WindowKind.TUMBLING, lateness_s=5.0)
+    windows = Windows(spec)
+    event_s = np.array([1, 14, 9, 15, 9, 3])  # 9 is in time while the watermark is 9, and late when it is 10
+    made = windows.push(Strings.of(["a"] * 6), event_s * 1_000_000, {"t": np.ones(6)})
+    assert (made.features.tolist(), made.rows.tolist(), made.end_us.tolist()) == ([[2.0]], [3], [10_000_000])
+    assert made.late.tolist() == [4, 5]
+    assert windows.late == 2
+
+
+def test_a_hop_that_is_full_takes_no_more_and_says_so() -> None:
+    spec = FeatureSpec(features=[Feature("t", "max")], window_rows=2, window_s=10.0, kind=WindowKind.TUMBLING)
+    windows = Windows(spec)
+    made = windows.push(Strings.of(["a"] * 5), np.array([5, 2, 1, 8, 10]) * 1_000_000, {"t": np.array([1.0, 2.0, 9.0, 9.0, 0.0])})
+    assert made.features.tolist() == [[2.0]]
+    assert made.overfull.tolist() == [2, 3]
+    assert windows.overfull == 2
+
+
+@given(seed=st.integers(0, 2**32), limit=st.integers(1, 6), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
+def test_the_same_entities_are_forgotten_however_readings_are_cut(seed: int, limit: int, cuts: list[int]) -> None:
+    entity, event_us, table = readings(seed, sum(cuts), entities=8)
+    for spec in SPECS:
+        made = []
+        for batches in ([], cuts, [1] * sum(cuts)):
+            windows = Windows(spec)
+            windows._kind.recent.limit = limit
+            made.append((bits(cut(windows, batches, entity, event_us, table)), windows.forgotten))
+        assert made[0] == made[1] == made[2]
+
+
+def test_memory_is_bounded_by_the_spec() -> None:
+    assert entities_max(SPEC) == 10_000
+    wide = FeatureSpec(features=[Feature("t", "max")], window_rows=60_000, window_s=60.0, kind=WindowKind.TUMBLING, lateness_s=120.0)
+    check_spec(wide)
+    assert 0 < entities_max(wide) * 60_000 * 3 <= features.HELD_VALUES_MAX
+    windows = Windows(wide)
+    for i in range(40):
+        windows.push(Strings.of([f"e{i}"] * 10), np.arange(10), {"t": np.zeros(10)})
+    assert len(windows._kind.recent) == windows.entities_max < 40
+    assert windows.forgotten == 10 * (40 - windows.entities_max)
+
+
+def test_times_from_the_far_past_and_future_do_no_harm() -> None:
+    far = np.array([0, -(2**63), 2**63 - 1, 1, 2**62])
+    for spec in (TUMBLING, HOPPING):
+        made = Windows(spec).push(Strings.of(["a"] * 5), far, {"t": np.ones(5), "p": np.ones(5)})
+        assert made.late.tolist() == [1, 3]
+
+
+def crest(values: np.ndarray) -> np.ndarray:
+    return np.abs(values).max(axis=1) / np.sqrt((values * values).mean(axis=1))
+
+
+@EVERY_SPEC
+@given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 20), max_size=5))
+def test_a_function_of_the_users_own_gives_the_same_bits_for_any_cut(spec: FeatureSpec, seed: int, cuts: list[int]) -> None:
+    entity, event_us, table = readings(seed, sum(cuts) + 9)
+    own = with_function(spec)
+    functions = {"crest": Function("crest", "a" * 64, crest)}
+    whole = Windows(own, functions).push(entity, event_us, table)
+    assert bits(cut(Windows(own, functions), cuts, entity, event_us, table)) == bits(whole)
+    for window, found in zip(by_oracle(spec, entity, event_us, table, ("t",))[0].windows, whole.features[:, 0].tolist(), strict=True):
+        values = np.array([r.x for r in window.readings if not np.isnan(r.x)])
+        want = crest(np.stack([values, values]))[0] if len(values) else np.nan
+        assert found == want or (np.isnan(found) and np.isnan(want))
+
+
+def with_function(spec: FeatureSpec) -> FeatureSpec:
+    fields = {f: getattr(spec, f) for f in spec.__struct_fields__}
+    return FeatureSpec(**fields | {"features": [Feature("t", "crest")], "functions": {"crest": "a" * 64}})
+
+
+@pytest.mark.parametrize(
+    ("functions", "message"),
+    [({}, "not installed here"), ({"crest": Function("crest", "b" * 64, crest)}, "another version here: module bbbb")],
+)
+def test_a_function_that_is_not_here_or_another_one_is_refused(functions: dict[str, Function], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        Windows(with_function(SPEC), functions)
+
+
+@pytest.mark.parametrize("call", [lambda v: v, lambda v: 1.0, lambda v: v.nothing, lambda v: ["x"] * len(v)])
+def test_a_function_that_fails_or_gives_anything_else_is_named(call: Any) -> None:
+    with pytest.raises(ContractError, match="'crest'"):
+        Windows(with_function(SPEC), {"crest": Function("crest", "a" * 64, call)}).push(Strings.of(["a"]), np.array([1]), {"t": np.ones(1)})
 
 
 def test_a_name_that_the_dictionary_holds_twice_is_one_entity() -> None:
     twice = Strings(np.array([0, 1, 2, 1], np.int32), ("a", "b", "a"))
     once = Strings.of(twice.tolist())
     event_us, table = np.arange(4), {"t": np.arange(4.0), "p": np.arange(4.0)}
-    assert Windows(SPEC).push(twice, event_us, table).tobytes() == Windows(SPEC).push(once, event_us, table).tobytes()
-
-
-def test_a_batch_worked_on_in_parts_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    entity, event_us, table = readings(3, 50)
-    whole = Windows(SPEC).push(entity, event_us, table)
-    monkeypatch.setattr(features, "CELLS_MAX", 7 * SPEC.window_rows * 2)
-    assert Windows(SPEC).push(entity, event_us, table).tobytes() == whole.tobytes()
+    assert bits(Windows(SPEC).push(twice, event_us, table)) == bits(Windows(SPEC).push(once, event_us, table))
 
 
 def test_a_field_the_stream_lacks_is_named() -> None:
