@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from deltalake.table import TableOptimizer
 
 import cloud.lake
@@ -158,6 +159,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {given.worker} %(levelname)s %(name)s %(message)s")
+    pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: a second that each life would pay
     settings, worker = config.load(given.project), Worker(given.worker, given.of)
     chance = random.Random(given.seed)
     for _ in range(given.kills):
