@@ -2,8 +2,9 @@
 
 `python -m bench.block_sender --port N --devices D --blocks B --rows R --out FILE [--period S] [--again SHARE]`
 
-Blocks are of the turbofan contract, scored, sealed beforehand. With `--period` each device sends a block every S seconds, all devices spread
-over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. FILE gets the times (s, monotonic).
+Blocks are of the turbofan contract, scored, sealed beforehand. With `--period` each device sends a block every S seconds, all devices
+spread over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. FILE gets the times
+(s, monotonic).
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 
 from cloud import brokers, config
 from cloud.audit import Audit
@@ -300,6 +301,7 @@ def serve(settings: Settings, region: str, worker: Worker) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: now, not while blocks wait
     if worker.first:
         end_unused(settings, settings.region(region), worker)
     ingest.intake.open()

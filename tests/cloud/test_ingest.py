@@ -268,20 +268,6 @@ def test_a_block_sent_without_qos_is_stored_and_does_not_cost_the_connection(set
         assert work.intake.connected and work.intake.connection == 1
 
 
-def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings: Settings, device: Device) -> None:
-    with running(settings) as work:
-        device.send(encode_block(*bad(1, [0, 2])))
-        device.send(encode_block(*bad(2, [0, 1, 2, 3])))
-        device.wait_for(2)
-        alarm = device.alarms.get(timeout=WAIT_S)
-        wait_until(lambda: work.status.quarantined_rows == 6)
-    assert rows(settings) == [(1, 1), (1, 3)]
-    assert held_rows(CheckedLake(Lake(settings.lake)).held) == [(1, 0), (1, 2), *((2, r) for r in range(4))]
-    assert (alarm["event"], alarm["reason"]) == ("rows_quarantined", "out_of_range")
-    assert "field 'pressure': 0 to 100 allowed" in alarm["detail"]
-    assert {e.kind for e in Audit(settings.audit_db).entries()} == {"rows_quarantined"}
-
-
 def test_on_a_broker_without_shared_subscriptions_each_device_has_its_worker(settings: Settings, broker: Broker, device: Device) -> None:
     region = settings.region("eu")
     workers = [Worker(number, 3) for number in (1, 2, 3)]
@@ -339,3 +325,17 @@ def test_a_pool_starts_its_workers_again_and_ends_them(settings: Settings, devic
         stop.set()
         pool.join()
     assert not Path(f"/proc/{before[1]}").exists()
+
+
+def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        device.send(encode_block(*bad(1, [0, 2])))
+        device.send(encode_block(*bad(2, [0, 1, 2, 3])))
+        device.wait_for(2)
+        alarm = device.alarms.get(timeout=WAIT_S)
+        wait_until(lambda: work.status.quarantined_rows == 6)
+    assert rows(settings) == [(1, 1), (1, 3)]
+    assert held_rows(CheckedLake(Lake(settings.lake)).held) == [(1, 0), (1, 2), *((2, r) for r in range(4))]
+    assert (alarm["event"], alarm["reason"]) == ("rows_quarantined", "out_of_range")
+    assert "field 'pressure': 0 to 100 allowed" in alarm["detail"]
+    assert {e.kind for e in Audit(settings.audit_db).entries()} == {"rows_quarantined"}

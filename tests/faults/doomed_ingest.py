@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from deltalake.table import TableOptimizer
 
 import cloud.lake
@@ -44,7 +45,7 @@ STEPS = {
     "reading the index": "a new life looks at what is stored",
 }
 RANDOM = "random"
-LIFE_S_MAX = 8.0
+LIFE_S_MAX = 4.0  # on an idle machine; on a busy one as much longer as it is overloaded
 RANDOM_S = (0.02, 1.5)
 
 
@@ -158,11 +159,13 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {given.worker} %(levelname)s %(name)s %(message)s")
+    pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: a second that each life would pay
     settings, worker = config.load(given.project), Worker(given.worker, given.of)
     chance = random.Random(given.seed)
     for _ in range(given.kills):
         step, nth = chance.choice([*STEPS, RANDOM, RANDOM, RANDOM]), chance.randint(1, 2)
-        life_s = LIFE_S_MAX if step in STEPS else chance.uniform(*RANDOM_S)
+        overload = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+        life_s = overload * (LIFE_S_MAX if step in STEPS else chance.uniform(*RANDOM_S))
         if (pid := os.fork()) == 0:
             live(settings, worker, step, nth)
             os._exit(1)
