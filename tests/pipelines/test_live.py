@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -127,6 +128,19 @@ def test_features_are_known_when_the_last_reading_of_their_window_has_arrived(se
 
 @pytest.mark.parametrize("keys_max", [1_000, 4])
 def test_late_and_mixed_arrivals_end_with_the_bits_of_the_features_stage(tmp_path: Path, seed: int, keys_max: int) -> None:
+    arrive(tmp_path, seed, keys_max)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(14_400)
+def test_many_fleets_end_with_the_bits_of_the_features_stage(tmp_path: Path, seed: int) -> None:
+    for run in range(int(os.environ.get("FENCELINE_RUNS", "100"))):
+        print(f"fleet {run}: seed {seed + run}")
+        arrive(tmp_path / str(run), seed + run, keys_max=(1_000, 4)[run % 2])
+
+
+def arrive(tmp_path: Path, seed: int, keys_max: int) -> None:
+    """Let a fleet's blocks arrive a few at a time, with restarts and compaction between, and compare after each time."""
     random = np.random.default_rng(seed)
     lake, online = open_lake(tmp_path / "lake"), Online()
     running = live(open_lake(tmp_path / "lake"), online, tmp_path / "mark", keys_max)
