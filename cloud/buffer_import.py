@@ -40,7 +40,10 @@ BATCH_BLOCKS = 256
 
 @dataclass
 class Imported:
-    """What an import did. `duplicates` were in the lake already; `damaged` blocks could not be read."""
+    """What an import did. `duplicates` were in the lake already; `damaged` blocks could not be read.
+
+    `stored_rows` are those of stored blocks; `quarantined_rows` of them broke their contract and lie apart.
+    """
 
     file: str
     sha256: str
@@ -51,6 +54,7 @@ class Imported:
     stored_rows: int = 0
     duplicates: int = 0
     damaged: int = 0
+    quarantined_rows: int = 0
     refused: dict[str, int] = field(default_factory=dict)
     regions: dict[str, int] = field(default_factory=dict)
 
@@ -115,6 +119,10 @@ class BufferImport:
             done.stored_rows += sum(rows[identity] for identity in settled.committed)
             done.duplicates += len(settled.duplicates)
             done.regions[region] = done.regions.get(region, 0) + len(settled.committed)
+            done.quarantined_rows += sum(found.rows for found in self._lake.take_found())
+            for refusal in settled.refused:
+                refusals[refusal.device, refusal.reason, refusal.detail] += 1
+                done.refused[refusal.reason] = done.refused.get(refusal.reason, 0) + 1
 
     def _inspect(self, found: Found) -> tuple[str, tuple[BlockHeader, Table] | Refusal]:
         """The region that may store a block, and the block; or why none may."""

@@ -104,7 +104,12 @@ class CheckedLake:
         whole = [i for i in taken if i in kept and len(taken[i]) == kept[i][0].rows]
         settled = self.lake.append(region, good, whole)
         new = [i for i in whole if i in broken and i not in before]
-        return replace(settled, committed=[*settled.committed, *new], refused=[*settled.refused, *refused.values()])
+        return replace(
+            settled,
+            committed=[*settled.committed, *new],
+            duplicates=[*settled.duplicates, *(i for i in whole if i not in new)],
+            refused=[*settled.refused, *refused.values()],
+        )
 
     def take_found(self) -> list[Found]:
         """What went to quarantine since the last call."""

@@ -158,3 +158,10 @@ def test_two_workers_with_the_same_blocks_in_any_order_and_any_commit_failing(
     assert count == Counter((*header.identity, r) for header, _ in sent for r in range(4))
     good = {(*h.identity, r) for h, t in sent for r in range(4) if np.asarray(t["pressure"])[r] <= 100}
     assert set(names(lake.lake)) == good
+
+
+def test_a_whole_block_in_quarantine_that_comes_again_is_a_duplicate(tmp_path: Path) -> None:
+    lake = checked(tmp_path)
+    first, again = (lake.append("eu", [bad(1, [0, 1, 2, 3])]) for _ in range(2))
+    assert (first.committed, first.duplicates) == ([("d1", "e1", "europe", 1)], [])
+    assert (again.committed, again.duplicates) == ([], [("d1", "e1", "europe", 1)])

@@ -50,7 +50,7 @@ class Gateway(Bench):
 
     def sample(self, number: int, start_s: float, **changes: object) -> None:
         reading = {**json.loads(blocks_of("json")[0]), "ts": round(start_s + number / 100, 2), "vibration": 2.0 + number % 7 / 10}
-        self.publish(json.dumps({**reading, **changes}).encode(), "pump")
+        self._publisher.publish("sensors/plane-01/pump", json.dumps({**reading, **changes}).encode(), qos=1)
 
     def close(self) -> None:
         if self.agent is not None:
