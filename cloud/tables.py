@@ -24,6 +24,9 @@ from edge_agent.contract.topics import check_lane, check_name
 LABELS = "_labels"
 HISTORY = {"delta.logRetentionDuration": "interval 30 days", "delta.deletedFileRetentionDuration": "interval 7 days"}
 """How long versions can be read again; see docs/lake.md."""
+STATISTICS = "delta.dataSkippingStatsColumns"
+COUNTED = ("device", "epoch", "sequence", "ordinal", "arrived_at")
+"""With entity and event time: the columns whose least and greatest values in each file are in the log. Delta's default is the first 32."""
 
 
 class Tables:
@@ -102,7 +105,7 @@ class Tables:
             partition_by=EVENT_DATE,
             name=f"{lane}/{contract.stream}",
             description=msgspec.json.encode(stored(contract)).decode(),
-            configuration=HISTORY,
+            configuration={**HISTORY, STATISTICS: ",".join((contract.entity, contract.event_time, *COUNTED))},
             storage_options=root.storage_options(),
         )
 

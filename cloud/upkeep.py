@@ -3,7 +3,7 @@
 - Every commit makes a file for each event date in it. Compaction merges the small ones of a date; rows stay what they are, and versions
   that were read before can be read again.
 - A date that is quiet (no file came for QUIET_S) is written again as a whole, sorted by entity and event time, if it has at most
-  SORT_ROWS_MAX rows. In a date that is being written to, small files are put behind one another, each sorted by itself.
+  SORT_ROWS_MAX rows. In a date that is being written to, the rows since the oldest small file are written again as they come.
 - Writers go on meanwhile. Who meets a writer loses: nothing is changed, the date is tried again another time.
 - Vacuum removes files that no version of the last `hours` needs. Older versions cannot be read after it, nor can they after Delta has
   cleaned up its log (30 days): whoever must repeat a training run later keeps its snapshot.
@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
+from cloud.clocks import TIME_SQL
 from cloud.rows import EVENT_DATE
 from cloud.tables import contract_of
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -35,6 +37,8 @@ FILE_BYTES = 64 * 1024 * 1024
 """A file that is smaller is small; compaction makes files of about this size."""
 QUIET_S = 3_600.0
 SORT_ROWS_MAX = 1_000_000
+MERGE_ROWS_MAX = 4_000_000
+"""What one date may cost a call that must not take long."""
 VACUUM_HOURS_MIN = 7 * 24
 """Readers and writers that are at work now need files that were replaced a moment ago."""
 PARQUET = WriterProperties(compression="ZSTD")
@@ -50,6 +54,10 @@ class Partition:
     bytes: int
     rows: int
     newest_s: float
+    since_us: int | None
+    """When the oldest row of its small files arrived, if the table has statistics of that."""
+    late_rows: int
+    """Rows of the files that hold rows since then: what merging writes again."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +73,35 @@ class Compacted:
 def partitions(table: DeltaTable) -> list[Partition]:
     """The partitions of a table, in order of date."""
     files = pa.table(table.get_add_actions(flatten=True))
-    small = pc.cast(pc.less(files["size_bytes"], FILE_BYTES), pa.int64())
-    names = ["partition." + EVENT_DATE, "size_bytes", "num_records", "modification_time"]
-    grouped = files.select(names).append_column("small", small).group_by(names[0])
-    sums = [(names[1], "count"), ("small", "sum"), (names[1], "sum"), (names[2], "sum"), (names[3], "max")]
-    found = grouped.aggregate(sums)
-    columns = [found[names[0]], *(found[f"{name}_{how}"] for name, how in sums)]
-    rows = zip(*(c.to_pylist() for c in columns), strict=True)
-    return sorted(
-        (Partition(day, count, few, size, n, newest / 1e3) for day, count, few, size, n, newest in rows),
-        key=lambda p: p.day or date.min,
-    )
+    names = ("partition." + EVENT_DATE, "size_bytes", "num_records", "modification_time")
+    columns = [files[name].to_pylist() for name in names] + [_arrivals(files, end) for end in ("min", "max")]
+    dates: defaultdict[date | None, list[_File]] = defaultdict(list)
+    for day, *rest in zip(*columns, strict=True):
+        dates[day].append(_File(*rest))
+    return [_partition(day, found) for day, found in sorted(dates.items(), key=lambda d: d[0] or date.min)]
+
+
+class _File(NamedTuple):
+    bytes: int
+    rows: int
+    modified_ms: int
+    first_us: int | None
+    last_us: int | None
+
+
+def _arrivals(files: pa.Table, end: str) -> list[int | None]:
+    name = f"{end}.arrived_at"
+    return files[name].cast(pa.int64()).to_pylist() if name in files.column_names else [None] * files.num_rows
+
+
+def _partition(day: date | None, files: list[_File]) -> Partition:
+    small = [f for f in files if f.bytes < FILE_BYTES]
+    firsts = [f.first_us for f in small if f.first_us is not None]
+    since = min(firsts) if small and len(firsts) == len(small) else None
+    late = [f for f in files if since is None or f.last_us is None or f.last_us >= since]
+    newest_s = max(f.modified_ms for f in files) / 1e3
+    sizes = (sum(f.bytes for f in files), sum(f.rows for f in files))
+    return Partition(day, len(files), len(small), *sizes, newest_s, since, sum(f.rows for f in late))
 
 
 def summary(table: DeltaTable) -> dict[str, Any]:
@@ -104,7 +130,8 @@ def compact(table: DeltaTable, files_max: int, dates_max: int | None) -> Compact
         crowded = sorted((p for p in partitions(table) if p.small > 1), key=lambda p: -p.small)
         if sum(p.small - 1 for p in crowded) <= files_max:
             return Compacted(small_left=sum(p.small - 1 for p in crowded))
-        metrics = [_compact_date(table, partition) for partition in crowded[:dates_max]]
+        rows_max = MERGE_ROWS_MAX if dates_max is not None else None
+        metrics = [_compact_date(table, partition, rows_max) for partition in crowded[:dates_max]]
         table.create_checkpoint()
         table.cleanup_metadata()
         left = sum(p.small - 1 for p in partitions(table) if p.small > 1)
@@ -115,22 +142,30 @@ def compact(table: DeltaTable, files_max: int, dates_max: int | None) -> Compact
     )
 
 
-def _compact_date(table: DeltaTable, partition: Partition) -> Compacted:
+def _compact_date(table: DeltaTable, partition: Partition, rows_max: int | None) -> Compacted:
     quiet = time.time() - partition.newest_s > QUIET_S
     if quiet and partition.rows <= SORT_ROWS_MAX and sort_date(table, partition.day):
         return Compacted(partition.files, 1, 1)
+    if rows_max is not None and partition.late_rows > rows_max:
+        log.info("merging left to a person table=%s date=%s rows=%d", table.table_uri, partition.day, partition.late_rows)
+        return Compacted()
+    return merge_date(table, partition)
+
+
+def merge_date(table: DeltaTable, partition: Partition) -> Compacted:
+    """Write the files of a date again that hold rows since its oldest small file, as few files; nothing is changed if that meets a writer.
+
+    It is an update that changes nothing. Delta's own compaction would do, but delta-rs 1.6 lets two of them replace the same files: each
+    row is then there twice (`tests/cloud/test_upkeep.py`).
+    """
+    since = f" AND arrived_at >= {TIME_SQL.format(us=partition.since_us)}" if partition.since_us is not None else ""
     try:
-        found: dict[str, Any] = table.optimize.compact(
-            partition_filters=[(EVENT_DATE, "=", _text(partition.day))],
-            target_size=FILE_BYTES,
-            max_concurrent_tasks=1,
-            writer_properties=PARQUET,
-        )
-    except CommitFailedError as e:  # another process compacts the same date
-        log.info("compaction skipped table=%s date=%s reason=%s", table.table_uri, partition.day, e)
+        found = table.update(updates={"row": "row"}, predicate=_predicate(partition.day) + since, writer_properties=PARQUET)
+    except CommitFailedError as e:
+        log.info("merging skipped table=%s date=%s reason=%s", table.table_uri, partition.day, e)
         table.update_incremental()
         return Compacted()
-    return Compacted(int(found["numFilesRemoved"]), int(found["numFilesAdded"]))
+    return Compacted(int(found["num_removed_files"]), int(found["num_added_files"]))
 
 
 def sort_date(table: DeltaTable, day: date | None) -> bool:
@@ -139,9 +174,8 @@ def sort_date(table: DeltaTable, day: date | None) -> bool:
     mine = pc.field(EVENT_DATE).is_null() if day is None else pc.field(EVENT_DATE) == day
     rows = table.to_pyarrow_dataset().to_table(filter=mine)
     rows = rows.sort_by([(contract.entity, "ascending"), (contract.event_time, "ascending")])
-    predicate = f"{EVENT_DATE} IS NULL" if day is None else f"{EVENT_DATE} = '{day.isoformat()}'"
     try:
-        write_deltalake(table, rows, mode="overwrite", predicate=predicate, writer_properties=PARQUET)
+        write_deltalake(table, rows, mode="overwrite", predicate=_predicate(day), writer_properties=PARQUET)
     except CommitFailedError as e:
         log.info("sorting skipped table=%s date=%s reason=%s", table.table_uri, day, e)
         table.update_incremental()
@@ -164,5 +198,5 @@ def vacuum(table: DeltaTable, hours: int, dry_run: bool) -> list[str]:
         raise UnavailableError(f"table {table.table_uri} was not vacuumed: {e}") from e
 
 
-def _text(day: date | None) -> str:
-    return "" if day is None else day.isoformat()
+def _predicate(day: date | None) -> str:
+    return f"{EVENT_DATE} IS NULL" if day is None else f"{EVENT_DATE} = '{day.isoformat()}'"
