@@ -251,8 +251,8 @@ def load(path: Path) -> AgentConfig:
         root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
         key_file=_key_file(settings.buffer, base),
-        pii_key=_pii_key(settings.privacy, contracts, base),
         functions=load_functions(settings.functions),
+        pii_key=_pii_key(settings.privacy, contracts, base),
     )
 
 

@@ -77,7 +77,8 @@ class Source:
         """
         with self._explained():
             if self.delta:
-                frame = pl.scan_delta(DeltaTable(self.path, version=self.version, storage_options=self.storage or None))
+                table = DeltaTable(self.path, version=self.version, storage_options=self.storage or None)
+                frame = pl.scan_delta(table, storage_options=self._polars_storage())
             else:
                 place = self.path if self.is_file() else self.path.rstrip("/") + "/"
                 frame = pl.scan_parquet(
@@ -85,7 +86,7 @@ class Source:
                     hive_partitioning=not self.is_file(),
                     missing_columns="insert",
                     extra_columns="ignore",
-                    storage_options=self.storage or None,
+                    storage_options=self._polars_storage(),
                     credential_provider=None,
                 )
             frame.collect_schema()
@@ -153,6 +154,10 @@ class Source:
                 existing_data_behavior="overwrite_or_ignore",
                 filesystem=self._filesystem(),
             )
+
+    def _polars_storage(self) -> dict[str, Any] | None:
+        """Polars wants the same with whole numbers as such."""
+        return {name: int(value) if value.isdecimal() else value for name, value in self.storage.items()} or None
 
     def _partitions(self) -> list[str]:
         """The columns by which this directory is partitioned, from the names of its folders."""

@@ -128,10 +128,10 @@ class LakeWindows:
         start = {} if trailing else {WINDOW_START: pa.array(made.start_us).cast(time)}
         return pa.table(
             {
-                self._contract.entity: done[self._contract.entity].cast(pa.string()),
+                self._contract.entity: done[self._contract.entity],
                 EVENT_TIME: pa.array(made.end_us).cast(time),
                 CREATED_TIME: done[ARRIVED],
-                "device": done["device"].cast(pa.string()),
+                "device": done["device"],
                 **start,
                 **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},
             }
@@ -181,11 +181,11 @@ def write_part(readings: Path, devices: list[str], contract: StreamContract, spe
     writer: pq.ParquetWriter | None = None
     waiting: list[pa.Table] = []
     try:
-        for batch in read_devices(readings, devices, windows.columns):
+        for batch in read_devices(readings, devices, contract.entity, windows.columns):
             made, more = windows.push(batch)
             counts += more
-            waiting.append(made)
-            writer = writer or pq.ParquetWriter(out, made.schema, compression="zstd")
+            waiting.append(_plain(made))
+            writer = writer or pq.ParquetWriter(out, waiting[0].schema, compression="zstd")
             if sum(t.num_rows for t in waiting) >= BATCH_ROWS:
                 writer.write_table(pa.concat_tables(waiting))
                 waiting = []
@@ -197,11 +197,10 @@ def write_part(readings: Path, devices: list[str], contract: StreamContract, spe
     return counts
 
 
-def read_devices(readings: Path, devices: list[str], columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of some devices in batches, in the order of the file; row groups without them are not read."""
-    file = pq.ParquetFile(readings, read_dictionary=["device", "epoch"])
-    place = file.schema_arrow.get_field_index("device")
-    wanted = pa.array(devices)
+def read_devices(readings: Path, devices: list[str], entity: str, columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of some devices in the order of the file, one device and epoch at a time; row groups without them are not read."""
+    file = pq.ParquetFile(readings, read_dictionary=[entity, "device", "epoch"], memory_map=True)
+    place, wanted = file.schema_arrow.get_field_index("device"), set(devices)
     groups = []
     for group in range(file.num_row_groups):
         found = file.metadata.row_group(group).column(place).statistics
@@ -209,9 +208,9 @@ def read_devices(readings: Path, devices: list[str], columns: list[str]) -> Iter
             groups.append(group)
     for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
         table = pa.Table.from_batches([batch])
-        mine = pc.is_in(table["device"], value_set=wanted)
-        if pc.any(mine).as_py():
-            yield table if pc.all(mine).as_py() else table.filter(mine)
+        for start, end in runs(table):
+            if table["device"][start].as_py() in wanted:
+                yield table.slice(start, end - start)
 
 
 def windows_of(
@@ -251,8 +250,16 @@ def runs(readings: pa.Table) -> list[tuple[int, int]]:
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:
-    values: Floats = column.cast(pa.float64()).fill_null(np.nan).to_numpy()
+    if column.null_count:
+        column = column.cast(pa.float64()).fill_null(np.nan)
+    values: Floats = column.combine_chunks().to_numpy(zero_copy_only=False)
     return values
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """The table with plain text columns: readers of Parquet need not know of dictionaries."""
+    fields = [pa.field(f.name, pa.string()) if pa.types.is_dictionary(f.type) else f for f in table.schema]
+    return table.cast(pa.schema(fields))
 
 
 def _nothing(spec: FeatureSpec) -> Made:

@@ -103,7 +103,8 @@ class Live:
             readings += piece.rows.num_rows
             self._take(piece)
             self.follower.done(piece)
-            write_mark(self.mark_path, LiveMark(self.definition, self.follower.seen))
+            self.status.seen = dict(self.follower.seen)
+            write_mark(self.mark_path, LiveMark(self.definition, self.status.seen))
         return readings
 
     def run(self, stop: threading.Event, status_file: Path) -> None:
@@ -136,7 +137,7 @@ class Live:
         self.status.pushed, self.status.older = self.status.pushed + done.written, self.status.older + done.older
 
     def _write_status(self, path: Path) -> None:
-        self.status.seen, self.status.updated_us = dict(self.follower.seen), time.time_ns() // 1_000
+        self.status.updated_us = time.time_ns() // 1_000
         if self._freshness:
             self.status.freshness_p50_s, self.status.freshness_p99_s = np.quantile(self._freshness, [0.5, 0.99]).tolist()
         path.parent.mkdir(parents=True, exist_ok=True)

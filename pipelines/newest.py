@@ -117,17 +117,18 @@ def _dataset(repo: Repo, view: FeatureView) -> pyarrow.dataset.Dataset:
     from feast import FileSource
     from feast.data_format import DeltaFormat
 
-    source: Any = view.batch_source
+    source = view.batch_source
     if not isinstance(source, FileSource):
         raise ConfigError(f"view {view.name!r} has a {type(source).__name__}; give it a FileSource (Parquet or Delta) as its batch source")
     where = FileSource.get_uri_for_file_path(repo.store.repo_path, source.path)
+    endpoint = source.s3_endpoint_override or ""
     if isinstance(source.file_format, DeltaFormat):
-        return DeltaTable(where, storage_options=_s3_options(where, source.s3_endpoint_override)).to_pyarrow_dataset()
-    filesystem, path = FileSource.create_filesystem_and_path(where, source.s3_endpoint_override)
+        return DeltaTable(where, storage_options=_s3_options(where, endpoint)).to_pyarrow_dataset()
+    filesystem, path = FileSource.create_filesystem_and_path(where, endpoint)
     return pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet")
 
 
-def _s3_options(where: str, endpoint: str | None) -> dict[str, str] | None:
+def _s3_options(where: str, endpoint: str) -> dict[str, str] | None:
     if not where.startswith("s3://"):
         return None
     options = {name: os.environ[name] for name in _S3_OPTIONS if name in os.environ}

@@ -7,7 +7,7 @@ Named in feature_store.yaml by its class path. Why our own: see DESIGN, section 
 - Of feature rows with the same keys and event time, the one with the latest created time counts: a late correction wins.
   With `filter_by_created_timestamp` only rows that had been created by the label's time are looked at: what came late leaks nothing.
 - Every label comes back exactly once, in the order given, with NULL where there is nothing to join. Null keys match nothing.
-- Times without a zone are UTC.
+- Times without a zone are UTC. Nanoseconds count where the labels or the rows have them.
 
 How it works: `asof` joins, `feature_sources` reads and writes, `feature_query` brings labels and rows into one form,
 `partitioned` bounds memory and uses a cluster.
@@ -29,7 +29,7 @@ import pyarrow.dataset
 from feast.data_source import DataSource
 from feast.errors import EntityTimestampInferenceException, FeastEntityDFMissingColumnsError, RequestDataNotFoundInEntityDfException
 from feast.feature_logging import LoggingConfig, LoggingSource
-from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_NAME, DUMMY_ENTITY_VAL, FeatureView
 from feast.infra.offline_stores.file_source import FileLoggingDestination
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
 from feast.infra.registry.base_registry import BaseRegistry
@@ -214,6 +214,8 @@ def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by
     wanted = [name for prefix, _, name in (ref.partition(":") for ref in refs) if prefix == projection.name_to_use()]
     shown = f"{projection.name_alias or projection.name}__" if full_feature_names else ""
     keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+    if not keys and view.entities not in ([], [DUMMY_ENTITY_NAME]):  # a join without keys would give everybody's newest row
+        raise ConfigError(f"feature view {view.name!r} has entities {view.entities} but no join keys yet; apply it first")
     return View(
         name=projection.name_to_use(),
         source=place,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from edge_agent.contract.columns import Floats, Ints, Strings, Table
 from edge_agent.contract.errors import ContractError
@@ -79,13 +80,14 @@ class Outputs:
             values[i] = column
         return values
 
-    def of(self, tile: Tile) -> Floats:
+    def of(self, tile: Tile, out: Floats | None = None) -> Floats:
         """The features of the windows of a tile, (features, windows)."""
-        out = np.empty((self.count, tile.windows))
+        made = np.empty((self.count, tile.windows)) if out is None else out
         for aggregate, fields, places in self._wanted:
             result = tile.function(self.functions[aggregate]) if aggregate in self.functions else tile.aggregate(aggregate)
-            out[places] = result if len(result) == 1 else result[fields]
-        return out
+            for field, place in zip(fields, places, strict=True):
+                made[place] = result[field if len(result) > 1 else 0]
+        return made
 
 
 class Tile:
@@ -117,13 +119,13 @@ class Tile:
             case "mean":
                 result = self._mean
             case "min":
-                result = np.minimum.reduce(self._filled(np.inf), axis=1, initial=np.inf) + 0.0
+                result = self._extreme(np.minimum, np.inf) + 0.0
             case "max":
-                result = np.maximum.reduce(self._filled(-np.inf), axis=1, initial=-np.inf) + 0.0
+                result = self._extreme(np.maximum, -np.inf) + 0.0
             case "std":
-                result = np.sqrt(_sum(self._offsets * self._offsets) / self._present)
+                result = np.sqrt(self._squares(self._mean) / self._present)
             case "rms":
-                result = np.sqrt(_sum(self._values * self._values) / self._present)
+                result = np.sqrt(self._squares(None) / self._present)
             case "delta":
                 result = self._delta()
             case "slope":
@@ -193,7 +195,18 @@ class Tile:
 
     @cached_property
     def _mean(self) -> Floats:
-        return _sum(self._values) / self._present
+        return self._total() / self._present
+
+    def _total(self) -> Floats:
+        return _sum(self._values)
+
+    def _squares(self, centre: Floats | None) -> Floats:
+        """The sum of squares, of values less their mean if that is given."""
+        array = self._values if centre is None else self._offsets
+        return _sum(array * array)
+
+    def _extreme(self, lesser: np.ufunc, nothing: float) -> Floats:
+        return np.asarray(lesser.reduce(self._filled(nothing), axis=1, initial=nothing))
 
     @cached_property
     def _offsets(self) -> Floats:
@@ -208,6 +221,39 @@ class Tile:
 
     def _filled(self, value: float) -> Floats:
         return self._values if self._outside is None else np.where(self._outside, value, self._values)
+
+
+class RunTile(Tile):
+    """Full windows of a run, (fields, steps - 1 + windows) without missing values: each window begins one reading after the one before.
+
+    The same arithmetic, without a copy of the run for each step: sums go step by step over the whole run, and an extreme of 2n readings
+    is that of two times n.
+    """
+
+    def __init__(self, run: Floats, event_us: Ints, steps: int) -> None:
+        values = sliding_window_view(run, run.shape[1] - steps + 1, axis=1)
+        self._run, self._steps = run, steps
+        super().__init__(values, event_us, sliding_window_view(np.arange(run.shape[1]), values.shape[2]), None)
+
+    def _total(self) -> Floats:
+        total = np.zeros(self._values[:, 0].shape)
+        for step in range(self._steps):
+            np.add(total, self._values[:, step], out=total)
+        return total
+
+    def _squares(self, centre: Floats | None) -> Floats:
+        total, square = np.zeros(self._values[:, 0].shape), np.empty(self._values[:, 0].shape)
+        for step in range(self._steps):
+            value = self._values[:, step] if centre is None else np.subtract(self._values[:, step], centre, out=square)
+            np.add(total, np.multiply(value, value, out=square), out=total)
+        return total
+
+    def _extreme(self, lesser: np.ufunc, nothing: float) -> Floats:
+        reach, width = self._run, 1
+        while 2 * width <= self._steps:
+            reach, width = lesser(reach[:, :-width], reach[:, width:]), 2 * width
+        rest = self._steps - width
+        return np.asarray(lesser(reach[:, : self.windows], reach[:, rest : rest + self.windows]))
 
 
 def _sum(array: Floats) -> Floats:

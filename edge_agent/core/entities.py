@@ -23,6 +23,7 @@ State = TypeVar("State")
 Number = TypeVar("Number", np.float64, np.int64)
 
 _SHORT_CODES = 65_536
+_ROWS_PER_PIECE = 64  # from there on, copying piece by piece is faster than place by place
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,11 @@ class Layout:
         """One array (…, readings) of new values (…, new readings), and the old ones of each group."""
         if not any(o.shape[-1] for o in old):
             return new
+        if len(old) * _ROWS_PER_PIECE < new.shape[-1]:
+            ends = np.cumsum(self.stops - self.fresh)
+            starts = ends - (self.stops - self.fresh)
+            pieces = zip(old, starts.tolist(), ends.tolist(), strict=True)
+            return np.concatenate([piece for o, start, end in pieces for piece in (o, new[..., start:end])], axis=-1)
         out = np.empty((*new.shape[:-1], int(self.stops[-1])), new.dtype)
         out[..., self.rows] = new
         for start, piece in zip(self.starts.tolist(), old, strict=True):

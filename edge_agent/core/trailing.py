@@ -3,30 +3,26 @@
 - The window of a reading: it and the readings of the same entity seen before it, at most `window_rows`, with an event time in
   (t - window_s, t].
 
-How: windows are looked at as one array (fields, steps, readings). A long run of one entity's readings whose windows are all full is such an
-array already, if each step is the same run moved by one: no value is copied. The others are gathered from where they lie. Both are
-worked on in pieces that fit the processor's cache, and give the same bits.
+How: windows are looked at as one array (fields, steps, readings). Where most readings have a full window (long runs of an entity), such an
+array is the readings themselves, each step moved by one: no value is copied. The other windows are gathered from where they lie. Both
+are worked on in pieces that fit the processor's cache, and give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from edge_agent.contract.columns import Floats, Ints, Strings
 from edge_agent.contract.feature_spec import FeatureSpec
-from edge_agent.core.aggregates import Made, Outputs, Tile, outside
+from edge_agent.core.aggregates import Made, Outputs, RunTile, Tile, outside
 from edge_agent.core.entities import Groups, Layout, Mask, Places, Recent
 
-CELLS_MAX = 65_536  # window rows × fields × readings worked on at once: what the processor's cache holds
-RUN_ROWS_MIN = 256  # below that, gathering the windows of all entities together is faster
+CELLS_MAX = 65_536  # window rows × fields × readings gathered at once: what the processor's cache holds
+RUN_CELLS_MAX = 524_288  # the same where they lie
+RUN_SHARE_MIN = 0.5  # of the places in all runs that must be new readings with a full window, or gathering is faster
 _NONE = np.zeros(0, np.intp)
-Number = TypeVar("Number", np.float64, np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,13 @@ class TrailingWindows:
     def push(self, entity: Strings, event_us: Ints, values: Floats) -> Made:
         """Take readings in the order seen; a window for each."""
         joined = self._join(Groups.of(entity), event_us, values)
-        out = np.empty((self._outputs.count, len(event_us)))
-        for part, tile in self._tiles(joined):
-            places = part if joined.in_order else joined.order[part]
-            out[:, places] = self._outputs.of(tile)[:, : part.stop - part.start]
+        full = joined.full(self._rows, self._window_s)
+        if np.count_nonzero(full) >= RUN_SHARE_MIN * len(joined.event_us):
+            out = self._from_runs(joined)
+            self._gather(joined, np.flatnonzero(~full), out)
+        else:
+            out = np.empty((self._outputs.count, len(event_us)))
+            self._gather(joined, np.arange(len(event_us)), out)
         start_us = event_us - np.int64(min(self._window_s * 1e6, 2.0**62))
         return Made(out.T, np.arange(len(event_us)), start_us, event_us, _NONE, _NONE)
 
@@ -73,39 +72,33 @@ class TrailingWindows:
         self.recent.keep(groups, kept)
         return _Joined(groups.order, groups.in_order, layout, np.repeat(layout.starts, counts), times, stack)
 
-    def _tiles(self, joined: _Joined) -> Iterator[tuple[slice, Tile]]:
-        """New readings (places in `joined.layout.rows`) with their windows; a single reading comes twice, see `aggregates`."""
+    def _from_runs(self, joined: _Joined) -> Floats:
+        """Features of all new readings as if each had a full window, (features, readings); of those that have not, they mean nothing."""
+        steps, size = self._rows, len(joined.event_us)
+        spread = np.empty((self._outputs.count, size))
+        readings = max(2, RUN_CELLS_MAX // (steps * len(joined.values)))
+        with np.errstate(all="ignore"):  # windows that reach over into another entity
+            for first in range(0, size - steps + 1, readings):
+                part = slice(first, min(first + readings, size - steps + 1) + steps - 1)
+                tile = RunTile(joined.values[:, part], joined.event_us[part], steps)
+                self._outputs.of(tile, spread[:, part.start + steps - 1 : part.stop])
+        if joined.in_order:
+            return spread.take(joined.layout.rows, axis=1)
+        places = np.empty_like(joined.order)
+        places[joined.order] = joined.layout.rows
+        return spread.take(places, axis=1)
+
+    def _gather(self, joined: _Joined, which: Places, out: Floats) -> None:
+        """Features of some of the new readings (places in `joined.order`); a single reading comes twice, see `aggregates`."""
         readings = max(2, CELLS_MAX // (self._rows * len(joined.values)))
-        done = 0
-        for first, stop in joined.runs(self._rows):
-            yield from self._gathered(joined, done, first, readings)
-            for start in range(first, stop, readings):
-                part = slice(start, min(start + readings, stop))
-                tile = self._slid(joined, part)
-                yield from [(part, tile)] if tile is not None else self._gathered(joined, part.start, part.stop, readings)
-            done = stop
-        yield from self._gathered(joined, done, len(joined.order), readings)
+        for first in range(0, len(which), readings):
+            part = which[first : first + readings]
+            tile = self._tile(joined, np.repeat(part, 2) if len(part) == 1 else part)
+            out[:, joined.order[part]] = self._outputs.of(tile)[:, : len(part)]
 
-    def _gathered(self, joined: _Joined, first: int, stop: int, readings: int) -> Iterator[tuple[slice, Tile]]:
-        for start in range(first, stop, readings):
-            part = slice(start, min(start + readings, stop))
-            yield part, self._gather(joined, part)
-
-    def _slid(self, joined: _Joined, part: slice) -> Tile | None:
-        """The windows of a run, if every reading of it counts in them."""
-        rows = self._rows
-        first, stop = int(joined.layout.rows[part.start]) - (rows - 1), int(joined.layout.rows[part.stop - 1]) + 1
-        times, values = joined.event_us[first:stop], joined.values[:, first:stop]
-        old = times[rows - 1 :] - times[: len(times) - rows + 1] >= self._window_s * 1e6
-        if part.stop - part.start < 2 or old.any() or (times[1:] < times[:-1]).any() or np.isnan(values).any():
-            return None
-        return Tile(_slide(values, rows), times, _slide(np.arange(len(times)), rows), None)
-
-    def _gather(self, joined: _Joined, part: slice) -> Tile:
+    def _tile(self, joined: _Joined, part: Places) -> Tile:
         """The windows of any readings."""
         rows, starts = joined.layout.rows[part], joined.starts[part]
-        if len(rows) == 1:
-            rows, starts = np.repeat(rows, 2), np.repeat(starts, 2)
         places = rows - np.arange(self._rows - 1, -1, -1)[:, None]
         known = places >= starts
         np.maximum(places, starts, out=places)
@@ -136,16 +129,19 @@ class _Joined:
     event_us: Ints
     values: Floats
 
-    def runs(self, window_rows: int) -> list[tuple[int, int]]:
-        """Stretches of new readings (places in `layout.rows`) of one entity with a full window each, long ones only."""
-        layout = self.layout
-        first = np.maximum(layout.fresh, layout.starts + window_rows - 1)
-        ends = np.cumsum(layout.stops - layout.fresh)
-        starts = ends - (layout.stops - first)
-        long = ends - starts >= RUN_ROWS_MIN
-        return list(zip(starts[long].tolist(), ends[long].tolist(), strict=True))
-
-
-def _slide(array: npt.NDArray[Number], steps: int) -> npt.NDArray[Number]:
-    """(…, steps, readings) of (…, steps - 1 + readings): step s is the array moved by s; a view."""
-    return sliding_window_view(array, array.shape[-1] - steps + 1, axis=-1)
+    def full(self, window_rows: int, window_s: float) -> Mask:
+        """Which new readings (in `order`) have `window_rows` readings in their window, in the order of time, with no value missing."""
+        oldest = self.layout.rows - (window_rows - 1)
+        full: Mask = oldest >= self.starts
+        oldest = np.maximum(oldest, 0)
+        full &= self.event_us[self.layout.rows] - self.event_us[oldest] < window_s * 1e6
+        missing = np.isnan(self.values).any(axis=0)
+        if missing.any():
+            before = np.concatenate([[0], np.cumsum(missing)])
+            full &= before[self.layout.rows + 1] == before[oldest]
+        back = self.event_us[1:] < self.event_us[:-1]
+        back[self.layout.starts[1:] - 1] = False  # there another entity begins
+        if back.any():
+            steps = np.concatenate([[0], np.cumsum(back)])
+            full &= steps[self.layout.rows] == steps[oldest]
+        return full

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cloud.lake import Lake
+from cloud.roots import Roots
 from cloud.rows import TIME, Contracts
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader, FixQuality
 from edge_agent.contract.columns import Floats, Strings, Table
@@ -29,7 +30,7 @@ def turbofan() -> StreamContract:
     return parse_contract((ROOT / "contracts/turbofan.odcs.yaml").read_bytes())
 
 
-def open_lake(directory: Path) -> Lake:
+def open_lake(directory: Path | Roots) -> Lake:
     return Lake(directory, Contracts([turbofan()]))
 
 
@@ -100,7 +101,7 @@ def header_of(device: str, epoch: str, lane: str, sequence: int, part: Table, mo
     )
 
 
-def fill(directory: Path, devices: int = 4, engines_per_device: int = 4, seed: int = 1) -> None:
+def fill(directory: Path | Roots, devices: int = 4, engines_per_device: int = 4, seed: int = 1) -> None:
     """A lake of run-to-failure readings with a label for each."""
     lake = open_lake(directory)
     names: list[str] = []

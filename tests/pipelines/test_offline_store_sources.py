@@ -54,7 +54,7 @@ def labels(seed: int, number: int = 500) -> pd.DataFrame:
 
 
 def answers(store: Any, source: FileSource, asked: pd.DataFrame, ttl_s: int = 60, known_by: bool = False) -> dict[str, list[Any]]:
-    fields = [Field(name="value", dtype=Float64), Field(name="note", dtype=String)]
+    fields = [Field(name="engine", dtype=String), Field(name="value", dtype=Float64), Field(name="note", dtype=String)]
     view = FeatureView(name="view", entities=[engine], ttl=timedelta(seconds=ttl_s), schema=fields, source=source)
     job = AsOfOfflineStore.get_historical_features(
         store.config, [view], ["view:value", "view:note"], asked, store.registry, "t", filter_by_created_timestamp=known_by
@@ -90,6 +90,14 @@ def check(store: Any, source: FileSource, expected: Expected) -> None:
     assert answers(store, source, expected.asked, known_by=True) == expected.known
 
 
+def test_view_whose_keys_are_not_known_yet_is_refused(tmp_path: Path) -> None:
+    """Feast learns a view's keys when it is applied; without keys everybody would get the newest row of all."""
+    view = FeatureView(name="view", entities=[engine], schema=[Field(name="value", dtype=Float64)], source=file_source("x.parquet"))
+    store = feature_store(tmp_path)
+    with pytest.raises(ConfigError, match="apply it first"):
+        AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], labels(0), store.registry, "t")
+
+
 @pytest.mark.parametrize("batch_mb", [0, 768])
 def test_many_files_and_little_memory(tmp_path: Path, expected: Expected, batch_mb: int) -> None:
     for i in range(7):
@@ -111,7 +119,7 @@ def test_hive_partitions_are_columns_and_take_new_rows(tmp_path: Path, expected:
 def test_delta_newest_or_pinned(tmp_path: Path, expected: Expected) -> None:
     write_deltalake(tmp_path / "delta", expected.table.slice(0, 2_500), partition_by=["engine"])
     write_deltalake(tmp_path / "delta", expected.table.slice(2_500), mode="append")
-    write_deltalake(tmp_path / "delta", rows(0, 10), mode="append")
+    write_deltalake(tmp_path / "delta", rows(0, 1_000), mode="append")
     store = feature_store(tmp_path)
     check(store, file_source("delta", delta=True, tags={"delta_version": "1"}), expected)
     assert answers(store, file_source("delta", delta=True), expected.asked) != expected.plain

@@ -154,10 +154,11 @@ def test_long_runs_and_small_pieces_give_the_same_bits(spec: FeatureSpec, monkey
     by_field = by_oracle(spec, entity, event_us, table)
     want = np.array([[oracle.value(a, w.readings) for w in f.windows] for f in by_field for a in ALL]).T
     assert whole["features"] == np.where(np.isnan(want), np.nan, want).tobytes()
-    for cells, run in ((30, 1), (7 * 5 * 2, 10), (1 << 20, 10_000)):
+    for cells, share in ((30, 0.0), (7 * 5 * 2, 0.5), (1 << 20, 2.0)):
         monkeypatch.setattr(trailing, "CELLS_MAX", cells)
+        monkeypatch.setattr(trailing, "RUN_CELLS_MAX", cells)
         monkeypatch.setattr(closing, "CELLS_MAX", cells)
-        monkeypatch.setattr(trailing, "RUN_ROWS_MIN", run)
+        monkeypatch.setattr(trailing, "RUN_SHARE_MIN", share)
         assert bits(Windows(spec).push(entity, event_us, table)) == whole
 
 
