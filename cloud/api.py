@@ -32,7 +32,7 @@ from cloud.config import Settings
 from cloud.control import Control
 from cloud.fleet import Fleet
 from cloud.status import collect, devices, exposition
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 
 TOKEN_BYTES = 32
 LIMIT_MAX = 1_000
@@ -120,6 +120,8 @@ def _json(answer: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Res
             found = await run_in_threadpool(answer, request)
         except ConfigError as e:
             return JSONResponse({"error": str(e)}, 400)
+        except UnavailableError as e:
+            return JSONResponse({"error": str(e)}, 503)
         except HTTPException as e:
             return JSONResponse({"error": e.detail}, e.status_code)
         return Response(msgspec.json.encode(found), media_type="application/json")

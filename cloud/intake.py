@@ -76,7 +76,8 @@ class Intake:
         self.region = region
         self.queue: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
         self.connection = 0  # rises with every connection
-        self.connected = False
+        self.connected = False  # and subscribed
+        self._alive = False  # what a kept session brings comes before it is subscribed
         self._filters, self._kept = list(filters), kept
         self._persistent = persistent
         self._unreleased: set[int] = set()  # of this connection; no other message can have these numbers
@@ -100,7 +101,7 @@ class Intake:
     def release(self, batch: Sequence[Received]) -> None:
         """PUBACK messages, unless the connection that brought them is gone. Those of QoS 0 have no PUBACK: it would break the protocol."""
         for message in batch:
-            if message.qos and self.connected and message.connection == self.connection:
+            if message.qos and self._alive and message.connection == self.connection:
                 self._unreleased.discard(message.mid)
                 self._client.ack(message.mid, QOS)
 
@@ -121,6 +122,7 @@ class Intake:
             return
         self.connection += 1
         self._unreleased.clear()
+        self._alive = True
         client.subscribe([(f, QOS) for f in self._filters])
 
     def _on_subscribe(self, client: Client, data: Any, mid: int, codes: list[ReasonCode], properties: Properties | None) -> None:
@@ -128,7 +130,7 @@ class Intake:
         log.info("broker connected region=%s subscribed=%s", self.region.name, self.connected)
 
     def _on_disconnect(self, client: Client, data: Any, flags: DisconnectFlags, code: ReasonCode, properties: Properties | None) -> None:
-        self.connected = False
+        self.connected = self._alive = False
         log.info("broker lost region=%s reason=%s", self.region.name, code)
 
     def _on_message(self, client: Client, data: Any, message: MQTTMessage) -> None:

@@ -48,6 +48,12 @@ def test_the_file_in_the_repository_says_what_the_defaults_are() -> None:
         ("regions = []", "at least one"),
         ("[[regions]]\nname = 'EU'\nport = 1", "region 'EU'"),
         ("[ingest]\nbatch_blocks_max = 0", "must be positive"),
+        ("[ingest]\nworkers = 0", "ingest.workers 0 is not between 1 and 32"),
+        ("[metadata]\nurl = 'mysql://x/y'", "must be postgresql://USER@HOST:PORT/DATABASE"),
+        ("[metadata]\nurl = 'postgresql://me:secret@h/d'", "holds a password; put it in a file"),
+        ("[metadata]\nurl = 'postgresql://me@h/d'\npassword_file = 'none'", "password_file none: No such file"),
+        ("[[regions]]\nname = 'eu'\nport = 1\nmqtt = 6", "Invalid enum value 6"),
+        ("[[regions]]\nname = 'eu'\nport = 1\ntls = {ca = 'x'}", r"unknown key regions\[0\].tls.ca; known: ca_file"),
         ("x = [", "not TOML"),
     ],
 )
@@ -112,3 +118,32 @@ def test_a_stack_that_would_listen_beyond_loopback_is_refused(project: Path) -> 
     write(project, "mlflow = {host = '0.0.0.0', port = 5000}")
     with pytest.raises(ConfigError, match=r"'0\.0\.0\.0' of mlflow is not loopback"):
         check_ports(config.load(project))
+
+
+def test_the_metadata_password_comes_from_the_environment_or_a_file(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.load(project).audit_db == project / ".fenceline/audit.db"
+    write(project, "[metadata]\nurl = 'postgresql://me@db:5432/fenceline'\npassword_file = 'secret'")
+    (project / "secret").write_text("a b/c\n")
+    found = config.load(project)
+    assert found.audit_db == found.fleet_db == found.rollouts_db == "postgresql://me:a%20b%2Fc@db:5432/fenceline"
+    monkeypatch.setenv(config.PASSWORD_VARIABLE, "other")
+    assert config.load(project).audit_db == "postgresql://me:other@db:5432/fenceline"
+
+
+def test_a_region_of_its_own_broker_has_certificates_by_session_and_no_place_in_the_stack(project: Path) -> None:
+    tls = "tls = {ca_file = 'ca.crt', cert_file = 'certs/{name}.crt', key_file = 'certs/{name}.key'}"
+    write(project, f"[[regions]]\nname = 'eu'\nport = 8883\nmqtt = 5\nshared_subscriptions = true\n{tls}")
+    region = config.load(project).region("eu")
+    assert (region.mqtt, region.shared_subscriptions) == (5, True) and region.tls is not None
+    assert region.tls.cert_file == str(project / "certs/{name}.crt")
+    with pytest.raises(ConfigError, match=r"certs/ingest-1\.crt"):
+        region.tls.context("ingest-1")
+    with pytest.raises(ConfigError, match="fenceline ingest --region eu"):
+        check_ports(config.load(project))
+
+
+def test_the_stack_runs_as_many_workers_as_the_settings_say(project: Path) -> None:
+    write(project, "[ingest]\nworkers = 2")
+    settings = config.load(project, project / "state")
+    names = [part.name for part in parts(settings) if part.name.startswith("ingest")]
+    assert names == ["ingest-eu", "ingest-eu-2", "ingest-us", "ingest-us-2"]
