@@ -2,8 +2,9 @@
 
 `python -m bench.block_sender --port N --devices D --blocks B --rows R --out FILE [--period S] [--again SHARE]`
 
-Blocks are of the turbofan contract, scored, sealed beforehand. With `--period` each device sends a block every S seconds, all devices spread
-over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. FILE gets the times (s, monotonic).
+Blocks are of the turbofan contract, scored, sealed beforehand. With `--period` each device sends a block every S seconds, all devices
+spread over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. FILE gets the times
+(s, monotonic).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Fleet:
     def __init__(self, devices: int, blocks: int, rows: int) -> None:
         self.names = [f"gw-{i:04d}" for i in range(devices)]
         self._values = engines(20).table
-        self._length = len(self._values["cycle"])  # type: ignore[arg-type]
+        self._length = len(self._values["cycle"])
         self.blocks = {(d, s): self._seal(d, s, rows) for s in range(1, blocks + 1) for d in range(devices)}
 
     def _seal(self, device: int, sequence: int, rows: int) -> bytes:

@@ -21,7 +21,8 @@ from edge_agent.mqtt import frames
 ENGINES = 20
 SLICE_S = 0.002
 RETRY_S = 0.1
-DRAIN_S = 60.0
+DRAIN_S = 120.0
+UNACKED_MAX = 20_000  # more wait with the sensors themselves: packet ids come again after 65,535
 _VALUES = [518.67, 641.82, 1589.7, 1400.6, 14.62, 21.61, 554.36, 2388.06, 9046.19, 1.3, 47.47, 521.66, 2388.02, 8138.62, 8.4195, 0.03]
 _VALUES += [392, 2388, 100.0, 39.06, 23.419]
 
@@ -77,7 +78,7 @@ class Sensors:
         self._rest = data[whole:]
 
     def _connect(self) -> socket.socket:
-        sock = socket.create_connection(("127.0.0.1", self._port), 10.0)
+        sock = socket.create_connection(("127.0.0.1", self._port), 30.0)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.sendall(frames.connect(4, "bench-sensors", 600, clean=True))
         answer = sock.recv(4)
@@ -135,7 +136,7 @@ def main() -> None:
     sensors = Sensors(arguments.port, arguments.stream)
     start = time.monotonic()
     while (elapsed := time.monotonic() - start) < arguments.seconds:
-        due = int(elapsed * arguments.rate) + 1 - sensors.sent
+        due = min(int(elapsed * arguments.rate) + 1 - sensors.sent, UNACKED_MAX - len(sensors.unacked))
         if due > 0:
             sensors.publish(due)
         next_s = start + sensors.sent / arguments.rate

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cloud.commands import data, fleet, ingest, lake, models, policy, quality, stack
+from cloud.commands import data, features, fleet, ingest, lake, models, policy, quality, stack
 from edge_agent.contract.errors import ConfigError, FencelineError
 
 
@@ -41,7 +41,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (stack, ingest, data, lake, quality, models, fleet, policy):
+    for group in (stack, ingest, data, lake, quality, features, models, fleet, policy):
         group.declare(commands)
     _add_demo(commands, with_demo)
     return parser

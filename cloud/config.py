@@ -130,6 +130,7 @@ class Settings:
     query: QueryLimits = field(default_factory=QueryLimits)
     quality: QualityLimits = field(default_factory=QualityLimits)
     metadata_url: str | None = None
+    live_features: bool = False
 
     @property
     def keys_dir(self) -> Path:
@@ -255,6 +256,10 @@ class _Lake(msgspec.Struct, frozen=True):
     small_files_max: int = 200
 
 
+class _Features(msgspec.Struct, frozen=True):
+    live: bool = False
+
+
 class _File(msgspec.Struct, frozen=True):
     """fenceline.toml."""
 
@@ -271,6 +276,7 @@ class _File(msgspec.Struct, frozen=True):
     query: QueryLimits = QueryLimits()
     quality: QualityLimits = QualityLimits()
     metadata: _Metadata = _Metadata()
+    features: _Features = _Features()
 
 
 def load(project: Path | None = None, state: Path | None = None) -> Settings:
@@ -303,6 +309,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         query=read.query,
         quality=read.quality,
         metadata_url=_metadata_url(read.metadata, root, str(path)),
+        live_features=read.features.live,
     )
     _check(settings, str(path))
     stack = running_stack(settings)

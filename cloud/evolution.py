@@ -5,7 +5,8 @@
 - Additive: a new optional number field; a wider range; a required number that becomes optional. What only says how a reading comes or
   reads (topic, encoding, compression, description) does not change rows.
 - All else breaks: a field removed or renamed, another type or unit, a narrower range, an optional field that becomes required, a new field
-  that older rows would have to hold, another key, entity or event time. It needs a stream of another name.
+  that older rows would have to hold, a text that is hashed or dropped from now on, another key, entity or event time. It needs a stream of
+  another name.
 - The contract that made a table is written in it. A block whose contract breaks with that is refused; other blocks go on.
 
     broken(contract_1_0_0, contract_2_0_0)      # ["field 'pressure': unit 'bar' became 'kPa'"]
@@ -33,6 +34,7 @@ class StoredField(msgspec.Struct, frozen=True):
     minimum: float | None
     maximum: float | None
     unit: str
+    pii: str = ""
 
 
 class StoredContract(msgspec.Struct, frozen=True):
@@ -54,7 +56,8 @@ def stored(contract: StreamContract) -> StoredContract:
 
 
 def _field(field: Field) -> StoredField:
-    return StoredField(field.name, field.type, field.required, _finite(field.minimum), _finite(field.maximum), field.unit)
+    pii = "" if field.pii is None else str(field.pii.kind)
+    return StoredField(field.name, field.type, field.required, _finite(field.minimum), _finite(field.maximum), field.unit, pii)
 
 
 def _finite(limit: float) -> float | None:
@@ -85,6 +88,8 @@ def _broken_field(before: StoredField, after: StoredField) -> list[str]:
         found.append(f"type {before.type} became {after.type}")
     if before.unit != after.unit:
         found.append(f"unit {before.unit!r} became {after.unit!r}")
+    if after.type is FieldType.STRING and before.pii != after.pii:
+        found.append(f"pii {before.pii or 'none'!r} became {after.pii or 'none'!r}: older rows hold other texts for the same")
     if after.required and not before.required:
         found.append("optional became required")
     if after.minimum is not None and (before.minimum is None or after.minimum > before.minimum):

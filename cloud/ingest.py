@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 
 from cloud import brokers, config
 from cloud.audit import Audit
@@ -59,16 +60,17 @@ UPKEEP_S = 60.0  # the longest time without upkeep under load
 
 @dataclass
 class Batch:
-    """Messages that are acknowledged together, and the blocks among them that the gate let pass."""
+    """Messages that are acknowledged together, and their blocks, which the gate let pass."""
 
     messages: list[Received] = field(default_factory=list)
     blocks: list[tuple[BlockHeader, Table]] = field(default_factory=list)
     size_bytes: int = 0
     began: float = 0.0
 
-    def add(self, message: Received, now: float) -> None:
+    def add(self, message: Received, block: tuple[BlockHeader, Table], now: float) -> None:
         self.began = self.began if self.messages else now
         self.messages.append(message)
+        self.blocks.append(block)
         self.size_bytes += len(message.payload)
 
 
@@ -123,12 +125,14 @@ class Ingest:
             message = self._message(self._wait_s(time.monotonic()))
             if message is None:
                 return
-            self._next.add(message, time.monotonic())
             found = self.gate.inspect(message.topic, message.payload)
             if isinstance(found, Refusal):
                 self._refuse(found)
+                self.intake.release([message])
             else:
-                self._next.blocks.append(found)
+                self._next.add(message, found, time.monotonic())
+            self.status.messages += 1
+            self.status.bytes += len(message.payload)
         if self._work is not None:  # no room for more before it is done
             wait([self._work], self._wait_s(time.monotonic()))
 
@@ -203,8 +207,6 @@ class Ingest:
     def _count(self, batch: Batch, settled: Settled) -> None:
         rows = {h.identity: h.rows for h, _ in batch.blocks}
         status = self.status
-        status.messages += len(batch.messages)
-        status.bytes += batch.size_bytes
         status.blocks += len(settled.committed)
         status.rows += sum(rows[i] for i in settled.committed)
         status.duplicates += len(batch.blocks) - len(settled.committed) - len(settled.refused)
@@ -299,6 +301,7 @@ def serve(settings: Settings, region: str, worker: Worker) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
+    pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: now, not while blocks wait
     if worker.first:
         end_unused(settings, settings.region(region), worker)
     ingest.intake.open()

@@ -5,6 +5,7 @@
 - A message is PUBACKed when it is released, not when it arrives. A release after a reconnect does nothing: its number may name
   another message by then, and the broker sends the unacknowledged ones again.
 - What is not `kept` is for another session: it is PUBACKed at once.
+- A broker that loses patience (NATS after `ack_wait`) sends a message again that is still on its way here: it is not taken twice.
 - The limit of unacknowledged messages bounds the queue: ours on MQTT 5, the broker's on 3.1.1. It does not count messages of QoS 0,
   which Fenceline's devices do not send for blocks: beyond UNCOUNTED_MAX waiting messages they are dropped, as MQTT allows.
 - paho's callbacks only put messages on the queue.
@@ -78,6 +79,7 @@ class Intake:
         self.connected = False
         self._filters, self._kept = list(filters), kept
         self._persistent = persistent
+        self._unreleased: set[int] = set()  # of this connection; no other message can have these numbers
         self._client = _client(region, client_id, user, password, persistent=persistent)
         self._client.reconnect_delay_set(*RECONNECT_S)  # type: ignore[arg-type]
         self._client.on_socket_open = _no_delay
@@ -99,6 +101,7 @@ class Intake:
         """PUBACK messages, unless the connection that brought them is gone. Those of QoS 0 have no PUBACK: it would break the protocol."""
         for message in batch:
             if message.qos and self.connected and message.connection == self.connection:
+                self._unreleased.discard(message.mid)
                 self._client.ack(message.mid, QOS)
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False, qos: int = 0) -> bool:
@@ -117,6 +120,7 @@ class Intake:
             log.warning("broker refused region=%s reason=%s", self.region.name, code)
             return
         self.connection += 1
+        self._unreleased.clear()
         client.subscribe([(f, QOS) for f in self._filters])
 
     def _on_subscribe(self, client: Client, data: Any, mid: int, codes: list[ReasonCode], properties: Properties | None) -> None:
@@ -134,7 +138,11 @@ class Intake:
             topic = message.topic
         except UnicodeDecodeError:
             topic = repr(message._topic)
+        if message.dup and message.mid in self._unreleased:
+            return
         if self._kept(topic):
+            if message.qos:
+                self._unreleased.add(message.mid)
             self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
         elif message.qos:
             client.ack(message.mid, QOS)

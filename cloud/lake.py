@@ -34,7 +34,21 @@ from cloud.clocks import Boot, Clocks, Place, correct
 from cloud.evolution import StoredContract, disagreement
 from cloud.gate import Refusal
 from cloud.roots import Roots
-from cloud.rows import DAYS, EVENT_DATE, ORDER, TEXT_BYTES_MAX, TIME, Contracts, Shifted, event_dates, stamped, text_bytes, to_rows
+from cloud.rows import (
+    DAYS,
+    EVENT_DATE,
+    ORDER,
+    TEXT_BYTES_MAX,
+    TIME,
+    Contracts,
+    Shifted,
+    date_span,
+    event_dates,
+    stamped,
+    text_bytes,
+    text_bytes_bound,
+    to_rows,
+)
 from cloud.settled import LEDGER_COLUMNS, Identity, SettledIndex
 from cloud.tables import LABELS, Tables, contract_of, is_table, open_table, read_table
 from edge_agent.contract.block import BlockHeader
@@ -136,11 +150,12 @@ class Lake:
 
     def holds(self, identity: Identity) -> bool:
         """Whether rows of a block lie here, as far as this object has seen; false for a lane that has no root."""
-        try:
-            self.roots.of(identity[2])
-        except ConfigError:
-            return False
-        self._open_lane(identity[2])
+        if identity[2] not in self._lanes_seen:
+            try:
+                self.roots.of(identity[2])
+            except ConfigError:
+                return False
+            self._open_lane(identity[2])
         return identity in self._settled
 
     def _admit(self, stream: str, lane: str, group: Blocks, refused: dict[Identity, Refusal]) -> Blocks:
@@ -490,18 +505,25 @@ def _new_handle(stream: str, lane: str, table: DeltaTable, seen: int) -> _Handle
 
 def _portions(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> Iterator[Blocks]:
     """Blocks whose rows fit one commit: their texts, and the dates that they lie in."""
-    days = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
-    if len(set().union(*days.values())) > DATES_PER_COMMIT:
-        group = sorted(group, key=lambda found: min(days[found[0].identity]))
+    if not group or _fits(group, contract_of_block):
+        yield from [group] if group else []
+        return
+    dates = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
     portion: Blocks = []
-    size, dates = 0, set[int]()
-    for header, table in group:
-        more = text_bytes(header, table)
-        joined = dates | days[header.identity]
-        if portion and (size + more > TEXT_BYTES_MAX or len(joined) > DATES_PER_COMMIT):
+    size, joined = 0, set[int]()
+    for header, table in sorted(group, key=lambda found: min(dates[found[0].identity])):
+        more, own = text_bytes(header, table), dates[header.identity]
+        if portion and (size + more > TEXT_BYTES_MAX or len(joined | own) > DATES_PER_COMMIT):
             yield portion
-            portion, size, joined = [], 0, days[header.identity]
+            portion, size, joined = [], 0, set()
         portion.append((header, table))
-        size, dates = size + more, joined
-    if portion:
-        yield portion
+        size, joined = size + more, joined | own
+    yield portion
+
+
+def _fits(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> bool:
+    """Whether all of it surely fits one commit: the usual case, without a look at each block."""
+    if sum(text_bytes_bound(header, table) for header, table in group) > TEXT_BYTES_MAX:
+        return False
+    first, last = date_span([table[contract_of_block(header).event_time] for header, table in group])
+    return last - first < DATES_PER_COMMIT

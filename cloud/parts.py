@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import msgspec
 
 from cloud import brokers
 from cloud.config import API, HOST, MLFLOW, RELEASE, SENSORS, Address, Region, Settings
@@ -42,7 +43,8 @@ def parts(settings: Settings) -> list[Part]:
     where = {SENSORS: settings.sensors, **{r.name: Address(r.host, r.port) for r in settings.regions}}
     servers = [Part(broker_part(name), brokers.command(settings, name), _listens(where[name])) for name in brokers.names(settings)]
     workers = [part for region in settings.regions for part in _ingest(settings, region)]
-    return [*servers, *workers, _release(settings), _api(settings), _mlflow(settings)]
+    always = [*servers, *workers, _release(settings), _api(settings), _mlflow(settings)]
+    return [*always, _live_features(settings)] if settings.live_features else always
 
 
 def broker_part(name: str) -> str:
@@ -131,6 +133,19 @@ def _mlflow(settings: Settings) -> Part:
     listen = ["--host", settings.mlflow.host, "--port", str(settings.mlflow.port)]
     stores = ["--backend-store-uri", f"sqlite:///{directory}/mlflow.db", "--artifacts-destination", str(directory / "artifacts")]
     return Part("mlflow", [*command, *listen, *stores], lambda pid: _get(f"{settings.mlflow_url}/health") is not None, MLFLOW_ENVIRONMENT)
+
+
+def _live_features(settings: Settings) -> Part:
+    path = settings.run_dir / "features-live.json"
+
+    def ready(pid: int) -> bool:
+        try:
+            status = msgspec.json.decode(path.read_bytes())
+        except FileNotFoundError:
+            return False
+        return status["pid"] == pid and status["ready"]
+
+    return Part("features-live", _python(settings, "pipelines.live"), ready)
 
 
 def environment(part: Part) -> dict[str, str]:

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cloud.enforcement import Block, Violations, violations
+from cloud.gate import Refusal
 from cloud.lake import Lake, Settled
 from cloud.roots import Root, Roots
 from cloud.rows import ROW, Contracts
@@ -128,16 +129,19 @@ class CheckedLake:
             self._lanes_seen.add(lane)
 
     def _violations(self, blocks: list[Block]) -> dict[Identity, Violations]:
-        groups: defaultdict[StreamContract, list[Block]] = defaultdict(list)
+        groups: defaultdict[tuple[str, str], list[Block]] = defaultdict(list)
         for header, table in blocks:
-            contract = self.lake.contracts.get(header)
+            groups[header.stream, header.contract_version].append((header, table))
+        found: dict[Identity, Violations] = {}
+        for group in groups.values():
+            contract = self.lake.contracts.get(group[0][0])
             if contract is not None:
-                groups[contract].append((header, table))
-        return {group[place][0].identity: hit for contract, group in groups.items() for place, hit in violations(contract, group).items()}
+                found |= {group[place][0].identity: hit for place, hit in violations(contract, group).items()}
+        return found
 
     def _hold(
         self, region: str, unique: dict[Identity, Block], broken: dict[Identity, Violations], before: set[Identity]
-    ) -> tuple[dict[Identity, set[int]], dict[Identity, object]]:
+    ) -> tuple[dict[Identity, set[int]], dict[Identity, Refusal]]:
         """Commit bad rows; for each block the rows that are in quarantine now, and the blocks that may not be there."""
         now_us = time.time_ns() // 1_000
         parts = [_quarantined(*unique[i], hit, now_us) for i, hit in broken.items() if i not in before]

@@ -31,7 +31,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.core.settings import nearest
 
 ALL = "*"
-_SETTINGS = {
+_SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "python_enable_replacements": "false",

@@ -29,8 +29,9 @@ from cloud.enforcement import check
 from cloud.lake import ATTEMPTS_MAX, PARQUET
 from cloud.quarantine import CheckedLake, rows_of, whole_blocks
 from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
-from cloud.rows import DAY_US, DAYS, EVENT_DATE, ORDINAL, TIME, schema
+from cloud.rows import DAY_US, DAYS, EVENT_DATE, TIME, schema
 from cloud.tables import Tables, read_table
+from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
 from edge_agent.contract.stream import Compression, Encoding, FieldType, StreamContract

@@ -69,9 +69,7 @@ def exposition(settings: Settings) -> bytes:
     counters = {
         "blocks": Counter("fenceline_ingest_blocks", "Blocks committed to the lake.", ["region"], registry=registry),
         "rows": Counter("fenceline_ingest_rows", "Readings committed to the lake.", ["region"], registry=registry),
-        "quarantined_rows": Counter(
-            "fenceline_ingest_quarantined_readings", "Readings put apart.", ["region"], registry=registry
-        ),
+        "quarantined_rows": Counter("fenceline_ingest_quarantined_readings", "Readings put apart.", ["region"], registry=registry),
         "duplicates": Counter("fenceline_ingest_duplicate_blocks", "Blocks that came again.", ["region"], registry=registry),
         "bytes": Counter("fenceline_ingest_bytes", "Bytes of block messages.", ["region"], registry=registry),
         "commits": Counter("fenceline_ingest_commits", "Batches committed.", ["region"], registry=registry),

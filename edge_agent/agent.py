@@ -3,13 +3,14 @@
 Threads: each side of the sensors reads its broker, or its connections; this, the main thread, checks, scores and stores
 (datapath.py); the uplink sends; the updater fetches bundles. They meet in bounded queues and in the buffer.
 
-If storing fails for another reason than a full disk, the agent ends (systemd starts it again): what was not
-acknowledged comes again from the broker, and what is on disk is read afresh instead of trusted.
+A disk that is full, read-only or dead ends nothing, neither while the agent runs (storing.py) nor when it starts: no sensor's message
+is acknowledged, the operator is told, and the agent goes on by itself once the disk is back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 REPORT_S = 20.0  # also the sign of life that `fenceline status` shows
 RETRY_S = 0.5
+DISK_ERRORS = (errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE)
 UNDER_WAY_MAX = 65_536  # what one MQTT connection can have unacknowledged: all of it may come again after it was stored
 
 
@@ -92,26 +94,30 @@ class Agent:
         """Run until a signal; 0 after a clean stop.
 
         Raises:
-            ConfigError: another agent runs on this state directory.
-            UnavailableError: the buffer cannot be written.
+            ConfigError: another agent runs on this state directory, or it cannot be one.
         """
-        with contextlib.ExitStack() as stack:
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: self._stop())
+        with contextlib.ExitStack() as stack, contextlib.suppress(_StoppedError):
+            if self._metrics_address is not None:
+                metrics.serve(self.metrics, *self._metrics_address)
+            held = self._take_up(stack)
             self._start(stack)
-            for sign in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(sign, lambda *_: self._stop())
             systemd.notify("READY=1")
             log.info("agent started device=%s epoch=%s version=%s", self._config.device, self._buffer.epoch, __version__)
-            with contextlib.suppress(_StoppedError):
-                while not self._stopping:
-                    batch = self._sensors.get(POLL_S)
-                    if batch is not None:
-                        self._path.process(batch)
-                        self._stay()
-                    else:
-                        self._path.idle()
-                        self._stay()
-                    self._tick()
-            systemd.notify("STOPPING=1")
+            if held:
+                systemd.notify("STATUS=")
+                self._tell("buffer_recovered", detail=f"after {held}")
+            while not self._stopping:
+                batch = self._sensors.get(POLL_S)
+                if batch is not None:
+                    self._path.process(batch)
+                    self._stay()
+                else:
+                    self._path.idle()
+                    self._stay()
+                self._tick()
+        systemd.notify("STOPPING=1")
         log.info("agent stopped device=%s", self._config.device)
         return 0
 
@@ -165,8 +171,36 @@ class Agent:
 
     # Starting and housekeeping.
 
-    def _start(self, stack: contextlib.ExitStack) -> None:
-        """Bring up every part; `stack` takes them down in the opposite order."""
+    def _take_up(self, stack: contextlib.ExitStack) -> str:
+        """Read the state directory; while its disk takes or gives nothing, wait for it. Returns why it had to, "" if it had not.
+
+        Raises:
+            _StoppedError: the agent is to stop.
+        """
+        held = ""
+        while True:
+            try:
+                with contextlib.ExitStack() as attempt:
+                    self._read_state(attempt)
+                    stack.push(attempt.pop_all())
+                    return held
+            except UnavailableError as e:
+                self.metrics.full.inc()
+                if not held:  # to systemd it is up: starting it again would mend nothing
+                    log.error("buffer unavailable, source held error=%s", e)
+                    systemd.notify("READY=1\nSTATUS=no sensor is read: the buffer is unavailable")
+                held = str(e)
+            systemd.notify("WATCHDOG=1")
+            if self._stopping:
+                raise _StoppedError
+            time.sleep(RETRY_S)
+
+    def _read_state(self, stack: contextlib.ExitStack) -> None:
+        """Make the parts that need the disk.
+
+        Raises:
+            UnavailableError: it fails.
+        """
         config, settings = self._config, self._config.settings
         stack.enter_context(_only_agent_in(config.state_dir))
         history = {c.stream: settings.buffer.history_rows for c in config.contracts}
@@ -189,14 +223,18 @@ class Agent:
         zones, last = self._policy.load(config.zones), anchor.read() if config.fixed is None else None
         self._track = Track(zones, _rules(config), config.fixed, self._buffer.fixes(), last)
         self._fence = Fence(self._track, _locations(config), self.metrics, self._tell, anchor)
-        node_state = NodeState(config.state_dir / "sparkplug.state")
+        self._node_state = NodeState(config.state_dir / "sparkplug.state")
         recent_rows = max(settings.buffer.history_rows, UNDER_WAY_MAX)
         pseudonyms = Pseudonyms(config.pii_key) if config.pii_key else None
-        intake = Intake(config.contracts, position.topic, self._fence, recent_rows, node_state.load(), pseudonyms)
+        self._intake = Intake(config.contracts, position.topic, self._fence, recent_rows, self._node_state.load(), pseudonyms)
         for contract in config.contracts:
             stored = self._buffer.history(contract.stream, contract.version)
             if stored is not None:
-                intake.remember(contract.stream, stored)
+                self._intake.remember(contract.stream, stored)
+
+    def _start(self, stack: contextlib.ExitStack) -> None:
+        """Bring up every other part; `stack` takes them down in the opposite order."""
+        config = self._config
         self._active = ActiveModel(
             config.contracts, lambda *of: self._path.storing.history(*of), self.metrics, self._tell, config.functions
         )
@@ -211,7 +249,7 @@ class Agent:
         if self._repository is not None:
             self._updater = self._active.updater = self._make_updater(self._repository)
         self._path = DataPath(
-            intake=intake,
+            intake=self._intake,
             fence=self._fence,
             model=self._active,
             buffer=self._buffer,
@@ -221,7 +259,7 @@ class Agent:
             tell=self._tell,
             pause=self._pause,
             positions=tuple if self._gpsd is None else self._gpsd.take,
-            node_state=node_state,
+            node_state=self._node_state,
         )
         self.metrics.registry.register(metrics.UplinkCollector(self._uplink.status))
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
@@ -238,8 +276,6 @@ class Agent:
         stack.callback(self._sensors.stop)
         status = StatusServer(config.state_dir, self.describe)
         stack.callback(status.close)
-        if self._metrics_address is not None:
-            metrics.serve(self.metrics, *self._metrics_address)
 
     def _make_updater(self, repository: RepositoryConfig) -> Updater:
         return Updater(
@@ -376,11 +412,18 @@ def _repository(config: AgentConfig) -> RepositoryConfig | None:
 
 @contextlib.contextmanager
 def _only_agent_in(state_dir: Path) -> Iterator[None]:
-    """Make the state directory and hold its lock: two agents on one buffer would give one name to two blocks."""
+    """Make the state directory and hold its lock: two agents on one buffer would give one name to two blocks.
+
+    Raises:
+        ConfigError: another agent has it, or it cannot be a state directory.
+        UnavailableError: its disk fails, or takes nothing.
+    """
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
         lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as e:
+        if e.errno in DISK_ERRORS:
+            raise UnavailableError(f"state_dir {state_dir}: {e.strerror}; the agent waits for its disk") from e
         raise ConfigError(f"state_dir {state_dir} cannot be used: {e.strerror}; it must be a directory that the agent may write to") from e
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

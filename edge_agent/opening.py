@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from edge_agent.catalogue import Catalogue, Shelf
 from edge_agent.contract.block import ORDINAL, BlockHeader, decode_block
@@ -146,7 +147,7 @@ def _tail(
     places = []
     rows = store.execute("SELECT id, block FROM blocks WHERE id > ? ORDER BY id LIMIT ?", (newest_id, 1_000 * TAIL_BLOCKS_MAX))
     for number, stored in rows:
-        header, last_ordinal = _read_whole(stored, keys)
+        header, last_ordinal = read_whole(stored, keys)
         if header.epoch != catalogue.epoch:
             raise DamagedError(f"block {header.identity} is not of the epoch {catalogue.epoch}")
         age = Age.resume(age.at(age.monotonic_us), then, age.monotonic_us, header.boot, header.monotonic_us)
@@ -182,17 +183,18 @@ def _peek(stored: bytes) -> BlockHeader | None:
         return None
 
 
-def _read_whole(stored: bytes, keys: Keys | None) -> tuple[BlockHeader, int]:
-    header, table = decode_block(open_stored(stored, keys))
-    return header, last_ordinal(table)
+def read_whole(stored: bytes, keys: Keys | None) -> tuple[BlockHeader, int]:
+    """The header of a stored block, and the highest ordinal among its readings.
 
-
-def last_ordinal(table: Any) -> int:
-    """The highest ordinal among the readings of a block."""
+    Raises:
+        ContractError: it is not whole.
+        ConfigError: it is sealed under a key that is not here.
+    """
+    header, table = decode_block(open_stored(stored, keys), only=ORDINAL)
     ordinals = table.get(ORDINAL)
-    if ordinals is None:
+    if not isinstance(ordinals, np.ndarray):
         raise ContractError("a stored block has no ordinals")
-    return int(ordinals.max())
+    return header, int(ordinals.max())
 
 
 def _number(value: object, least: int = -_INT_MAX) -> int:

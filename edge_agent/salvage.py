@@ -25,15 +25,15 @@ from typing import Any
 import apsw
 import msgspec
 
-from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
+from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader
 from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
 from edge_agent.marks import Marked
-from edge_agent.opening import GAPS, last_ordinal
-from edge_agent.sealed import Keys, is_stored_block, open_stored, sealed_under, stored_header
+from edge_agent.opening import GAPS, read_whole
+from edge_agent.sealed import Keys, is_stored_block, sealed_under, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ UNUSED = "unused"
 """Stands for a stream in ledger rows of names that are not given out: nothing known had them."""
 OWED = "owed"
 _BATCH = 256
+_PUT = "INSERT OR IGNORE INTO blocks VALUES (?, ?) RETURNING id"
 _NAN = float("nan")
 
 
@@ -138,7 +139,7 @@ def _build(
     copy: bool,
 ) -> _New:
     _remove(new_path)
-    store = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs)
+    store = open_store(new_path, log_bytes_max=log_bytes_max, vfs=vfs, building=True)
     try:
         new = _New()
         if copy:
@@ -146,8 +147,7 @@ def _build(
                 with store.transaction():
                     for number, stored, header, ordinal in batch:
                         _insert(store, new, old, number, stored, header, ordinal)
-                if store.log_due():
-                    store.checkpoint()
+        store.built()
         now_us = time.time_ns() // 1_000
         with store.transaction():
             _finish(store, new, old, now_us, f"in {aside.name}" if copy else f"all that was waiting is in {aside.name}")
@@ -169,8 +169,7 @@ def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, b
             if not is_stored_block(stored):
                 continue
             try:
-                header, table = decode_block(open_stored(stored, keys))
-                ordinal = last_ordinal(table)
+                header, ordinal = read_whole(stored, keys)
             except ContractError:  # damaged: it is counted as missing
                 continue
             if header.device == device:
@@ -186,11 +185,12 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
     shelf = new.shelves.setdefault((header.lane, header.stream), len(new.shelves) + 1)
     known = (old.places or {}).get(name)
     settled = SETTLED if known is not None and known[4] else 0
-    taken = not 1 <= number <= 2**40 or store.execute("SELECT 1 FROM blocks WHERE id = ?", (number,))
-    block_id = new.next_id if taken else number
+    block_id = number if 1 <= number <= 2**40 else new.next_id
+    if not store.execute(_PUT, (block_id, stored)):  # another block was found under that number
+        block_id = new.next_id
+        store.execute(_PUT, (block_id, stored))
     new.next_id = max(new.next_id, block_id + 1)
     place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
-    store.execute("INSERT INTO blocks VALUES (?, ?)", (block_id, stored))
     store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
     key_id = sealed_under(stored)
     if key_id is not None:

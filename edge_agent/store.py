@@ -97,6 +97,11 @@ class Store:
                 if writer.in_transaction:
                     writer.execute("ROLLBACK")
 
+    def built(self) -> None:
+        """The next transaction is the last one that builds the file: with it, all of the file goes to the disk."""
+        with translated("written"):
+            self._writer.pragma("synchronous", "full")
+
     def execute(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         """Read on the writing connection: what the running transaction has done is seen."""
         with translated("read"):
@@ -159,8 +164,12 @@ def log_path(path: Path) -> Path:
     return path.with_name(f"{path.name}-wal")
 
 
-def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False, check_log: bool = True) -> Store:
+def open_store(
+    path: Path, *, log_bytes_max: int, vfs: str | None = None, suspect: bool = False, check_log: bool = True, building: bool = False
+) -> Store:
     """Open or create a buffer file. `check_log=False`: the caller knows better which commits there must be.
+
+    `building`: it is new, and of no use before it is complete; so it has no log and nothing waits for the disk, until `Store.built`.
 
     Raises:
         DamagedError: it is not a buffer file of this version: salvage it.
@@ -183,7 +192,7 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
             writer.set_busy_timeout(BUSY_MS)
             if check_log and not suspect and _lost_commits(log, writer):
                 raise DamagedError("its log is damaged: there are commits behind a frame that is not whole")
-            _set_up(writer, log_bytes_max)
+            _set_up(writer, log_bytes_max, building)
             if suspect:
                 writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
@@ -194,10 +203,10 @@ def open_store(path: Path, *, log_bytes_max: int, vfs: str | None = None, suspec
     return Store(path, writer, reader, log_bytes_max)
 
 
-def _set_up(writer: apsw.Connection, log_bytes_max: int) -> None:
+def _set_up(writer: apsw.Connection, log_bytes_max: int, building: bool) -> None:
     writer.pragma("page_size", PAGE_BYTES)  # of a new file
-    writer.pragma("journal_mode", "wal")
-    writer.pragma("synchronous", "full")
+    writer.pragma("journal_mode", "off" if building else "wal")
+    writer.pragma("synchronous", "off" if building else "full")
     writer.pragma("cell_size_check", True)
     writer.pragma("wal_autocheckpoint", 0)  # its errors would go unseen
     writer.pragma("journal_size_limit", log_bytes_max)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,17 @@ def connected() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def at_hand() -> Iterator[None]:
+    """The cluster that this process is a driver or a task of; if it is none, as `connected`."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        yield
+        return
+    with connected():
+        yield
 
 
 @contextmanager
@@ -123,6 +135,27 @@ def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Ite
                 raise e.cause from e
             raise
         yield waiting.pop(ready), result
+
+
+def shuffle(
+    split: Callable[..., list[Any]], merge: Callable[..., Any], shares: Sequence[Sequence[Any]], parts: int, *common: Any
+) -> Iterator[tuple[int, Any]]:
+    """Map and reduce: `split` each share into `parts` pieces, then `merge(part, *common, *pieces)`; (part, result) as they finish.
+
+    Pieces go from task to task; this process never holds them. Raises what `as_done` raises.
+    """
+    import ray
+
+    task = ray.remote(_pieces).options(num_returns=parts)
+    shuffled = [task.remote(split, *arguments) for arguments in shares]
+    by_share = [[one] for one in shuffled] if parts == 1 else shuffled
+    yield from as_done(merge, [(part, *common, *(pieces[part] for pieces in by_share)) for part in range(parts)])
+
+
+def _pieces(split: Callable[..., list[Any]], *arguments: Any) -> Any:
+    """A task with several results returns them all, one with one result returns it bare."""
+    pieces = split(*arguments)
+    return pieces[0] if len(pieces) == 1 else pieces
 
 
 def share(value: Any) -> Any:

@@ -1,32 +1,31 @@
 """dataset: what the model learns from: each label with the features that were known at its time.
 
-- Features come from Feast's historical features (`pipelines.offline_store`): nothing from after a label can reach it.
+- Features are those of the model's feature service, as of each label's time (`pipelines.offline_store`): nothing from after a label can
+  reach it. With `known_by_then` also nothing that arrived after it, however early it was measured.
 - Labels without features are dropped and counted; the target is the label, at most `label_max`.
 - The newest features of every entity go to Feast's online store in the same step: importing Feast alone takes seconds.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import sys
-from datetime import timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from edge_agent.contract.errors import ConfigError
 from pipelines import cluster, stage
 from pipelines.cli import progress
+from pipelines.feature_store import open_repo
 from pipelines.features import EVENT_TIME
+from pipelines.materialise import materialise
 from pipelines.params import Params
 from pipelines.stage import Context
 
-FEATURE_REPO = Path("feature_repo")
 LABEL, TARGET = "label", "target"
 
 
@@ -34,21 +33,23 @@ def work(context: Context) -> None:
     """Write the dataset, and bring the online store up to date."""
     progress("joining labels and features (Feast, point in time)")
     out = context.folder("dataset")
-    found = cluster.run(build, context.project, context.features, context.labels, context.params, context.contract.entity, out)
+    found = cluster.run(build, context.project, context.labels, context.params, context.contract.entity, out)
     stage.write_json(out / "dataset.json", found)
     progress(f"{found['rows']} rows of {found['entities']} engines; {found['labels_without_features']} labels had no features")
 
 
-def build(project: Path, features: Path, labels: Path, params: Params, entity: str, out: Path) -> dict[str, Any]:
+def build(project: Path, labels: Path, params: Params, entity: str, out: Path) -> dict[str, Any]:
     """Join, write, materialise; what dataset.json will say.
 
     Raises:
-        ConfigError: no label has features.
+        ConfigError: no label has features, or there is no feature repository.
+        UnavailableError: the online store fails.
     """
-    store, view = open_store(project)
+    repo = open_repo(project)
     wanted = pq.read_table(labels).rename_columns({"entity": entity, EVENT_TIME: "event_timestamp"})
-    refs = [f"{params.view}:{name}" for name in params.spec.names]
-    joined = store.get_historical_features(entity_df=wanted.to_pandas(), features=refs).to_arrow()
+    joined = repo.store.get_historical_features(
+        entity_df=wanted.to_pandas(), features=repo.service, filter_by_created_timestamp=params.dataset.known_by_then
+    ).to_arrow()
     dataset, dropped = finish(joined, params, entity)
     if not dataset.num_rows:
         raise ConfigError(
@@ -56,30 +57,13 @@ def build(project: Path, features: Path, labels: Path, params: Params, entity: s
             f"compare the engines and times of `fenceline labels add` with the readings, or raise dataset.ttl_s"
         )
     pq.write_table(dataset, out / "dataset.parquet", compression="zstd")
-    online = materialise(store, view, features)
+    online = materialise(repo, repo.views[params.view], say=progress)
     return {
         "rows": dataset.num_rows,
         "entities": len(pc.unique(dataset[entity])),
         "labels_without_features": dropped,
-        "online_until": online,
+        "online_until": None if online.newest_us is None else datetime.fromtimestamp(online.newest_us / 1e6, UTC).isoformat(),
     }
-
-
-def open_store(project: Path) -> tuple[Any, Any]:
-    """Feast's store of the project with its definitions applied, and the feature view."""
-    os.environ.setdefault("FEAST_USAGE", "False")
-    from feast import FeatureStore
-
-    repo = project / FEATURE_REPO
-    (repo / "data").mkdir(parents=True, exist_ok=True)
-    found = importlib.util.spec_from_file_location("feature_definitions", repo / "feature_definitions.py")
-    if found is None or found.loader is None or not (repo / "feature_definitions.py").exists():
-        raise ConfigError(f"{repo}/feature_definitions.py does not exist; copy feature_repo/ into the project")
-    definitions = importlib.util.module_from_spec(found)
-    found.loader.exec_module(definitions)
-    store = FeatureStore(repo_path=str(repo))
-    store.apply([definitions.entity, definitions.view])
-    return store, definitions.view
 
 
 def finish(joined: pa.Table, params: Params, entity: str) -> tuple[pa.Table, int]:
@@ -100,15 +84,6 @@ def finish(joined: pa.Table, params: Params, entity: str) -> tuple[pa.Table, int
     }
     table = pa.table(columns).sort_by([(entity, "ascending"), (EVENT_TIME, "ascending")])
     return table, joined.num_rows - kept.num_rows
-
-
-def materialise(store: Any, view: Any, features: Path) -> str:
-    """Write each entity's newest features to the online store; the time of the newest."""
-    times = pyarrow.dataset.dataset(features).to_table(columns=[EVENT_TIME])[EVENT_TIME]
-    span = pc.min_max(times)
-    first, last = span["min"].as_py(), span["max"].as_py()
-    store.materialize(start_date=first - timedelta(seconds=1), end_date=last, feature_views=[view.name], disable_event_timestamp=False)
-    return str(last.isoformat())
 
 
 if __name__ == "__main__":

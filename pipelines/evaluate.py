@@ -169,8 +169,9 @@ def _score_readings(
     readings: Path, contract: StreamContract, manifest: Manifest, model: bytes, engines: list[str]
 ) -> tuple[list[tuple[str, int]], Floats]:
     table = pq.read_table(readings, filters=[(contract.entity, "in", engines)])
-    scores = score(model, windows_of(table, contract, manifest.features))
-    return _keys(table[contract.entity], table[contract.event_time]), scores
+    made = windows_of(table, contract, manifest.features)
+    times = pa.chunked_array([pa.array(made.end_us)])
+    return _keys(table[contract.entity].take(pa.array(made.rows)), times), score(model, made.features)
 
 
 def _rows_of(context: Context, engines: npt.NDArray[Any], times: pa.Table) -> list[tuple[str, int]]:

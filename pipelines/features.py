@@ -6,7 +6,7 @@
 - Devices are dealt out to Ray tasks. A task reads record batches and writes as it goes: it holds a batch and the open windows only.
 - The result does not depend on the number of tasks or on how readings are cut into batches.
 - A window's row says when it was known: `event_time` is the reading's (trailing) or the end of the window (tumbling, hopping),
-  `created_time` when the lake got the reading that it was done with.
+  `created_time` when the lake had all the readings that it may hold (`pipelines.arrival`).
 - Windows that are still open at the end of the lake are not made: the device has not made them either.
 """
 
@@ -30,6 +30,7 @@ from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Made, Windows
 from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from pipelines import cluster, stage
+from pipelines.arrival import ARRIVED, Known
 from pipelines.cli import progress
 from pipelines.stage import Context
 
@@ -68,6 +69,7 @@ class LakeWindows:
         self._contract, self._spec, self._functions, self._devices_max = contract, spec, functions, devices_max
         self._windows: dict[tuple[str, str], Windows] = {}
         self._newest: dict[tuple[str, str], int] = {}
+        self._known = Known(contract.entity, spec.window_rows)
         self.behind = 0
         """Rows left out because their device's windows had gone past them: a block that came after newer ones."""
 
@@ -75,7 +77,7 @@ class LakeWindows:
     def columns(self) -> list[str]:
         """What `push` needs of a row."""
         c = self._contract
-        return list(dict.fromkeys([*self._spec.fields, c.entity, c.event_time, "device", "epoch", "arrived_at"]))
+        return list(dict.fromkeys([*self._spec.fields, c.entity, c.event_time, "device", "epoch", ARRIVED]))
 
     def push(self, rows: pa.Table) -> tuple[pa.Table, Counts]:
         """The features of the windows that these rows are done with.
@@ -90,6 +92,7 @@ class LakeWindows:
         """
         if ORDINAL in rows.column_names:
             rows = self._fresh(rows)
+        rows = self._known.into(rows)
         parts, counts = [], Counts(readings=rows.num_rows)
         for start, end in runs(rows):
             part = rows.slice(start, end - start)
@@ -120,14 +123,14 @@ class LakeWindows:
 
     def _table(self, rows: pa.Table, made: Made) -> pa.Table:
         trailing = self._spec.kind is WindowKind.TRAILING
-        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, "arrived_at", "device"]))).take(made.rows)
+        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, ARRIVED, "device"]))).take(made.rows)
         time = pa.timestamp("us", "UTC")
         start = {} if trailing else {WINDOW_START: pa.array(made.start_us).cast(time)}
         return pa.table(
             {
                 self._contract.entity: done[self._contract.entity],
                 EVENT_TIME: pa.array(made.end_us).cast(time),
-                CREATED_TIME: done["arrived_at"],
+                CREATED_TIME: done[ARRIVED],
                 "device": done["device"],
                 **start,
                 **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},

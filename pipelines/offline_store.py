@@ -1,131 +1,123 @@
-"""A Feast offline store for Parquet and Delta: point-in-time joins with DuckDB's ASOF JOIN.
+"""A Feast offline store for Parquet and Delta: point-in-time joins that are exact, fast and bounded in memory.
 
-Named in feature_store.yaml by its class path. Why our own: see DESIGN, section 6 (the stock stores lose rows, run out of memory, or
-take minutes for what this does in a second). The rules of a historical join:
+Named in feature_store.yaml by its class path. Why our own: see DESIGN, section 6, and decision 26. The rules of a join:
 
-- Each entity row gets, from each feature view, the feature row with the same join keys and the latest event time that is not after
-  the entity row's; none if that is older than the view's `ttl` (a feature exactly `ttl` old still counts; no ttl: any age).
+- Each label gets, from each feature view, the feature row with the same join keys and the latest event time that is not after
+  the label's; none if that is older than the view's `ttl` (a feature exactly `ttl` old still counts; no ttl: any age).
 - Of feature rows with the same keys and event time, the one with the latest created time counts: a late correction wins.
-- Every entity row comes back exactly once, in the order given, with NULL where there is nothing to join.
-- Times are compared as microseconds UTC; times without a zone are UTC. Nanoseconds of an entity row are cut off, so
-  that nothing from its future can match.
+  With `filter_by_created_timestamp` only rows that had been created by the label's time are looked at: what came late leaks nothing.
+- Every label comes back exactly once, in the order given, with NULL where there is nothing to join. Null keys match nothing.
+- Times without a zone are UTC. Nanoseconds count where the labels or the rows have them.
+
+How it works: `asof` joins, `feature_sources` reads and writes, `feature_query` brings labels and rows into one form,
+`partitioned` bounds memory and uses a cluster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import duckdb
 import pandas as pd
+import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
-from deltalake import DeltaTable
-from feast.data_format import DeltaFormat
+import pyarrow.compute as pc
+import pyarrow.dataset
 from feast.data_source import DataSource
-from feast.errors import SavedDatasetLocationAlreadyExists
-from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_VAL, FeatureView
-from feast.infra.offline_stores.file_source import FileSource, SavedDatasetFileStorage
+from feast.errors import EntityTimestampInferenceException, FeastEntityDFMissingColumnsError, RequestDataNotFoundInEntityDfException
+from feast.feature_logging import LoggingConfig, LoggingSource
+from feast.feature_view import DUMMY_ENTITY_ID, DUMMY_ENTITY_NAME, DUMMY_ENTITY_VAL, FeatureView
+from feast.infra.offline_stores.file_source import FileLoggingDestination
 from feast.infra.offline_stores.offline_store import OfflineStore, RetrievalJob, RetrievalMetadata
-from feast.infra.offline_stores.offline_utils import infer_event_timestamp_from_entity_df
 from feast.infra.registry.base_registry import BaseRegistry
 from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.repo_config import FeastConfigBaseModel, RepoConfig
-from feast.saved_dataset import SavedDatasetStorage
+from feast.utils import compute_non_entity_date_range
 
-TIME = pa.timestamp("us", "UTC")
-_ROW, _AT, _CREATED = "__row", "__at", "__created"
+from edge_agent.contract.errors import ConfigError, ContractError
+from pipelines import partitioned
+from pipelines.feature_query import Asked, Query, View
+from pipelines.feature_sources import Source, arrow
+from pipelines.partitioned import Deadline
+from pipelines.pulls import Pull, seen
+from pipelines.retrieval import AsOfRetrievalJob, Result
+
+EVENT_TIMESTAMP = "event_timestamp"
+_MB = 1_000_000
 
 
 class AsOfOfflineStoreConfig(FeastConfigBaseModel):
-    """`offline_store:` in feature_store.yaml. Without limits DuckDB takes all cores and 80 % of the memory."""
+    """`offline_store:` in feature_store.yaml.
+
+    `batch_mb`: how much of the features is held at a time (the whole takes two to three times that, and the labels).
+    `partitions`: 0 works in this process, more deals a join out over that many Ray tasks (RAY_ADDRESS, or a local Ray).
+    `filter_by_created_timestamp`: for every join, also those that do not ask for it.
+    `staging_location`: where `to_remote_storage` writes; `staging_endpoint`: its S3 endpoint.
+    """
 
     type: Literal["pipelines.offline_store.AsOfOfflineStore"] = "pipelines.offline_store.AsOfOfflineStore"
-    threads: int | None = None
-    memory_limit: str | None = None
-
-
-class AsOfRetrievalJob(RetrievalJob):
-    """A query that runs when its result is asked for."""
-
-    def __init__(
-        self,
-        query: Callable[[], pa.Table],
-        on_demand: list[OnDemandFeatureView] | None = None,
-        full_feature_names: bool = False,
-        metadata: RetrievalMetadata | None = None,
-        repo_path: Path | None = None,
-    ) -> None:
-        self._query = query
-        self._on_demand = on_demand or []
-        self._full_feature_names = full_feature_names
-        self._metadata = metadata
-        self._repo_path = repo_path
-
-    def _to_arrow_internal(self, timeout: int | None = None) -> pa.Table:
-        return self._query()
-
-    def _to_df_internal(self, timeout: int | None = None) -> pd.DataFrame:
-        return self._query().to_pandas()
-
-    @property
-    def full_feature_names(self) -> bool:
-        return self._full_feature_names
-
-    @property
-    def on_demand_feature_views(self) -> list[OnDemandFeatureView]:
-        return self._on_demand
-
-    @property
-    def metadata(self) -> RetrievalMetadata | None:
-        return self._metadata
-
-    def persist(self, storage: SavedDatasetStorage, allow_overwrite: bool = False, timeout: int | None = None) -> None:
-        """Write the result to one Parquet file."""
-        if not isinstance(storage, SavedDatasetFileStorage):
-            raise TypeError(f"saved dataset storage is {type(storage).__name__}; this store writes to SavedDatasetFileStorage only")
-        path = Path(FileSource.get_uri_for_file_path(self._repo_path, storage.file_options.uri))
-        if path.exists() and not allow_overwrite:
-            raise SavedDatasetLocationAlreadyExists(location=str(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(self.to_arrow(), path)
+    batch_mb: int = 768
+    partitions: int = 0
+    filter_by_created_timestamp: bool = False
+    staging_location: str | None = None
+    staging_endpoint: str | None = None
 
 
 class AsOfOfflineStore(OfflineStore):
-    """The store; Feast calls it with static methods only."""
+    """The store; Feast calls most of it as static methods."""
+
+    supports_filter_by_created_timestamp = True
 
     @staticmethod
     def get_historical_features(
         config: RepoConfig,
         feature_views: list[FeatureView],
         feature_refs: list[str],
-        entity_df: pd.DataFrame | str | None,
+        entity_df: pd.DataFrame | pa.Table | str | None,
         registry: BaseRegistry,
         project: str,
         full_feature_names: bool = False,
-        **kwargs: Any,
+        filter_by_created_timestamp: bool = False,
+        start_date: datetime | None = None,
+        end_date: datetime | None = None,
     ) -> RetrievalJob:
-        """The point-in-time join of `entity_df` (a frame, or SQL that DuckDB understands) with the views."""
+        """The point-in-time join of `entity_df` (a frame, an Arrow table, or SQL that DuckDB understands) with the views.
+
+        Without `entity_df` the labels are the keys and event times of the views' own rows from `start_date` to `end_date`.
+
+        Raises:
+            ConfigError: a source, a column or a type does not fit; the message says which.
+        """
+        known_by = filter_by_created_timestamp or config.offline_store.filter_by_created_timestamp
+        views = [_view(view, feature_refs, full_feature_names, known_by, config) for view in feature_views]
         if entity_df is None:
-            raise NotImplementedError("this offline store joins features to entity rows; pass entity_df instead of a range of time")
-        frame = _connect(config).sql(entity_df).df() if isinstance(entity_df, str) else entity_df
-        time_column = infer_event_timestamp_from_entity_df(dict(frame.dtypes.items()))
-        times = pd.to_datetime(frame[time_column], utc=True).dt.floor("us")
-        joins = [_Join.of(view, feature_refs, full_feature_names, config) for view in feature_views]
+            table = seen(views, *compute_non_entity_date_range(feature_views, start_date, end_date), time=EVENT_TIMESTAMP)
+        else:
+            table = _labels(entity_df)
+        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
+        time = _check_columns(table, views, on_demand)
+        times = _timestamps(table[time])
+        asked = Asked.of(table.select(sorted({key for view in views for key in view.keys})), times)
 
-        def query() -> pa.Table:
-            return _as_of(_connect(config), pa.Table.from_pandas(frame, preserve_index=False), times, joins)
+        def work(deadline: Deadline) -> Iterator[pa.Table]:
+            result = table
+            for view in views:
+                values = _joined(Query.of(view, asked), config, deadline)
+                for name in view.values:
+                    result = result.append_column(name, values[name])
+            yield result
 
+        span = pc.min_max(times)
         metadata = RetrievalMetadata(
             features=feature_refs,
-            keys=[c for c in frame.columns if c != time_column],
-            min_event_timestamp=times.min().to_pydatetime(),
-            max_event_timestamp=times.max().to_pydatetime(),
+            keys=[name for name in table.column_names if name != time],
+            min_event_timestamp=span["min"].as_py(),
+            max_event_timestamp=span["max"].as_py(),
         )
-        on_demand = OnDemandFeatureView.get_requested_odfvs(feature_refs, project, registry)
-        return AsOfRetrievalJob(query, on_demand, full_feature_names, metadata, config.repo_path)
+        return AsOfRetrievalJob(work, config, Result(on_demand, full_feature_names, metadata))
 
     @staticmethod
     def pull_latest_from_table_or_query(
@@ -139,20 +131,15 @@ class AsOfOfflineStore(OfflineStore):
         end_date: datetime,
     ) -> RetrievalJob:
         """The newest row of each entity with start_date <= event time <= end_date."""
-        columns = [*join_key_columns, *feature_name_columns]
-        times = [c for c in (timestamp_field, created_timestamp_column) if c]
-        partition = f"PARTITION BY {_names(join_key_columns)}" if join_key_columns else ""
+        source = Source.of(data_source, config)
+        pull = Pull(source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column, start_date, end_date)
 
-        def query() -> pa.Table:
-            connection = _connect(config)
-            source = _source(connection, data_source, config, "source")
-            picked = connection.sql(
-                f"SELECT {_names(columns)}, {_times(times)} FROM {source} WHERE {_between(timestamp_field, start_date, end_date)} "
-                f"QUALIFY row_number() OVER ({partition} ORDER BY {_newest(times, feature_name_columns)}) = 1"
-            )
-            return _finish(picked, times, dummy=not join_key_columns)
+        def work(deadline: Deadline) -> Iterator[pa.Table]:
+            for table in pull.newest_rows(_bytes_max(config), deadline):
+                dummy = pa.array([DUMMY_ENTITY_VAL] * table.num_rows, pa.string())
+                yield table if join_key_columns else table.append_column(DUMMY_ENTITY_ID, dummy)
 
-        return AsOfRetrievalJob(query, repo_path=config.repo_path)
+        return AsOfRetrievalJob(work, config)
 
     @staticmethod
     def pull_all_from_table_or_query(
@@ -166,127 +153,137 @@ class AsOfOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """All rows with start_date <= event time <= end_date; None leaves that side open."""
-        columns = [*join_key_columns, *feature_name_columns]
-        times = [c for c in (timestamp_field, created_timestamp_column) if c]
+        source = Source.of(data_source, config)
+        pull = Pull(source, join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column, start_date, end_date)
+        return AsOfRetrievalJob(lambda deadline: pull.all_rows(_bytes_max(config), deadline), config)
 
-        def query() -> pa.Table:
-            connection = _connect(config)
-            source = _source(connection, data_source, config, "source")
-            picked = connection.sql(
-                f"SELECT {_names(columns)}, {_times(times)} FROM {source} WHERE {_between(timestamp_field, start_date, end_date)}"
+    @staticmethod
+    def offline_write_batch(config: RepoConfig, feature_view: FeatureView, table: pa.Table, progress: Callable[[int], Any] | None) -> None:
+        """Append rows to the view's source, or begin it with them.
+
+        Raises:
+            ContractError: the columns are not those of the source.
+        """
+        source = Source.of(feature_view.batch_source, config)
+        source.append(_as_stored(table, source, feature_view.name) if source.exists() else table)
+        if progress:
+            progress(table.num_rows)
+
+    @staticmethod
+    def write_logged_features(
+        config: RepoConfig, data: pa.Table | Path, source: LoggingSource, logging_config: LoggingConfig, registry: BaseRegistry
+    ) -> None:
+        """Add logged features (a table, or a directory of Parquet files) to the destination's directory, in its partitions."""
+        destination = logging_config.destination
+        if not isinstance(destination, FileLoggingDestination):
+            raise ConfigError(
+                f"logged features go to a {type(destination).__name__}; this offline store writes to FileLoggingDestination only"
             )
-            return _finish(picked, times)
+        rows = pyarrow.dataset.dataset(data) if isinstance(data, Path) else data
+        Source.of(destination.to_data_source(), config).add_partitioned(rows, destination.partition_by or [])
 
-        return AsOfRetrievalJob(query, repo_path=config.repo_path)
+    def validate_data_source(self, config: RepoConfig, data_source: DataSource) -> None:
+        """`feast apply` refuses what this store cannot read. A source that is not there yet is fine.
+
+        Raises:
+            ConfigError: another kind of source, or one without its time column.
+        """
+        source = Source.of(data_source, config)
+        stored = {new: old for old, new in data_source.field_mapping.items()}
+        time = stored.get(data_source.timestamp_field, data_source.timestamp_field)
+        if time and source.exists() and time not in (names := source.schema().names):
+            raise ConfigError(f"data source {data_source.name!r}: {source.path} has no time column {time!r}; it has {', '.join(names)}")
+
+    def get_table_column_names_and_types_from_data_source(self, config: RepoConfig, data_source: DataSource) -> Iterable[tuple[str, str]]:
+        """Names and Arrow types of the columns, those of hive partitions included."""
+        return [(column.name, str(column.type)) for column in Source.of(data_source, config).schema()]
+
+    @staticmethod
+    def get_monitoring_max_timestamp(config: RepoConfig, data_source: DataSource, timestamp_field: str) -> datetime | None:
+        """The latest event time; None without rows."""
+        latest = Source.of(data_source, config).scan().select(pl.col(timestamp_field).max()).collect().item()
+        return latest.replace(tzinfo=UTC) if latest is not None and latest.tzinfo is None else latest
 
 
-class _Join:
-    """How one feature view is joined: where it lies, and which columns are keys and features."""
+def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by: bool, config: RepoConfig) -> View:
+    """Where a view's columns lie; Feast's names are those after the source's field mapping."""
+    projection, source = view.projection, view.batch_source
+    place = Source.of(source, config)
+    assert source is not None
+    stored = {new: old for old, new in source.field_mapping.items()}
+    wanted = [name for prefix, _, name in (ref.partition(":") for ref in refs) if prefix == projection.name_to_use()]
+    shown = f"{projection.name_alias or projection.name}__" if full_feature_names else ""
+    keys = [column.name for column in view.entity_columns if column.name != DUMMY_ENTITY_ID]
+    if not keys and view.entities not in ([], [DUMMY_ENTITY_NAME]):  # a join without keys would give everybody's newest row
+        raise ConfigError(f"feature view {view.name!r} has entities {view.entities} but no join keys yet; apply it first")
+    return View(
+        name=projection.name_to_use(),
+        source=place,
+        keys={projection.join_key_map.get(key, key): stored.get(key, key) for key in keys},
+        values={shown + name: stored.get(name, name) for name in wanted},
+        time=stored.get(source.timestamp_field, source.timestamp_field),
+        created=stored.get(source.created_timestamp_column, source.created_timestamp_column) or None,
+        ttl_us=round(view.ttl.total_seconds() * 1e6) if view.ttl else 0,
+        known_by=known_by,
+    )
 
-    def __init__(self, view: FeatureView, features: dict[str, str], keys: dict[str, str], config: RepoConfig) -> None:
-        self.view, self.features, self.keys, self.config = view, features, keys, config
-        self.source: Any = view.batch_source
-        self.ttl_us = round(view.ttl.total_seconds() * 1e6) if view.ttl else 0
 
-    @classmethod
-    def of(cls, view: FeatureView, refs: list[str], full_feature_names: bool, config: RepoConfig) -> _Join:
-        if view.batch_source is None:
-            raise ValueError(f"feature view {view.name!r} has no batch source")
-        prefix = view.projection.name_to_use()
-        stored = {new: old for old, new in view.batch_source.field_mapping.items()}
-        wanted = [ref.split(":", 1)[1] for ref in refs if ref.split(":", 1)[0] == prefix]
-        features = {(f"{prefix}__{f}" if full_feature_names else f): stored.get(f, f) for f in wanted}
-        names = [e.name for e in view.entity_columns if e.name != DUMMY_ENTITY_ID]
-        keys = {view.projection.join_key_map.get(n, n): stored.get(n, n) for n in names}
-        return cls(view, features, keys, config)
+def _labels(entity_df: pd.DataFrame | pa.Table | str) -> pa.Table:
+    if isinstance(entity_df, str):
+        with duckdb.connect() as connection:
+            return connection.sql(entity_df).to_arrow_table()
+    if isinstance(entity_df, pa.Table):
+        return entity_df
+    if isinstance(entity_df, pd.DataFrame):
+        return pa.Table.from_pandas(entity_df, preserve_index=False)
+    raise ConfigError(f"entity_df is a {type(entity_df).__name__}; give a pandas DataFrame, an Arrow table or SQL")
 
-    def candidates(self, connection: duckdb.DuckDBPyConnection, name: str) -> str:
-        """SQL for the feature rows, one for each combination of keys and event time."""
-        source = _source(connection, self.source, self.config, name)
-        time = self.source.timestamp_field
-        times = [c for c in (time, self.source.created_timestamp_column) if c]
-        keys = list(self.keys.values())
-        features = list(dict.fromkeys(self.features.values()))
-        return (
-            f"SELECT {_names([*keys, *features])}{', ' if keys or features else ''}epoch_us({_name(time)}) AS {_AT} FROM {source} "
-            f"WHERE {_name(time)} IS NOT NULL "
-            f"QUALIFY row_number() OVER (PARTITION BY {_names([*keys, time])} ORDER BY {_newest(times[1:], features)}) = 1"
+
+def _check_columns(labels: pa.Table, views: list[View], on_demand: list[OnDemandFeatureView]) -> str:
+    """The labels' time column; raises when a column is missing or there twice."""
+    names = labels.column_names
+    times = [field.name for field in labels.schema if pa.types.is_timestamp(field.type)]
+    if EVENT_TIMESTAMP not in names and len(times) != 1:
+        raise EntityTimestampInferenceException(EVENT_TIMESTAMP)
+    keys = {key for view in views for key in view.keys}
+    if missing := keys - set(names):
+        raise FeastEntityDFMissingColumnsError(keys, missing)
+    for view in on_demand:
+        for name in view.get_request_data_schema():
+            if name not in names:
+                raise RequestDataNotFoundInEntityDfException(feature_name=name, feature_view_name=view.name)
+    if twice := [name for view in views for name in view.values if name in names]:
+        raise ConfigError(
+            f"the labels have columns with the names of features: {', '.join(twice)}; rename them, or ask for full_feature_names"
         )
+    return EVENT_TIMESTAMP if EVENT_TIMESTAMP in names else times[0]
 
 
-def _as_of(connection: duckdb.DuckDBPyConnection, entities: pa.Table, times: pd.Series, joins: list[_Join]) -> pa.Table:
-    at = pa.array(times.astype("datetime64[us, UTC]")).cast(pa.int64())
-    numbered = entities.append_column(_ROW, pa.array(range(entities.num_rows), pa.int64())).append_column(_AT, at)
-    connection.register("entities", numbered)
-    result = entities
-    for i, join in enumerate(joins):
-        on = [f"e.{_name(theirs)} = f.{_name(ours)}" for theirs, ours in join.keys.items()] + [f"e.{_AT} >= f.{_AT}"]
-        fresh = f"e.{_AT} - f.{_AT} <= {join.ttl_us}" if join.ttl_us else "TRUE"
-        picked = [f"CASE WHEN {fresh} THEN f.{_name(stored)} END AS {_name(shown)}" for shown, stored in join.features.items()]
-        found = connection.sql(
-            f"SELECT {', '.join([f'e.{_ROW}', *picked])} FROM entities e "
-            f"ASOF LEFT JOIN ({join.candidates(connection, f'features_{i}')}) f ON {' AND '.join(on)} ORDER BY e.{_ROW}"
-        ).to_arrow_table()
-        for name in join.features:
-            result = result.append_column(name, found[name])
-    return result
+def _timestamps(times: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Timestamps as they are; dates and text in ISO 8601 become some."""
+    if pa.types.is_timestamp(times.type):
+        return times
+    if pa.types.is_date(times.type):
+        return times.cast(pa.timestamp("us"))
+    return pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="ISO8601"))])
 
 
-def _connect(config: RepoConfig) -> duckdb.DuckDBPyConnection:
-    limits = config.offline_store
-    connection = duckdb.connect()
-    if limits.threads:
-        connection.execute(f"SET threads = {int(limits.threads)}")
-    if limits.memory_limit:
-        connection.execute("SET memory_limit = ?", [limits.memory_limit])
-    return connection
+def _joined(query: Query, config: RepoConfig, deadline: Deadline) -> pa.Table:
+    settings = config.offline_store
+    if settings.partitions:
+        return arrow(partitioned.on_ray(query, settings.partitions, _bytes_max(config), deadline))
+    return arrow(partitioned.here(query, _bytes_max(config), deadline))
 
 
-def _source(connection: duckdb.DuckDBPyConnection, source: DataSource, config: RepoConfig, name: str) -> str:
-    """Make the source readable; what to write behind FROM."""
-    if not isinstance(source, FileSource):
-        raise TypeError(f"data source {source.name!r} is {type(source).__name__}; this store reads FileSource (Parquet or Delta)")
-    path = FileSource.get_uri_for_file_path(config.repo_path, source.path)
-    if isinstance(source.file_format, DeltaFormat):
-        connection.register(name, DeltaTable(path).to_pyarrow_dataset())
-        return name
-    connection.from_parquet(str(Path(path) / "**/*.parquet") if Path(path).is_dir() else path).create_view(name)
-    return name
+def _as_stored(table: pa.Table, source: Source, view: str) -> pa.Table:
+    """The rows with the columns of the source, in its order and types. Nanoseconds are cut off where it has none."""
+    schema = source.schema()
+    missing, extra = sorted(set(schema.names) - set(table.column_names)), sorted(set(table.column_names) - set(schema.names))
+    if missing or extra:
+        raise ContractError(f"rows for feature view {view!r} do not fit {source.path}: columns missing {missing}, unknown {extra}")
+    columns = [table[field.name].cast(options=pc.CastOptions(field.type, allow_time_truncate=True)) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
-def _finish(picked: duckdb.DuckDBPyRelation, times: list[str], dummy: bool = False) -> pa.Table:
-    """The result, with its times as timestamps again."""
-    table = picked.to_arrow_table()
-    for name in times:
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, name, table[name].cast(TIME))
-    return table.append_column(DUMMY_ENTITY_ID, pa.array([DUMMY_ENTITY_VAL] * table.num_rows, pa.string())) if dummy else table
-
-
-def _times(columns: list[str]) -> str:
-    return ", ".join(f"epoch_us({_name(c)}) AS {_name(c)}" for c in columns)
-
-
-def _newest(times: list[str], features: list[str]) -> str:
-    """The order in which the first row wins; equal times are settled by content, so that the answer is always the same."""
-    order = [f"epoch_us({_name(c)}) DESC NULLS LAST" for c in times]
-    return ", ".join([*order, f"hash({_names(features)}) DESC" if features else "1"])
-
-
-def _between(column: str, start: datetime | None, end: datetime | None) -> str:
-    bounds = [f"epoch_us({_name(column)}) {sign} {_us(t)}" for sign, t in ((">=", start), ("<=", end)) if t is not None]
-    return " AND ".join(bounds) or "TRUE"
-
-
-def _us(time: datetime) -> int:
-    aware = time if time.tzinfo else time.replace(tzinfo=UTC)
-    delta = aware - datetime(1970, 1, 1, tzinfo=UTC)
-    return (delta.days * 86_400 + delta.seconds) * 1_000_000 + delta.microseconds
-
-
-def _names(columns: list[str]) -> str:
-    return ", ".join(_name(c) for c in columns)
-
-
-def _name(column: str) -> str:
-    return '"' + column.replace('"', '""') + '"'
+def _bytes_max(config: RepoConfig) -> int:
+    return int(config.offline_store.batch_mb) * _MB

@@ -50,6 +50,7 @@ class Features(_Section, frozen=True):
 class Dataset(_Section, frozen=True):
     ttl_s: float
     label_max: float
+    known_by_then: bool = False
 
 
 class Setting(_Section, frozen=True):

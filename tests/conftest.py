@@ -1,7 +1,7 @@
 """House rules of the tests.
 
-- A test says what it needs with a marker (`needs_mosquitto`, `needs_postgres`, `needs_chromium`, `needs_root`) and is skipped where that is
-  missing. Under CI=true a test that is skipped for want of something that can be installed fails instead:
+- A test says what it needs with a marker (`needs_mosquitto`, `needs_postgres`, `needs_redis`, `needs_chromium`, `needs_root`) and is
+  skipped where that is missing. Under CI=true a test that is skipped for want of something that can be installed fails instead:
   a missing package must not look like a passed test.
 - Randomness comes from the `seed` fixture. The seed of the run stands in pytest's header; FENCELINE_SEED repeats it.
 - Hypothesis has no deadline (2 shared cores) and prints how to repeat a failure.
@@ -49,6 +49,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs mosquitto: make system-deps")
     if item.get_closest_marker("needs_postgres") and not has_postgres():
         pytest.skip("needs PostgreSQL: make system-deps")
+    if item.get_closest_marker("needs_redis") and not shutil.which("redis-server", path=SYSTEM_PATH):
+        pytest.skip("needs redis-server: make system-deps")
     if item.get_closest_marker("needs_chromium") and not find_chromium():
         pytest.skip("needs chromium: make system-deps")
     if item.get_closest_marker("needs_root") and os.geteuid() != 0:

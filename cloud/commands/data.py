@@ -97,6 +97,8 @@ def _import_buffer(args: argparse.Namespace) -> int:
         print_json(document(done))
     else:
         print(f"{done.stored_blocks} of {done.blocks} blocks stored ({done.stored_rows} rows), {done.duplicates} were in the lake already")
+        if done.quarantined_rows:
+            print(f"{done.quarantined_rows} of these rows break their contract: fenceline quarantine list")
         for reason, blocks in done.refused.items():
             print(f"{blocks} blocks refused: {reason}; fenceline status and the audit trail say more")
         if done.damaged:

@@ -83,7 +83,8 @@ def _print_quality(quality: Quality | None) -> None:
         return
     lost = f"{quality.lost_blocks} blocks lost, {quality.unaccounted_blocks} unaccounted"
     ago_s = round(time.time() - quality.at_us / 1e6)
-    print(f"lake     {100 * quality.share:.4f} percent complete {ago_s} s ago: {quality.quarantined_readings} readings in quarantine, {lost}")
+    held = f"{quality.quarantined_readings} readings in quarantine"
+    print(f"lake     {100 * quality.share:.4f} percent complete {ago_s} s ago: {held}, {lost}")
     for line in (*quality.levels, *(f"unaccounted: {gap}" for gap in quality.gaps)):
         print(f"ALARM    {line}")
 

@@ -125,8 +125,8 @@ def peek_header(data: bytes) -> BlockHeader:
     return header
 
 
-def decode_block(block: bytes) -> tuple[BlockHeader, Table]:
-    """Header and columns of a block.
+def decode_block(block: bytes, only: str | None = None) -> tuple[BlockHeader, Table]:
+    """Header and columns of a block; of the columns only the one that `only` names, if it is given.
 
     Raises:
         ContractError: the bytes are not a whole block of format 1.
@@ -140,7 +140,7 @@ def decode_block(block: bytes) -> tuple[BlockHeader, Table]:
         raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=RAW_BYTES_MAX)
     except zstandard.ZstdError as e:
         raise ContractError(f"block {header.identity}: columns do not decompress: {e}") from e
-    return header, decode_columns(raw, header.rows)
+    return header, decode_columns(raw, header.rows, only)
 
 
 def _split(block: bytes) -> tuple[BlockHeader, int]:

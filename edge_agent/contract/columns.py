@@ -118,8 +118,8 @@ def encode_columns(table: Table, rows: int) -> bytes:
     return b"".join([len(head).to_bytes(4, "little"), head, *chunks])
 
 
-def decode_columns(data: bytes, rows: int) -> Table:
-    """The inverse of `encode_columns`, bit for bit.
+def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
+    """The inverse of `encode_columns`, bit for bit; of one column alone if `only` names it, which is several times as fast.
 
     Raises:
         ContractError: the bytes are not an encoded table of `rows` rows.
@@ -137,7 +137,7 @@ def decode_columns(data: bytes, rows: int) -> Table:
         end = parts[-1].stop
     if end != len(data):
         raise ContractError(f"{len(data) - end} bytes too many after the last column")
-    return _decode_parts(parts, data, rows)
+    return _decode_parts([part for part in parts if only in (None, part.spec.name)], data, rows)
 
 
 def _encode_column(name: str, column: Column) -> tuple[_Spec, list[bytes]]:

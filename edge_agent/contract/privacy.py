@@ -104,4 +104,5 @@ def to_step(values: Floats, step: float) -> Floats:
 
 def off_step(values: Floats, step: float) -> npt.NDArray[np.bool_]:
     """Which values are no multiples of `step`; NaN, missing, is none of them."""
-    return ~np.isnan(values) & (to_step(values, step) != values)
+    off: npt.NDArray[np.bool_] = ~np.isnan(values) & (to_step(values, step) != values)
+    return off

@@ -31,8 +31,9 @@ def carve(file: Buffer, log: Buffer, page_bytes: int, blob_bytes_max: int) -> It
     frames = list(_frames(log, page_bytes))
     newest = dict(frames)
     reader = _Pages(file, log, page_bytes, newest)
-    for number in range(1, len(file) // page_bytes + 1):
-        yield from reader.leaf(file, (number - 1) * page_bytes, number, blob_bytes_max)
+    for start in range(0, len(file) - page_bytes + 1, page_bytes):
+        if file[start] == _LEAF or start == 0:  # most pages are none: a call for each would cost more than all else
+            yield from reader.leaf(file, start, start // page_bytes + 1, blob_bytes_max)
     for number, start in frames:
         yield from reader.leaf(log, start, number, blob_bytes_max)
 
@@ -86,24 +87,19 @@ class _Pages:
         wanted = least + (size - least) % (usable - 4)
         return wanted if wanted <= usable - 35 else least
 
-    def _follow(self, payload: bytes, pointer: bytes, size: int, use_log: bool) -> bytes | None:
-        parts, missing = [payload], size - len(payload)
-        number = int.from_bytes(pointer, "big")
+    def _follow(self, payload: bytes, pointer: Buffer, size: int, use_log: bool) -> bytes | None:
+        file, page_bytes, newest = self._file, self._page_bytes, self._newest if use_log else {}
+        parts: list[Buffer] = [payload]
+        last, missing = len(file) - page_bytes, size - len(payload)
         while missing > 0:
-            page = self._page(number, use_log)
-            if page is None:
+            number = int.from_bytes(pointer, "big")
+            source, start = (self._log, newest[number]) if number in newest else (file, (number - 1) * page_bytes)
+            if source is file and not 0 <= start <= last:
                 return None
-            parts.append(page[4 : 4 + min(missing, self._page_bytes - 4)])
-            missing -= len(parts[-1])
-            number = int.from_bytes(page[:4], "big")
+            parts.append(source[start + 4 : start + min(missing + 4, page_bytes)])
+            missing -= page_bytes - 4
+            pointer = source[start : start + 4]
         return b"".join(parts)
-
-    def _page(self, number: int, use_log: bool) -> bytes | None:
-        if use_log and number in self._newest:
-            start = self._newest[number]
-            return bytes(self._log[start : start + self._page_bytes])
-        start = (number - 1) * self._page_bytes
-        return bytes(self._file[start : start + self._page_bytes]) if 0 <= start <= len(self._file) - self._page_bytes else None
 
 
 def _last_blob(record: bytes) -> bytes | None:

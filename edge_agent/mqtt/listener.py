@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import logging
 import select
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,8 +28,9 @@ from edge_agent.contract.errors import ConfigError, ContractError, UnavailableEr
 from edge_agent.mqtt import frames, server_frames
 from edge_agent.mqtt.crowd import Crowd
 from edge_agent.mqtt.door import Door, refusal
-from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch, Wake
+from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch
 from edge_agent.mqtt.peer import QUOTA_EXCEEDED, SHUTTING_DOWN, TAKEN_OVER, Peer, PeerLimits, State
+from edge_agent.mqtt.side import SideStatus, SideThread
 from edge_agent.mqtt.wire import PROTOCOL_ERROR, UNSUPPORTED_VERSION, FrameError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 RECV_BYTES = 256 * 1024
 IDLE_S_MAX = 60.0
 CHECK_S = 0.25  # how often deadlines are looked at
-STOP_S_MAX = 10.0
 LOG_S = 1.0  # at most one line about clients in this time
 ACCEPT_RETRY_S = 1.0
 
@@ -68,19 +67,13 @@ class ListenerConfig:
 
 
 @dataclass(frozen=True)
-class ListenerStatus:
+class ListenerStatus(SideStatus):
     """How the listener stands. `connected`: it listens. `last_lost`: which client was last sent away or lost, and why."""
 
-    connected: bool = False
-    error: str = ""
     last_lost: str = ""
     connections: int = 0
     accepted: int = 0
     refused: int = 0
-    messages: int = 0
-    batches: int = 0
-    paused: bool = False
-    last_received_us: int | None = None
 
 
 class Listener:
@@ -90,11 +83,10 @@ class Listener:
         """Read the files; ConfigError if they cannot be used."""
         self._config = config
         self._inlet = inlet
-        self._wake = Wake()
-        self._door = Door(config.tls, config.users_file, self._wake.set)
+        self._thread = SideThread("listener", self._run, inlet)
+        self._door = Door(config.tls, config.users_file, self._thread.wake.set)
         self._crowd = Crowd()
         self._poll = select.poll()
-        self._stopping = threading.Event()
         self._status = ListenerStatus()
         self._open = OpenBatch(inlet.limits)
         self._parts: list[_Part] = []
@@ -103,8 +95,6 @@ class Listener:
         self._made = 0  # client ids given out
         self._next_check = self._next_log = self._accept_again = self._paused_at = 0.0
         self._unsaid = 0
-        inlet.attach(self._wake.set)
-        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
 
     def start(self) -> None:
         """Listen.
@@ -114,7 +104,7 @@ class Listener:
             UnavailableError: the address is not there (yet).
         """
         self._door.open(self._config.host, self._config.port, self._config.connections_max)
-        for waited in (self._wake, self._crowd.writers, self._crowd.readers, self._door):
+        for waited in (self._thread.wake, self._crowd.writers, self._crowd.readers, self._door):
             self._poll.register(waited.fileno(), select.POLLIN)
         self._status = replace(self._status, connected=True)
         self._thread.start()
@@ -132,21 +122,13 @@ class Listener:
 
     def stop(self) -> None:
         """Send what was released, say goodbye, end the thread. What was not released comes again from the sensors."""
-        self._stopping.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_S_MAX)
-        if not self._thread.is_alive():
-            self._wake.close()
+        self._thread.stop()
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while not self._thread.stopping.is_set():
                 self._round()
             self._acknowledge()
-        except BaseException as e:
-            self._inlet.fail(e)
-            raise
         finally:
             self._close()
 
@@ -176,8 +158,8 @@ class Listener:
             wait_s = 0.0
         wait_ms = wait_s * 1_000 + 0.5 if wait_s > 0 else 0.0  # rounded up, or it would spin at the end
         waiting = {fd for fd, _ in self._poll.poll(wait_ms)}
-        if self._wake.fileno() in waiting:
-            self._wake.clear()
+        if self._thread.wake.fileno() in waiting:
+            self._thread.wake.clear()
         return waiting
 
     def _pause(self, paused: bool) -> None:
@@ -334,16 +316,13 @@ class Listener:
         full, parts = self._open, self._parts
         self._open, self._parts = OpenBatch(self._inlet.limits), []
         batch = Batch(full.topics, full.payloads, full.received_us, functools.partial(self._release, parts))
-        status = self._status
-        self._status = replace(
-            status, messages=status.messages + len(batch), batches=status.batches + 1, last_received_us=batch.received_us
-        )
+        self._status = self._status.after(batch)
         self._inlet.put(batch)
 
     def _release(self, parts: list[_Part]) -> None:
         """Called by the data path: these messages are safe."""
         self._released.append(parts)
-        self._wake.set()
+        self._thread.wake.set()
 
     def _acknowledge(self) -> None:
         paid: dict[Peer, None] = {}
@@ -397,7 +376,7 @@ class Listener:
         self._next_log, self._unsaid = now + LOG_S, 0
 
     def _close(self) -> None:
-        self._status = replace(self._status, connected=False, paused=False)
+        self._status = self._status.ended()
         self._door.close()
         for peer in self._crowd:
             if peer.state is State.OPEN:

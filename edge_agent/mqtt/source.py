@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.mqtt import frames
 from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch, Wake
+from edge_agent.mqtt.side import SideStatus, SideThread
 from edge_agent.mqtt.tls import tls_context
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ OUTBOX_BYTES_MAX = 4 * 1024 * 1024
 IDLE_S_MAX = 60.0
 BREATH_S = 0.001
 DENSE_S = 0.0025  # a breath, and what reading and cutting may take
-STOP_S_MAX = 10.0
 _SUBSCRIBE_ID = 1
 
 
@@ -77,16 +77,10 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
-class SourceStatus:
-    """How the source stands. `error` is why the last connection failed or ended, empty while all is well."""
+class SourceStatus(SideStatus):
+    """How the source stands."""
 
-    connected: bool = False
-    error: str = ""
     connections: int = 0
-    messages: int = 0
-    batches: int = 0
-    paused: bool = False
-    last_received_us: int | None = None
 
 
 class Source:
@@ -96,11 +90,8 @@ class Source:
         self._config = config
         self._inlet = inlet
         self._tls = None if config.tls is None else tls_context(config.tls)
-        self._wake = Wake()
-        self._stopping = threading.Event()
         self._status = SourceStatus()
-        inlet.attach(self._wake.set)
-        self._thread = threading.Thread(target=self._run, name="source", daemon=True)
+        self._thread = SideThread("source", self._run, inlet)
 
     def start(self) -> None:
         """Start the thread; it connects and keeps connected."""
@@ -108,12 +99,7 @@ class Source:
 
     def stop(self) -> None:
         """End the connection and the thread. What was not released is delivered again to the next session."""
-        self._stopping.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(STOP_S_MAX)
-        if not self._thread.is_alive():
-            self._wake.close()
+        self._thread.stop()
 
     @property
     def status(self) -> SourceStatus:
@@ -123,46 +109,37 @@ class Source:
     def _run(self) -> None:
         try:
             self._keep_connected()
-        except BaseException as e:
-            self._inlet.fail(e)
-            raise
         finally:
-            self._status = replace(self._status, connected=False, paused=False)
+            self._status = self._status.ended()
 
     def _keep_connected(self) -> None:
         pause_s = self._config.backoff_s_min
-        while not self._stopping.is_set():
+        while not self._thread.stopping.is_set():
             started = time.monotonic()
             try:
                 self._connect_and_read()
             except (UnavailableError, ContractError) as e:
-                self._status = replace(self._status, connected=False, paused=False, error=str(e))
+                self._status = replace(self._status.ended(), error=str(e))
                 log.warning("source connection lost broker=%s:%d error=%s", self._config.host, self._config.port, e)
             if time.monotonic() - started > self._config.backoff_s_max:  # it held: forget earlier failures
                 pause_s = self._config.backoff_s_min
             pause_s = min(self._config.backoff_s_max, random.uniform(self._config.backoff_s_min, 3 * pause_s))
-            self._stopping.wait(pause_s)
+            self._thread.stopping.wait(pause_s)
 
     def _connect_and_read(self) -> None:
         inlet = self._inlet
-        with contextlib.closing(_Connection(self._config, self._tls, self._wake, inlet)) as connection:
-            while not self._stopping.is_set():
+        with contextlib.closing(_Connection(self._config, self._tls, self._thread.wake, inlet)) as connection:
+            while not self._thread.stopping.is_set():
                 for packet in connection.step(hungry=inlet.hungry):
                     self._on_packet(packet, connection)
                 if inlet.room:
                     batch = connection.take_batch(hungry=inlet.hungry)
                     if batch is not None:
-                        self._hand_over(batch)
+                        self._status = self._status.after(batch)
+                        inlet.put(batch)
                 if connection.full != self._status.paused:
                     self._status = replace(self._status, paused=connection.full)
             connection.finish()
-
-    def _hand_over(self, batch: Batch) -> None:
-        status = self._status
-        self._status = replace(
-            status, messages=status.messages + len(batch), batches=status.batches + 1, last_received_us=batch.received_us
-        )
-        self._inlet.put(batch)
 
     def _on_packet(self, packet: frames.Packet, connection: _Connection) -> None:
         config = self._config

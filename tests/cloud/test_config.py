@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cloud import config
-from cloud.parts import check_ports
+from cloud.parts import check_ports, parts
 from edge_agent.contract.errors import ConfigError
 
 
@@ -55,6 +55,12 @@ def test_a_wrong_file_is_refused_with_what_to_change(project: Path, text: str, m
     write(project, text)
     with pytest.raises(ConfigError, match=message):
         config.load(project)
+
+
+def test_live_features_are_a_part_of_the_stack_when_asked_for(project: Path) -> None:
+    assert "features-live" not in [part.name for part in parts(config.load(project))]
+    write(project, "[features]\nlive = true")
+    assert "features-live" in [part.name for part in parts(config.load(project))]
 
 
 def test_the_project_is_found_upward_and_its_absence_is_named(

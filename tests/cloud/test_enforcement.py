@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloud.enforcement import Block, check, violations
@@ -78,6 +78,7 @@ def columns(rows: list[dict[str, Any]]) -> Table:
     }
 
 
+@settings(max_examples=60)
 @given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=7))
 def test_exactly_the_rows_that_break_a_rule_are_found_with_the_first_rule_they_break(batches: list[list[dict[str, Any]]]) -> None:
     blocks: list[Block] = [(block(i + 1, rows=len(rows))[0], columns(rows)) for i, rows in enumerate(batches)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +23,17 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud import brokers, config, ingest
 from cloud.audit import Audit
 from cloud.config import Settings
-from cloud.ingest_status import read_status
+from cloud.ingest_status import read_status, read_worker, status_path
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
+from cloud.workers import ONE, Pool, Worker, command, end_unused
+from edge_agent.contract.block import encode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
-from tests.brokers import Broker, User, nats_broker
+from tests.brokers import Broker, User, mosquitto_broker, nats_broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
+from tests.cloud.test_quarantine import bad
+from tests.cloud.test_quarantine import rows as held_rows
 
 ROOT = Path(__file__).parents[2]
 SECRET = "between cloud and broker"
@@ -80,11 +88,11 @@ class Device:
     def send(self, payload: bytes, lane: str = "europe", stream: str = "pump") -> None:
         self.client.publish(self.topics.up(lane, stream), payload, qos=1).wait_for_publish(WAIT_S)
 
-    def wait_for(self, cumulative: int) -> Receipt:
+    def wait_for(self, cumulative: int, timeout_s: float = WAIT_S) -> Receipt:
         """The first receipt that settles that many blocks."""
-        deadline = time.monotonic() + WAIT_S
+        deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            receipt = self.receipts.get(timeout=WAIT_S)
+            receipt = self.receipts.get(timeout=timeout_s)
             if receipt.lanes[0].cumulative >= cumulative:
                 return receipt
         raise AssertionError(f"no receipt for {cumulative} blocks")
@@ -99,9 +107,9 @@ def device(broker: Broker) -> Iterator[Device]:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[ingest.Ingest]:
+def running(settings: Settings, worker: Worker = ONE) -> Iterator[ingest.Ingest]:
     """An ingest in a thread, connected."""
-    work = ingest.build(settings, "eu")
+    work = ingest.build(settings, "eu", worker)
     work.intake.open()
     thread = threading.Thread(target=work.run)
     thread.start()
@@ -114,8 +122,8 @@ def running(settings: Settings) -> Iterator[ingest.Ingest]:
         work.intake.close()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_S
+def wait_until(condition: Callable[[], object], timeout_s: float = WAIT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
@@ -258,3 +266,76 @@ def test_a_block_sent_without_qos_is_stored_and_does_not_cost_the_connection(set
         device.send(block_bytes(2))
         device.wait_for(2)
         assert work.intake.connected and work.intake.connection == 1
+
+
+def test_on_a_broker_without_shared_subscriptions_each_device_has_its_worker(settings: Settings, broker: Broker, device: Device) -> None:
+    region = settings.region("eu")
+    workers = [Worker(number, 3) for number in (1, 2, 3)]
+    names = [f"gw-{i}" for i in range(60)]
+    kept = {name: [w.number for w in workers if w.kept(region)(DeviceTopics(name).up("europe", "pump"))] for name in names}
+    assert all(len(owners) == 1 for owners in kept.values()) and {owners[0] for owners in kept.values()} == {1, 2, 3}
+    assert sum(w.kept(region)("no/device") for w in workers) == sum(w.kept(region)("odd") for w in workers) == 1
+
+    with running(settings, workers[0]) as first, running(settings, workers[1]) as second, running(settings, workers[2]) as third:
+        for sequence in (1, 2, 3):
+            device.send(block_bytes(sequence))
+        device.wait_for(3)
+        wait_until(lambda: sorted(w.status.blocks for w in (first, second, third)) == [0, 0, 3])
+        assert read_status(settings, "eu") is not None
+    assert len(rows(settings)) == 9
+
+
+@pytest.mark.needs_mosquitto
+def test_what_a_worker_would_have_got_goes_to_the_others_once_its_session_is_ended(settings: Settings, tmp_path: Path) -> None:
+    with mosquitto_broker(tmp_path, [User("cloud", SECRET), User("d1", "p")]) as shared:
+        region = replace(settings.region("eu"), port=shared.port, shared_subscriptions=True)
+        settings = replace(settings, regions=(region,))
+        device = Device(shared)
+        with running(settings, Worker(1, 2)), running(settings, Worker(2, 2)):
+            pass  # both sessions are there, and status files
+        device.send(block_bytes(1))
+        device.send(block_bytes(2))
+        with running(settings, ONE):
+            wait_until(lambda: len(rows(settings)) == 3)  # the other block waits for a worker that never comes
+        end_unused(settings, region, ONE)
+        assert [path.name for path in settings.run_dir.glob("ingest-eu*")] == ["ingest-eu.ingest-1.json"]
+        with running(settings, ONE):
+            for sequence in (1, 2, 3):
+                device.send(block_bytes(sequence))
+            device.wait_for(3)
+        device.client.disconnect()
+        device.client.loop_stop()
+    assert len(rows(settings)) == 9
+
+
+def test_a_pool_starts_its_workers_again_and_ends_them(settings: Settings, device: Device) -> None:
+    stop = threading.Event()
+    commands = [command(settings, "eu", Worker(number, 2)) for number in (1, 2)]
+    pool = threading.Thread(target=Pool(commands, stop).run)
+    pool.start()
+    try:
+        files = [status_path(settings, "eu", f"ingest-{number}") for number in (1, 2)]
+        wait_until(lambda: all((status := read_worker(path)) is not None and status.connected for path in files), 60.0)
+        before = [status.pid for path in files if (status := read_worker(path)) is not None]
+        os.kill(before[0], signal.SIGKILL)
+        wait_until(lambda: (status := read_worker(files[0])) is not None and status.pid != before[0] and status.connected, 60.0)
+        device.send(block_bytes(1))
+        device.wait_for(1)
+    finally:
+        stop.set()
+        pool.join()
+    assert not Path(f"/proc/{before[1]}").exists()
+
+
+def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings: Settings, device: Device) -> None:
+    with running(settings) as work:
+        device.send(encode_block(*bad(1, [0, 2])))
+        device.send(encode_block(*bad(2, [0, 1, 2, 3])))
+        device.wait_for(2)
+        alarm = device.alarms.get(timeout=WAIT_S)
+        wait_until(lambda: work.status.quarantined_rows == 6)
+    assert rows(settings) == [(1, 1), (1, 3)]
+    assert held_rows(CheckedLake(Lake(settings.lake)).held) == [(1, 0), (1, 2), *((2, r) for r in range(4))]
+    assert (alarm["event"], alarm["reason"]) == ("rows_quarantined", "out_of_range")
+    assert "field 'pressure': 0 to 100 allowed" in alarm["detail"]
+    assert {e.kind for e in Audit(settings.audit_db).entries()} == {"rows_quarantined"}

@@ -130,7 +130,7 @@ def test_two_workers_with_the_same_blocks_in_any_order_and_any_commit_failing(
 ) -> None:
     """Random blocks to two workers, half of them sent again, one commit in five failing before or after it landed."""
     chance = random.Random(seed)
-    sent = [bad(n, [r for r in range(4) if chance.random() < 0.4], lane=chance.choice(["europe", "canada"])) for n in range(1, 25)]
+    sent = [bad(n, [r for r in range(4) if chance.random() < 0.4], lane=chance.choice(["europe", "canada"])) for n in range(1, 17)]
     real = lake_module.write_deltalake
 
     def write(table: Any, *args: Any, **kw: Any) -> None:

@@ -106,7 +106,7 @@ def test_a_lake_whose_zones_were_given_roots_later_is_not_half_read(apart: Roots
     lake_of(Roots(apart.default)).append("eu", [block(1), block(1, lane="canada")])
     lake = lake_of(apart)
     for use in (lake.streams, lambda: lake.read("pump"), lambda: lake.append("eu", [block(2)])):
-        with pytest.raises(ConfigError, match="lane 'europe' lies in .* move"):
+        with pytest.raises(ConfigError, match=r"lane 'europe' lies in .* move"):
             use()
 
 

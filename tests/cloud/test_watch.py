@@ -66,9 +66,8 @@ def test_kept_promises_are_quiet_and_broken_ones_are_told_once(settings: Setting
     assert watch.look(NOW_US + 3_601_000_000) == read_quality(settings)
     kinds = [entry.kind for entry in Audit(settings.audit_db).entries()]
     assert sorted(set(kinds)) == ["level_broken", "unaccounted"] and len(kinds) == 6
-    assert watch.look(NOW_US + 30 * 86_400_000_000).levels == [
-        "stream pump: completeness is 45.455 percent of 11 blocks; promised is 99 percent"
-    ]
+    later = watch.look(NOW_US + 30 * 86_400_000_000).levels
+    assert later == ["stream pump: completeness is 45.455 percent of 11 blocks; promised is 99 percent"]
 
 
 def test_status_and_metrics_show_what_the_watch_found(settings: Settings) -> None:
@@ -121,7 +120,6 @@ def test_the_commands(settings: Settings, capsys: pytest.CaptureFixture[str], tm
 
 def test_a_lake_that_is_empty_is_whole(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     assert Lake(settings.lake).streams() == []
-    assert (
-        run(settings, capsys, "completeness")[0] == 0 and run(settings, capsys, "quarantine", "list")[1] == "nothing lies in quarantine\n"
-    )
+    assert run(settings, capsys, "completeness")[0] == 0
+    assert run(settings, capsys, "quarantine", "list")[1] == "nothing lies in quarantine\n"
     assert run(settings, capsys, "query", "SELECT * FROM pump")[0] == 2

@@ -68,6 +68,13 @@ def check_decodes_or_refuses(data: bytes, rows: int) -> None:
     assert all(len(column) == rows for column in table.values())
 
 
+@given(tables())
+def test_one_column_alone_is_what_it_is_among_all(made: tuple[Table, int]) -> None:
+    table, rows = made
+    for name, column in table.items():
+        assert same(decode_columns(encode_columns(table, rows), rows, only=name), {name: column})
+
+
 def test_wrong_length_and_too_many_columns_are_refused() -> None:
     with pytest.raises(ContractError, match="'t' has 2 rows, the block has 3"):
         encode_columns({"t": np.zeros(2)}, 3)

@@ -22,6 +22,7 @@ from edge_agent.contract.state import Desired, encode_state
 from edge_agent.contract.topics import ALL_BLOCKS, ALL_REPORTED, DeviceTopics, Kind, parse
 from edge_agent.status import ask
 from tests.brokers import Broker
+from tests.edge_agent.nursery import Forked, Nursery
 from tests.edge_agent.test_config import write
 
 START_S = 1_700_000_000
@@ -88,13 +89,14 @@ class Cloud:
 class Bench:
     """A device's surroundings in one folder."""
 
-    def __init__(self, path: Path, sensors: Broker, eu: Broker) -> None:
-        self.path, self.sensors, self.eu = path, sensors, eu
+    def __init__(self, path: Path, sensors: Broker, eu: Broker, nursery: Nursery | None = None) -> None:
+        """`nursery`: where agents come from that are to start quickly."""
+        self.path, self.sensors, self.eu, self._nursery = path, sensors, eu, nursery
         self.config = write(path)
         text = self.config.read_text().replace('127.0.0.1:1883"', f'127.0.0.1:{sensors.port}"').replace("18831", str(eu.port))
         self.config.write_text(text)
         self.cloud = Cloud(eu)
-        self.agent: subprocess.Popen[bytes] | None = None
+        self.agent: subprocess.Popen[bytes] | Forked | None = None
         self._publisher = Client(CallbackAPIVersion.VERSION2, "sensor", clean_session=True)
         self._publisher.connect(sensors.host, sensors.port)
         self._publisher.loop_start()
@@ -106,7 +108,11 @@ class Bench:
 
     def start_now(self, *more: str) -> None:
         """Start the agent and do not wait for it; `more` goes on its command line."""
-        command = [sys.executable, "-m", "edge_agent.cli", "run", "--config", str(self.config), *more]
+        arguments = ["run", "--config", str(self.config), *more]
+        if self._nursery is not None:
+            self.agent = self._nursery.start(arguments, self.path / "agent.log", {"RUNTIME_DIRECTORY": str(self.path)})
+            return
+        command = [sys.executable, "-m", "edge_agent.cli", *arguments]
         with (self.path / "agent.log").open("ab") as log:
             self.agent = subprocess.Popen(command, stderr=log, env={**os.environ, "RUNTIME_DIRECTORY": str(self.path)})
 

@@ -113,7 +113,9 @@ class World:
         self._order = itertools.count()
         self._turn_at = self.now
         self.uplink = Uplink(
-            UplinkConfig("plane-01", tuple(EndpointConfig(name, "sim", 1) for name in endpoints), failback_s=failback_s, limits=self.limits),
+            UplinkConfig(
+                "plane-01", tuple(EndpointConfig(name, "sim", 1) for name in endpoints), failback_s=failback_s, limits=self.limits
+            ),
             self.store,  # type: ignore[arg-type]
             lambda lane: self.lanes[lane],
             lambda document: None,

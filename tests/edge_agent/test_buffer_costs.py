@@ -11,7 +11,7 @@ from bench import edge_buffer
 from bench.streams import engines
 
 
-@pytest.mark.parametrize(("rows", "limit"), [(100, 3.0), (1_000, 2.4)])
+@pytest.mark.parametrize(("rows", "limit"), [(24, 3.4), (100, 3.0), (1_000, 2.4)])
 def test_few_bytes_are_written_per_byte_stored(rows: int, limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")  # bytes are counted, not fsyncs
     for online in (True, False):

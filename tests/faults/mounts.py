@@ -1,5 +1,9 @@
 """File systems that a test makes and breaks: loop-mounted ext4 and XFS, tmpfs. All need root.
 
+A loop disk is mounted where only this process and its children see it. Otherwise every mount namespace that others make meanwhile
+(each `ip netns exec` makes one) holds a copy: unmounting then ends nothing, and what the kernel still had to write for the
+file system before the cut lands, seconds later, in the one after it. A first sign of it were buffers that lost a page.
+
 with LoopDisk(tmp_path, "ext4") as disk:
     ...                 # work in disk.path
     disk.power_cut()    # nothing that was not on the platter is there any more
@@ -7,7 +11,9 @@ with LoopDisk(tmp_path, "ext4") as disk:
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import functools
 import os
 import shutil
 import struct
@@ -23,6 +29,7 @@ from tests.conftest import SYSTEM_PATH
 
 _FS_IOC_SHUTDOWN = (2 << 30) | (4 << 16) | (ord("X") << 8) | 125
 _NO_LOG_FLUSH = 2
+_CLONE_NEWNS = 0x00020000
 PATIENCE_S = 30.0
 SIZES_MB = {"ext4": 64, "xfs": 320}  # XFS makes none below 300
 _MAKE = {"ext4": ["mkfs.ext4", "-q", "-F"], "xfs": ["mkfs.xfs", "-q", "-f"]}
@@ -43,6 +50,7 @@ class LoopDisk:
             pytest.skip(f"needs {make[0]}: make system-deps")
         if not _kernel_has(self._kind):
             pytest.skip(f"this kernel has no {self._kind}: neither built in nor as a module")
+        _enter_own_namespace()
         self.path.mkdir()
         with self._image.open("wb") as image:
             image.truncate(SIZES_MB[self._kind] << 20)
@@ -61,7 +69,6 @@ class LoopDisk:
         self._loops.append(loop)
         options = ["-o", self._options] if self._options else []
         _patiently("mount", "-t", self._kind, *options, loop, str(self.path))
-        _run("mount", "--make-shared", str(self.path))  # so that copies in others' mount namespaces go when this one goes
 
     def power_cut(self) -> None:
         """Cut the power and start the machine again. Freeze who writes first: it would see errors, which no power cut shows."""
@@ -75,6 +82,7 @@ class LoopDisk:
         """Mount it again; nothing may use it any more."""
         _run("umount", str(self.path))
         _run("losetup", "-d", self._loops.pop())
+        assert not _run("losetup", "-j", str(self._image)), f"{self._image} is still in use: somebody else holds its mount"
         self.mount()
 
     def turn_read_only(self) -> None:
@@ -98,6 +106,14 @@ def tmpfs(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=False)
 
 
+@functools.cache
+def _enter_own_namespace() -> None:
+    """Let the mounts of this thread, and of the processes that it starts, be seen by nobody else."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(_CLONE_NEWNS) == 0, f"unshare: {os.strerror(ctypes.get_errno())}"
+    _run("mount", "--make-rprivate", "/")
+
+
 def _kernel_has(kind: str) -> bool:
     if kind in Path("/proc/filesystems").read_text().split():
         return True
@@ -105,7 +121,7 @@ def _kernel_has(kind: str) -> bool:
 
 
 def _patiently(*command: str) -> None:
-    """Run a mount; XFS refuses while a copy of the one before lives in the namespace of another test."""
+    """Run a mount; XFS refuses while one of the same file system is about to go."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ BLOCKS_AT_ONCE = 64
 ATTEMPTS_MAX = 3
 
 Name = tuple[str, str, int]  # epoch, lane, sequence
+_decode = functools.lru_cache(4_096)(decode_block)  # these tests see the same few blocks thousands of times
 
 
 def open_buffer(path: Path, *, bytes_max: int = 1 << 30, history_rows: int = 0) -> Buffer:
@@ -83,7 +85,7 @@ def _look(buffer: Buffer) -> Found:
 
 
 def _take(found: Found, stored: StoredBlock) -> None:
-    header, table = decode_block(stored.block)
+    header, table = _decode(stored.block)
     assert (header.lane, header.sequence, header.stream, header.rows) == (stored.lane, stored.sequence, stored.stream, stored.rows)
     name = (header.epoch, header.lane, header.sequence)
     assert name not in found.blocks, f"two blocks are called {name}"

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -104,6 +105,33 @@ def test_a_file_system_that_turns_read_only_holds_the_sensors_until_it_is_mounte
         disk.replace()
         arrived_once(bench, 60)
         bench.kill()
+
+
+def test_an_agent_that_starts_on_a_read_only_disk_holds_the_sensors_until_it_is_mounted_again(bench: Bench, tmp_path: Path) -> None:
+    with LoopDisk(tmp_path, "ext4", "errors=remount-ro", "state") as disk:
+        bench.start()  # so that the sensors' broker keeps what is not acknowledged
+        for cycle in range(1, 11):
+            bench.publish(noisy(cycle))
+        wait_for(lambda: stored(bench) == 10, bench.log)
+        bench.kill()
+        disk.turn_read_only()
+        for cycle in range(11, 31):
+            bench.publish(noisy(cycle))
+        bench.start_now()
+        wait_for(lambda: "buffer unavailable, source held" in bench.log(), bench.log)
+        time.sleep(HELD_S)
+        assert bench.agent is not None and bench.agent.poll() is None, f"the agent ended: {bench.log()[-2000:]}"
+        disk.replace()
+        arrived_once(bench, 30)
+        bench.kill()
+
+
+def test_an_agent_that_waits_for_its_disk_stops_when_asked(bench: Bench, tmp_path: Path) -> None:
+    with LoopDisk(tmp_path, "ext4", "errors=remount-ro", "state") as disk:
+        disk.turn_read_only()
+        bench.start_now()
+        wait_for(lambda: "buffer unavailable, source held" in bench.log(), bench.log)
+        assert bench.kill(signal.SIGTERM) == 0
 
 
 @contextmanager

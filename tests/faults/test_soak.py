@@ -12,8 +12,10 @@ import os
 import random
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +24,16 @@ from deltalake import DeltaTable
 from bench.edge_footprint import family, pss_mb
 from bench.plant import Plant
 from bench.proxy import Proxy
+from cloud.ingest_status import read_status
 
 RATE = 2_000
 SOAK_S = float(os.environ.get("FENCELINE_SOAK_S", "1800"))
 WARM_SHARE = 0.3
 SAMPLE_S = 2.0
 SLOPE_MB_PER_H_MAX = 1.0
-QUIET_S = 60.0  # longer than a block waits for its receipt before it goes again
+QUIET_S = 60.0  # longer than a block waits for its receipt before it goes again, the first time
+DRAIN_S_MAX = 1_200.0  # a block that was unlucky several times waits up to 10 minutes (OutboxLimits.receipt_timeout_max_s)
+GAP_US = 1_000_000  # readings that are missing further apart are told apart
 
 pytestmark = pytest.mark.needs_mosquitto
 
@@ -52,7 +57,7 @@ def test_half_an_hour_of_random_faults_leaves_memory_and_descriptors_flat(tmp_pa
 def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[float, float, int]]:
     """Run it; returns samples of hours, PSS of the agent in MB, and its open descriptors, taken while no fault was on."""
     rng = random.Random(seed)
-    samples = []
+    samples, happened = [], []
     with Plant(folder, settings="[buffer]\nbytes_max = 268435456\nhistory_rows = 2000") as plant, Proxy(plant.region.port) as link:
         plant.config = plant.write_config(link.port)
         plant.start_agent()
@@ -67,18 +72,48 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[f
                 assert plant.agent is not None
                 samples.append(((time.monotonic() - started) / 3600, pss_mb(plant.agent.pid), descriptors(plant.agent.pid)))
             if sensors.poll() is None:
-                rng.choice(faults)()
+                name, fault = rng.choice(faults)
+                happened.append((time.time(), name))
+                fault()
         assert sensors.returncode == 0
         report = json.loads(out.read_text())
         assert report["acked"] == report["sent"]
         wait_for_rows(plant, report["sent"])
         total, distinct = rows(plant)
-        found = f"{report['sent']} sent, {total} rows, {distinct} distinct; the agent: {plant.status()}"
-        assert (report["sent"] - distinct, total - distinct) == (0, 0), f"{found}; its log ends\n{plant.agent_log()[-3000:]}"
+        print(f"{report['sent']} sent, {total} rows, {distinct} distinct, {len(happened)} faults: {Counter(name for _, name in happened)}")
+        assert (report["sent"] - distinct, total - distinct) == (0, 0), story(plant, report, happened)
     return samples
 
 
-def faults_of(plant: Plant, link: Proxy, rng: random.Random) -> list[Callable[[], None]]:
+def story(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]]) -> str:
+    """Where the missing readings are, as far as it is known: with the sensors' broker, in the buffer, or lost on the way to the lake."""
+    status, buffer = plant.status(), plant.status()["buffer"]
+    return "\n".join(
+        [
+            f"sensors: {report}",
+            f"agent: {buffer['readings_stored']} readings stored, {buffer['waiting_blocks']} blocks wait, lost {buffer['lost_readings']}",
+            f"sensors' side: {status['sensors']}",
+            f"uplink: {status['uplink']} {status['lanes']} {status['endpoints']}",
+            f"ingest: {read_status(plant.cloud, 'eu')}",
+            *missing(plant, report, happened),
+            f"the agent's log ends\n{plant.agent_log()[-3000:]}",
+        ]
+    )
+
+
+def missing(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]]) -> list[str]:
+    """A line for each second without a reading, and the faults before it. (A restart of the sensors' broker makes such a hole too.)"""
+    times = DeltaTable(plant.table).to_pyarrow_table(columns=["ts"])["ts"].cast("int64").to_numpy()
+    times = np.unique(np.concatenate([[report["first_us"]], times, [report["last_us"]]]))
+    holes = np.flatnonzero(np.diff(times) > GAP_US)
+    lines = []
+    for start, end in zip(times[holes].tolist(), times[holes + 1].tolist(), strict=True):
+        before = [f"{name} {start / 1e6 - at:.1f} s before" for at, name in happened if at <= end / 1e6][-2:]
+        lines.append(f"no reading for {(end - start) / 1e6:.2f} s from {start}: {', '.join(before) or 'no fault before'}")
+    return lines[:20]
+
+
+def faults_of(plant: Plant, link: Proxy, rng: random.Random) -> list[tuple[str, Callable[[], None]]]:
     """Each makes a fault, lets it last a moment, and ends it."""
 
     def while_(begin: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
@@ -90,11 +125,11 @@ def faults_of(plant: Plant, link: Proxy, rng: random.Random) -> list[Callable[[]
         return fault
 
     return [
-        while_(link.cut, link.restore),
-        while_(plant.region.kill, plant.region.start),
-        while_(plant.region.stop_signal, plant.region.continue_signal),
-        while_(plant.sensors.stop, plant.sensors.start),  # orderly: a killed Mosquitto loses what it has acknowledged
-        while_(plant.stop_ingest, plant.start_ingest),
+        ("uplink cut", while_(link.cut, link.restore)),
+        ("region killed", while_(plant.region.kill, plant.region.start)),
+        ("region frozen", while_(plant.region.stop_signal, plant.region.continue_signal)),
+        ("sensors' broker restarted", while_(plant.sensors.stop, plant.sensors.start)),  # a killed Mosquitto loses what it acknowledged
+        ("ingest killed", while_(plant.stop_ingest, plant.start_ingest)),
     ]
 
 
@@ -103,9 +138,11 @@ def descriptors(pid: int) -> int:
 
 
 def wait_for_rows(plant: Plant, count: int) -> None:
-    """Wait until the lake has that many rows, or gets no more for a while."""
-    seen, since = -1, time.monotonic()
-    while seen < count and time.monotonic() - since < QUIET_S:
+    """Wait until the lake has that many rows, or gets no more for a while although no block waits to go again."""
+    seen, since, started = -1, time.monotonic(), time.monotonic()
+    while seen < count and time.monotonic() - started < DRAIN_S_MAX:
+        if time.monotonic() - since > QUIET_S and not plant.status()["buffer"]["waiting_blocks"]:
+            return
         found = DeltaTable(plant.table).to_pyarrow_dataset().count_rows()
         if found != seen:
             seen, since = found, time.monotonic()

@@ -16,7 +16,7 @@ MODULES = sorted(p for p in (ROOT / "bench").glob("*.py") if "main(__doc__, meas
 def needs(module: Path) -> list[pytest.MarkDecorator]:
     """A benchmark that breaks networks, or has real brokers, says so."""
     text = module.read_text()
-    marks = {"Needs root": pytest.mark.needs_root, "Mosquitto": pytest.mark.needs_mosquitto}
+    marks = {"Needs root": pytest.mark.needs_root, "Mosquitto": pytest.mark.needs_mosquitto, "Needs Redis": pytest.mark.needs_redis}
     return [mark for words, mark in marks.items() if words in text]
 
 

@@ -103,10 +103,10 @@ def test_sensor_broker_takes_readings_from_sensors_and_gives_them_to_the_agent(t
 
 
 @contextmanager
-def broker(folder: Path, kind: str, names: list[str]) -> Iterator[int]:
-    """Mosquitto with deploy's configuration; only the paths, the port and the user that it runs as differ."""
+def broker(folder: Path, kind: str, names: list[str], acl: str | None = None) -> Iterator[int]:
+    """Mosquitto with deploy's configuration; only the paths, the port, the user that it runs as and the rights, if given, differ."""
     make_certificates(folder, names)
-    shutil.copy(DEPLOY / "mosquitto" / f"{kind}.acl", folder)
+    (folder / f"{kind}.acl").write_text(acl or (DEPLOY / "mosquitto" / f"{kind}.acl").read_text())
     (folder / "passwords").write_text("agent:agent-password\nsensor:sensor-password\n")
     subprocess.run(["mosquitto_passwd", "-U", str(folder / "passwords")], check=True, timeout=WAIT_S)
     text = (DEPLOY / "mosquitto" / f"{kind}.conf").read_text()

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cloud.lake import Lake
+from cloud.roots import Roots
 from cloud.rows import TIME, Contracts
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader, FixQuality
 from edge_agent.contract.columns import Floats, Strings, Table
@@ -29,7 +30,7 @@ def turbofan() -> StreamContract:
     return parse_contract((ROOT / "contracts/turbofan.odcs.yaml").read_bytes())
 
 
-def open_lake(directory: Path) -> Lake:
+def open_lake(directory: Path | Roots) -> Lake:
     return Lake(directory, Contracts([turbofan()]))
 
 
@@ -73,29 +74,34 @@ def store(lake: Lake, device: str, table: Table, model: str | None = None, score
         part[ORDINAL] = np.arange(first_ordinal + first, first_ordinal + first + count, dtype=np.int64)
         part[SCORE] = scores[first : first + count]
         sequences[lane] += 1
-        header = BlockHeader(
-            device=device,
-            epoch=f"epoch-{device}",
-            lane=lane,
-            sequence=sequences[lane],
-            stream="turbofan",
-            contract_version=turbofan().version,
-            rows=count,
-            first_us=int(part["ts"][0]),
-            last_us=int(part["ts"][-1]),
-            fix=FixQuality.FIX,
-            policy=hashlib.sha256(b"zones").hexdigest(),
-            boot="boot",
-            monotonic_us=first,
-            sealed_us=START_US,
-            clock_synced=True,
-            model=model,
-        )
+        header = header_of(device, f"epoch-{device}", lane, sequences[lane], part, model)
         blocks.append((header, part))
     lake.append("eu", blocks)
 
 
-def fill(directory: Path, devices: int = 4, engines_per_device: int = 4, seed: int = 1) -> None:
+def header_of(device: str, epoch: str, lane: str, sequence: int, part: Table, model: str | None = None) -> BlockHeader:
+    """The header of a block of turbofan readings."""
+    return BlockHeader(
+        device=device,
+        epoch=epoch,
+        lane=lane,
+        sequence=sequence,
+        stream="turbofan",
+        contract_version=turbofan().version,
+        rows=len(part["ts"]),
+        first_us=int(part["ts"][0]),
+        last_us=int(part["ts"][-1]),
+        fix=FixQuality.FIX,
+        policy=hashlib.sha256(b"zones").hexdigest(),
+        boot="boot",
+        monotonic_us=int(part[ORDINAL][0]),
+        sealed_us=START_US,
+        clock_synced=True,
+        model=model,
+    )
+
+
+def fill(directory: Path | Roots, devices: int = 4, engines_per_device: int = 4, seed: int = 1) -> None:
     """A lake of run-to-failure readings with a label for each."""
     lake = open_lake(directory)
     names: list[str] = []

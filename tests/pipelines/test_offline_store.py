@@ -40,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Any:
     repo = tmp_path_factory.mktemp("repo")
     (repo / "feature_store.yaml").write_text(
         "project: t\nprovider: local\nregistry: registry.db\nonline_store: {type: sqlite, path: online.db}\n"
-        "offline_store: {type: pipelines.offline_store.AsOfOfflineStore, threads: 1}\n"
+        "offline_store: {type: pipelines.offline_store.AsOfOfflineStore}\n"
         "materialization: {pull_latest_features: true}\nentity_key_serialization_version: 3\n"
     )
     entity = Entity(name="engine", join_keys=["engine"], value_type=ValueType.STRING)

@@ -148,12 +148,12 @@ def test_hold_out_engines_are_in_no_training_row(project: Project, trained: dict
 
 
 def test_online_store_has_the_newest_features_of_each_engine(project: Project, trained: dict[str, Any]) -> None:
-    from pipelines.dataset import open_store
+    from pipelines.feature_store import open_repo
 
-    feast_store, view = open_store(project.path)
+    repo = open_repo(project.path)
     features = pq.read_table(project.build / "features").sort_by("event_time")
     mine = features.filter(pc.equal(features["engine"], "engine-1-1"))
-    served = feast_store.get_online_features([f"{view.name}:sensor_4_mean"], entity_rows=[{"engine": "engine-1-1"}]).to_dict()
+    served = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "engine-1-1"}]).to_dict()
     assert served["sensor_4_mean"] == [mine["sensor_4_mean"][-1].as_py()]
 
 

@@ -25,7 +25,7 @@ from edge_agent.buffer import Buffer, Draft, StoredBlock
 from edge_agent.clock import Moment
 from edge_agent.contract.block import decode_block
 from edge_agent.contract.errors import UnavailableError
-from edge_agent.contract.stream import Field, FieldType, StreamContract
+from edge_agent.contract.stream import Encoding, Field, FieldType, StreamContract
 from edge_agent.core.fix import Fix, Precision, Rules
 from edge_agent.core.outbox import OutboxLimits
 from edge_agent.core.track import Track
@@ -48,7 +48,11 @@ PAUSES_MAX = 40
 SPEED_M_S = 1_000_000.0  # worlds are lived fast
 
 
-def contract(stream: str) -> StreamContract:
+def contract(stream: str, encoding: Encoding) -> StreamContract:
+    """Readings with a number, and the place where they were captured; of single values there is no more than the number."""
+    if encoding is Encoding.VALUE:
+        bare = (Field("ts", FieldType.TIMESTAMP), Field("unit", FieldType.STRING), Field("n", FieldType.INTEGER, minimum=0))
+        return StreamContract(stream, "1.0.0", bare, ("unit", "ts"), "ts", "unit", f"sensors/{{unit}}/{stream}", encoding)
     fields = (
         Field("ts", FieldType.TIMESTAMP),
         Field("unit", FieldType.STRING),
@@ -56,10 +60,9 @@ def contract(stream: str) -> StreamContract:
         Field("place", FieldType.INTEGER),
         Field("value", FieldType.NUMBER, required=False),
     )
-    return StreamContract(stream, "1.0.0", fields, ("unit", "ts"), "ts", "unit", f"sensors/{{unit}}/{stream}")
+    return StreamContract(stream, "1.0.0", fields, ("unit", "ts"), "ts", "unit", f"sensors/{{unit}}/{stream}", encoding)
 
 
-CONTRACTS = (contract("pump"), contract("alarm"))
 PRIORITIES = {"alarm": 5}
 
 
@@ -121,7 +124,7 @@ class SimClock:
 class SensorBroker:
     """The broker that the agent reads: QoS 1, a persistent session."""
 
-    def __init__(self, acknowledged: Callable[[list[str]], None]) -> None:
+    def __init__(self, acknowledged: Callable[[list[bytes]], None]) -> None:
         self.queue: deque[tuple[str, bytes]] = deque()
         self._flying: deque[tuple[str, bytes]] = deque()
         self._last: list[tuple[str, bytes]] = []
@@ -149,7 +152,7 @@ class SensorBroker:
         for message in taken:
             self._flying.remove(message)
         self._last = taken
-        self._acknowledged([p.decode(errors="replace") for _, p in taken])
+        self._acknowledged([p for _, p in taken])
 
 
 class RecordingBuffer(Buffer):
@@ -199,8 +202,8 @@ class Device:
             self.start()
 
     def _assemble(self, folder: Path) -> None:
-        world, metrics = self.world, Metrics()
-        history = {c.stream: HISTORY_ROWS for c in CONTRACTS}
+        world, contracts, metrics = self.world, self.world.contracts, Metrics()
+        history = {c.stream: HISTORY_ROWS for c in contracts}
         self.buffer = RecordingBuffer(
             folder / "buffer.db",
             DEVICE,
@@ -213,12 +216,12 @@ class Device:
         self.buffer.world = world
         fence = Fence(
             Track(world.zones, Rules(max_age_s=30.0, speed_m_s_max=SPEED_M_S), None, self.buffer.fixes()),
-            {c.stream: Precision.ZONE_ONLY for c in CONTRACTS},
+            {c.stream: Precision.ZONE_ONLY for c in contracts},
             metrics,
             world.told,
         )
-        intake = Intake(CONTRACTS, POSITION, fence, HISTORY_ROWS)
-        for c in CONTRACTS:
+        intake = Intake(contracts, POSITION, fence, HISTORY_ROWS)
+        for c in contracts:
             if (stored := self.buffer.history(c.stream, c.version)) is not None:
                 intake.remember(c.stream, stored)
         self.fence = fence
@@ -239,7 +242,7 @@ class Device:
         self.path = DataPath(
             intake=intake,
             fence=fence,
-            model=ActiveModel(CONTRACTS, lambda *of: self.path.storing.history(*of), metrics, world.told),
+            model=ActiveModel(contracts, lambda *of: self.path.storing.history(*of), metrics, world.told),
             buffer=self.buffer,
             uplink=self.uplink,
             clock=self.clock,  # type: ignore[arg-type]
@@ -299,10 +302,6 @@ class Device:
             self._doom(power, torn)
             if not self.busy:
                 self._bury()
-
-    def salvaged(self) -> bool:
-        """Whether a file of any life was damaged. What the redelivery filter knew may be lost with it."""
-        return any(self._home.glob("life-*/*.damaged-*"))
 
     def end(self) -> None:
         """Close the files of this life."""

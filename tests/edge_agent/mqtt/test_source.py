@@ -154,7 +154,7 @@ def test_a_busy_consumer_gets_large_batches(tmp_path: Path) -> None:
             until(lambda: source.status.paused, lambda: source.status)
             batches = collect(source, 3_000)
         sizes = [len(batch) for batch in batches]
-        assert max(sizes) == 700 and len(sizes) <= 8, sizes
+        assert sizes[1] == 700, sizes  # the one that grew while the first one waited
 
 
 def test_unreleased_batches_are_delivered_again_after_reconnecting(tmp_path: Path) -> None:

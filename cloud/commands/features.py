@@ -1,0 +1,50 @@
+"""`fenceline features`: the newest features into the online store."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from cloud import config
+from cloud.commands.output import add_command, add_group
+
+
+def declare(commands: Any) -> None:
+    """Declare the commands of this group."""
+    features = add_group(commands, "features", "online features: what a service reads about an entity right now")
+    bring = add_command(features, "materialise", _materialise, "bring the newest features of each entity into the online store")
+    bring.add_argument("--view", metavar="NAME", help="a feature view (default: all that go online)")
+    bring.add_argument("--until", metavar="ISO_TIME", help="leave later event times for a later run")
+    bring.add_argument("--full", action="store_true", help="take all rows, not only those that are new")
+    bring.add_argument("--rebuild", action="store_true", help="take all values away first, also those of entities that are gone")
+    live = add_command(features, "live", _live, "push the windows of readings that have just reached the lake, until Ctrl-C")
+    live.add_argument("--skip-history", action="store_true", help="on the first run, start with what comes from now on")
+    live.add_argument("--once", action="store_true", help="push what is there, and end")
+
+
+def _materialise(args: argparse.Namespace) -> int:
+    settings = config.load(args.project, args.state)
+    words = [word for name in ("view", "until") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    flags = [f"--{name}" for name in ("full", "rebuild", "json") if getattr(args, name)]
+    return _run(["pipelines.materialise", "--project", str(settings.project), *words, *flags])
+
+
+def _live(args: argparse.Namespace) -> int:
+    settings = config.load(args.project, args.state)
+    flags = [f"--{name}" for name in ("skip-history", "once", "json") if getattr(args, name.replace("-", "_"))]
+    return _run(["pipelines.live", "--project", str(settings.project), "--state", str(settings.state_dir), *flags])
+
+
+def _run(command: list[str]) -> int:
+    """Run a module of the pipelines, which this room must not import; its exit code."""
+    path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen([sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": path})
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # it got the same Ctrl-C, and ends by itself
+            continue

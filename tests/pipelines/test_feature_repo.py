@@ -1,0 +1,97 @@
+"""feature_repo/ as Feast's users use it: from a shell, with Feast's own command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cloud.cli import main
+from edge_agent.contract.errors import ConfigError
+from pipelines.feature_store import open_repo
+from pipelines.features import CREATED_TIME, EVENT_TIME
+from pipelines.materialise import materialise
+from pipelines.params import load_params
+from tests.pipelines.lakes import open_lake, readings, store, turbofan
+from tests.pipelines.repos import TIME, make_repo, turbofan_project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    path = turbofan_project(tmp_path / "project")
+    names = load_params(path).spec.names
+    times = pa.array(np.array([1, 2, 3]) * 1_000_000 + 1_700_000_000_000_000).cast(TIME)
+    columns = {"engine": ["e1", "e1", "e2"], EVENT_TIME: times, CREATED_TIME: times, **{name: [1.5, 2.5, 3.5] for name in names}}
+    (path / "build/pipeline/features").mkdir(parents=True)
+    pq.write_table(pa.table(columns), path / "build/pipeline/features/part-000.parquet")
+    return path
+
+
+def test_definitions_name_contract_units_owner_and_a_service_for_the_model(project: Path) -> None:
+    repo = open_repo(project)
+    params = load_params(project)
+    assert repo.service.name == params.register.model
+    assert [f.name for p in repo.service.feature_view_projections for f in p.features] == params.spec.names
+    stored = repo.store.get_feature_view(params.view)
+    assert (stored.tags["contract_version"], stored.owner) == (turbofan().version, "fenceline")
+    assert stored.tags["contract"] == "5f0c6d5e-0b7d-4d5a-9a39-6d1f0e5f7a21"
+    units = {f.name: f.tags["unit"] for f in stored.features}
+    assert (units["sensor_4_mean"], units["sensor_4_slope"]) == (
+        turbofan().field("sensor_4").unit,
+        f"{turbofan().field('sensor_4').unit}/h",
+    )
+    assert stored.stream_source.name == f"{params.view}_push"
+
+
+@pytest.mark.timeout(400)
+def test_feasts_command_line_applies_lists_and_materialises(project: Path) -> None:
+    """Its own commands, in one process, as importing Feast takes seconds."""
+    commands = [
+        ["apply"],
+        ["feature-services", "list"],
+        ["materialize", "2023-11-01T00:00:00", "2023-12-01T00:00:00"],
+        ["materialize-incremental", "2023-12-02T00:00:00"],
+    ]
+    code = f"from feast.cli.cli import cli\nfor words in {commands}:\n    cli.main(words, prog_name='feast', standalone_mode=False)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=project / "feature_repo", capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "turbofan-rul" in done.stdout
+    repo = open_repo(project)
+    found = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "e1"}, {"engine": "e2"}]).to_dict()
+    assert found["sensor_4_mean"] == [2.5, 3.5]
+    assert materialise(repo, repo.views[repo.view.name]).written == 2
+
+
+@pytest.mark.timeout(400)
+def test_fenceline_features_live_once_pushes_what_the_lake_holds(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n")
+    table, _ = readings(["e1", "e2"], 3)
+    store(open_lake(tmp_path / "state/lake"), "plane-1", table)
+    code = main(["--project", str(project), "features", "live", "--once", "--json"])
+    out, err = capfd.readouterr()
+    assert code == 0, err
+    done = json.loads(out)
+    assert done["readings"] == len(table["ts"])
+    assert sorted(done["seen"]) == ["europe", "united-states"]
+    repo = open_repo(project)
+    served = repo.store.get_online_features(repo.service, entity_rows=[{"engine": "e1"}]).to_dict()
+    newest = np.flatnonzero(np.array(table["engine"].tolist()) == "e1")[-1]
+    assert served["sensor_4_last"] == [np.asarray(table["sensor_4"])[newest]]
+
+
+def test_unknown_view_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no feature view 'pumbs' .*pumps"):
+        make_repo(tmp_path).named("pumbs")
+
+
+def test_definitions_without_a_service_are_refused(project: Path) -> None:
+    file = project / "feature_repo/feature_definitions.py"
+    file.write_text(file.read_text().replace("service = FeatureService(", "other = FeatureService("))
+    with pytest.raises(ConfigError, match="defines no 'service'"):
+        open_repo(project)
