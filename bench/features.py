@@ -34,7 +34,8 @@ from bench.report import Cell, Report, best_of, main
 from bench.streams import Stream, engines
 from edge_agent.contract.columns import Floats, Strings, take
 from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind
-from edge_agent.contract.stream import StreamContract, parse_contract
+from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
 from pipelines import cluster
 from pipelines import features as stage

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_agent.contract.columns import Strings, take
@@ -24,6 +25,7 @@ SPEC = FeatureSpec(features=BOTH, window_rows=5, window_s=4 * 3600.0)
 TUMBLING = FeatureSpec(features=BOTH, window_rows=8, window_s=3 * 3600.0, kind=WindowKind.TUMBLING, lateness_s=1800.0)
 HOPPING = FeatureSpec(features=BOTH, window_rows=9, window_s=6 * 3600.0, kind=WindowKind.HOPPING, every_s=2 * 3600.0, lateness_s=600.0)
 SPECS = (SPEC, TUMBLING, HOPPING)
+FEW = settings(max_examples=int(os.environ.get("FENCELINE_RUNS") or 25))
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: str(s.kind))
 Table = dict[str, Any]
 
@@ -65,6 +67,7 @@ def bits(made: Made) -> dict[str, bytes]:
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), rows=st.integers(0, 60))
 def test_windows_and_features_are_those_of_the_definition_in_every_bit(spec: FeatureSpec, seed: int, rows: int) -> None:
     entity, event_us, table = readings(seed, rows)
@@ -82,6 +85,7 @@ def test_windows_and_features_are_those_of_the_definition_in_every_bit(spec: Fea
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 40))
 def test_features_are_near_those_of_rational_arithmetic(spec: FeatureSpec, seed: int, rows: int) -> None:
     entity, event_us, table = readings(seed, rows)
@@ -91,6 +95,7 @@ def test_features_are_near_those_of_rational_arithmetic(spec: FeatureSpec, seed:
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 20), max_size=10))
 def test_any_cut_into_batches_gives_the_same_bits(spec: FeatureSpec, seed: int, cuts: list[int]) -> None:
     entity, event_us, table = readings(seed, sum(cuts) + 7)
@@ -99,6 +104,7 @@ def test_any_cut_into_batches_gives_the_same_bits(spec: FeatureSpec, seed: int, 
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 60))
 def test_any_mixture_of_entities_gives_the_same_bits(spec: FeatureSpec, seed: int, rows: int) -> None:
     """Each entity's readings in the order seen, with those of others anywhere between them."""
@@ -115,6 +121,7 @@ def test_any_mixture_of_entities_gives_the_same_bits(spec: FeatureSpec, seed: in
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 60), restart=st.integers(0, 60))
 def test_a_restart_with_the_history_of_the_buffer_changes_no_bit(spec: FeatureSpec, seed: int, rows: int, restart: int) -> None:
     entity, event_us, table = readings(seed, rows)
@@ -127,6 +134,7 @@ def test_a_restart_with_the_history_of_the_buffer_changes_no_bit(spec: FeatureSp
 
 
 @pytest.mark.parametrize("spec", [TUMBLING, HOPPING], ids=lambda s: str(s.kind))
+@FEW
 @given(seed=st.integers(0, 2**32), rows=st.integers(1, 60))
 def test_the_order_of_arrival_within_the_lateness_changes_nothing(spec: FeatureSpec, seed: int, rows: int) -> None:
     random = np.random.default_rng(seed)
@@ -181,6 +189,7 @@ def test_a_hop_that_is_full_takes_no_more_and_says_so() -> None:
     assert windows.overfull == 2
 
 
+@FEW
 @given(seed=st.integers(0, 2**32), limit=st.integers(1, 6), cuts=st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_the_same_entities_are_forgotten_however_readings_are_cut(seed: int, limit: int, cuts: list[int]) -> None:
     entity, event_us, table = readings(seed, sum(cuts), entities=8)
@@ -217,6 +226,7 @@ def crest(values: np.ndarray) -> np.ndarray:
 
 
 @EVERY_SPEC
+@FEW
 @given(seed=st.integers(0, 2**32), cuts=st.lists(st.integers(0, 20), max_size=5))
 def test_a_function_of_the_users_own_gives_the_same_bits_for_any_cut(spec: FeatureSpec, seed: int, cuts: list[int]) -> None:
     entity, event_us, table = readings(seed, sum(cuts) + 9)
