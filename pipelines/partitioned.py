@@ -49,7 +49,7 @@ def on_ray(query: Query, partitions: int, bytes_max: int, deadline: Deadline) ->
         shared = cluster.share(query)
         shares = [(shared, source, partitions, bytes_max) for source in query.view.source.parts(partitions)]
         rows, frames = [], []
-        for _, (places, table) in cluster.shuffle(_split, _merge, shares, partitions, shared, partitions):
+        for _, (places, table) in cluster.shuffle(split, merge, shares, partitions, shared, partitions):
             deadline.check()
             rows.append(places)
             frames.append(_frame(table))
@@ -71,13 +71,13 @@ def gathered(query: Query, source: Source, bytes_max: int, deadline: Deadline) -
     return _concat(held)
 
 
-def _split(query: Query, source: Source, partitions: int, bytes_max: int) -> list[pa.Table]:
+def split(query: Query, source: Source, partitions: int, bytes_max: int) -> list[pa.Table]:
     """A task: the rows of a share that may be an answer, by partition."""
     kept = prune(gathered(query, source, bytes_max, Deadline(None)), query.labels, query.rule)
     return [kept.filter(pl.col(KEY) % partitions == i).to_arrow() for i in range(partitions)]
 
 
-def _merge(part: int, query: Query, partitions: int, *pieces: pa.Table) -> tuple[Ints, pa.Table]:
+def merge(part: int, query: Query, partitions: int, *pieces: pa.Table) -> tuple[Ints, pa.Table]:
     """A task: the labels' places and their values, of one partition."""
     labels = query.labels.part(part, partitions)
     values = join(_concat(map(_frame, pieces)), labels, query.rule)

@@ -26,7 +26,10 @@ from feast.types import Float64, String
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import cluster
+from pipelines.feature_query import Asked, Query, View
+from pipelines.feature_sources import Source
 from pipelines.offline_store import AsOfOfflineStore
+from pipelines.partitioned import Deadline, here, merge, split
 from tests.object_store import BUCKET, KEYS, WRITER, ObjectStore, object_store  # noqa: F401
 from tests.pipelines.feast_repos import feature_store, seconds, write
 
@@ -241,6 +244,24 @@ def test_s3_that_does_not_answer_is_unavailable(tmp_path: Path, monkeypatch: pyt
     source = file_source("s3://nothing/here", delta=True, s3_endpoint_override="http://127.0.0.1:9")
     with pytest.raises(UnavailableError, match="nothing/here"):
         answers(feature_store(tmp_path), source, labels(0))
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 5])
+@pytest.mark.parametrize("known_by", [False, True])
+def test_tasks_of_any_number_of_partitions_make_up_the_whole(tmp_path: Path, seed: int, partitions: int, known_by: bool) -> None:
+    """What the Ray tasks do, without Ray: shares of the rows are pruned, dealt out by entity, and joined part by part."""
+    table, asked = rows(seed), labels(seed)
+    path = write(tmp_path / "all.parquet", {name: table[name] for name in table.column_names})
+    view = View("view", Source("s", str(path)), {"engine": "engine"}, {"value": "value"}, "at", "created", 60_000_000, known_by)
+    arrow = pa.Table.from_pandas(asked)
+    query = Query.of(view, Asked.of(arrow.select(["engine"]), arrow["event_timestamp"]))
+    whole = here(query, 10**9, Deadline(None))
+    shares = [split(query, share, partitions, 0) for share in view.source.parts(partitions)]
+    parts = [merge(part, query, partitions, *(share[part] for share in shares)) for part in range(partitions)]
+    values = [value for _, found in parts for value in found["value"].to_pylist()]
+    places = np.concatenate([found for found, _ in parts])
+    assert [values[i] for i in np.argsort(places)] == whole["value"].to_list()
+    assert whole.equals(here(query, 0, Deadline(None)))
 
 
 @pytest.fixture(scope="module")
