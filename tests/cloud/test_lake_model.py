@@ -114,7 +114,8 @@ def act(rng: random.Random, model: Model, lakes: list[Lake], path: Path, monkeyp
         case "restart":
             lakes[writer] = open_lake(path)
         case "pin":
-            model.versions.append((lake.versions("pump"), model.all()))
+            if versions := lake.versions("pump"):  # of an empty lake, none names nothing: it would read what is there now
+                model.versions.append((versions, model.all()))
         case _:
             from_us = (DAY0 + rng.randint(-1, 3)) * DAY_US + rng.randrange(DAY_US)
             to_us = from_us + rng.randrange(2 * DAY_US)
