@@ -181,7 +181,7 @@ class Device:
         self.busy = False
         self.alive = False
         self.turn_at = 0.0
-        self.crashes = self.deferred = 0
+        self.crashes = self.deferred = self.history_gone = 0
 
     def start(self) -> None:
         """A new life. If the disk fails now, it is tried again later."""
@@ -214,6 +214,7 @@ class Device:
             **self._limits,
         )
         self.buffer.world = world
+        self._count_given_way()
         fence = Fence(
             Track(world.zones, Rules(max_age_s=30.0, speed_m_s_max=SPEED_M_S), None, self.buffer.fixes()),
             {c.stream: Precision.ZONE_ONLY for c in contracts},
@@ -250,6 +251,17 @@ class Device:
             tell=world.told,
             pause=self._pause,
         )
+
+    def _count_given_way(self) -> None:
+        """History that gave way to waiting blocks is not there to tell a reading that comes again."""
+        shed = self.buffer._room._shed_history
+
+        def counted() -> int:
+            blocks = shed()
+            self.history_gone += blocks
+            return blocks
+
+        self.buffer._room._shed_history = counted  # type: ignore[method-assign]
 
     def take(self, count: int) -> None:
         """Let the data path take a batch, unless it is at one."""
