@@ -215,12 +215,12 @@ def _shuffle(words: npt.NDArray[np.uint64], width: int) -> bytes:
 
 
 class _Part(NamedTuple):
-    """Where a column's words lie in the bytes: `count` of them, fewer than there are rows if some are `absent`."""
+    """Where a column's words lie in the bytes: `present` of them, fewer than there are rows if some are `absent`."""
 
     spec: _Spec
     start: int
     stop: int
-    count: int
+    present: int
     absent: npt.NDArray[np.bool_] | None
 
 
@@ -273,7 +273,7 @@ def _column(part: _Part, words: npt.NDArray[np.uint64], integers: Ints, decimals
     if absent is None:
         return decimals
     column = np.full(rows, np.nan)
-    column[~absent] = decimals[: part.count]
+    column[~absent] = decimals[: part.present]
     return column
 
 
