@@ -44,8 +44,8 @@ class TrailingWindows:
     def push(self, entity: Strings, event_us: Ints, values: Floats) -> Made:
         """Take readings in the order seen; a window for each."""
         joined = self._join(Groups.of(entity), event_us, values)
-        full = joined.full(self._rows, self._window_s)
-        if np.count_nonzero(full) >= RUN_SHARE_MIN * len(joined.event_us):
+        enough = RUN_SHARE_MIN * len(joined.event_us)
+        if len(event_us) >= enough and np.count_nonzero(full := joined.full(self._rows, self._window_s)) >= enough:
             out = self._from_runs(joined)
             self._gather(joined, np.flatnonzero(~full), out)
         else:
