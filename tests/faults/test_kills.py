@@ -99,7 +99,7 @@ def run(bench: Bench, kills: int, chance: random.Random, start_s_max: float) -> 
         finally:
             published = sensor.stop()
         result = settle_accounts(bench, published)
-        print(f"{number} kills, {published} readings: {result.arrived} arrived once, {result.named} named, {result.blocks} blocks", flush=True)
+        print(f"{number} kills, {published} readings: {result.arrived} arrived once, {result.named} named in the ledger", flush=True)
         bench.kill()
 
 
