@@ -26,6 +26,7 @@ from tests.edge_agent.nursery import Forked, Nursery
 from tests.edge_agent.test_config import write
 
 START_S = 1_700_000_000
+START_PATIENCE_S = 60.0  # the machine may be busy with other things
 
 
 class Cloud:
@@ -118,7 +119,7 @@ class Bench:
 
     def start(self, *more: str) -> None:
         self.start_now(*more)
-        wait_for(lambda: self.status()["sensors"]["connected"], self.log)
+        wait_for(lambda: self.status()["sensors"]["connected"], self.log, START_PATIENCE_S)
 
     def status(self) -> dict[str, Any]:
         return ask(self.path / "state")

@@ -20,6 +20,7 @@ from tests.faults.account import settle_accounts
 
 KILLS = 1_000
 KILLS_REDUCED = 5
+ROUND_KILLS = 50
 LIFE_S_MAX = 0.8
 START_S_MAX = 1.2  # of a whole start; of one from the nursery:
 START_S_MAX_FORKED = 0.4
@@ -32,9 +33,9 @@ READINGS_WAITING_MAX = 400
 class Sensor:
     """Publishes reading after reading with QoS 1, in a thread, over restarts of its broker."""
 
-    def __init__(self, broker: Broker) -> None:
-        self.published = 0
-        self._acknowledged = 0
+    def __init__(self, broker: Broker, published: int) -> None:
+        """`published`: how many readings have been, before it."""
+        self.published = self._acknowledged = published
         self._client = Client(CallbackAPIVersion.VERSION2, "load", clean_session=False)
         self._client.reconnect_delay_set(0.05, 0.2)  # type: ignore[arg-type]
         self._client.on_publish = self._on_publish
@@ -84,28 +85,34 @@ def quick_bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def run(bench: Bench, kills: int, chance: random.Random, start_s_max: float) -> None:
+    """Rounds of kills, each with its account."""
     bench.start()  # once: from now on the sensors' broker keeps what the agent has not acknowledged
     bench.kill()
-    sensor = Sensor(bench.sensors)
-    try:
-        for number in range(1, kills + 1):
-            if chance.random() < WHILE_STARTING:
-                bench.start_now()
-                time.sleep(chance.uniform(0, start_s_max))
-            else:
-                bench.start()
-                time.sleep(chance.uniform(0, LIFE_S_MAX))
-            if number % BROKER_EVERY == 0:
-                bench.sensors.restart()
-            bench.kill()
-            if number % 50 == 0:
-                print(f"{number} kills, {sensor.published} readings", flush=True)
-        bench.sensors.restart()
+    published = 0
+    for done in range(0, kills, ROUND_KILLS):
+        sensor = Sensor(bench.sensors, published)
+        try:
+            for number in range(done + 1, min(done + ROUND_KILLS, kills) + 1):
+                kill_once(bench, chance, start_s_max, restart_broker=number % BROKER_EVERY == 0)
+            bench.sensors.restart()
+            bench.start()
+        finally:
+            published = sensor.stop()
+        result = settle_accounts(bench, published)
+        print(f"{number} kills, {published} readings: {result.arrived} arrived once, {result.named} named in the ledger", flush=True)
+        bench.kill()
+
+
+def kill_once(bench: Bench, chance: random.Random, start_s_max: float, *, restart_broker: bool) -> None:
+    if chance.random() < WHILE_STARTING:
+        bench.start_now()
+        time.sleep(chance.uniform(0, start_s_max))
+    else:
         bench.start()
-    finally:
-        published = sensor.stop()
-    result = settle_accounts(bench, published)
-    print(f"{kills} kills, {published} readings: {result.arrived} arrived once, {result.named} named in the ledger, {result.blocks} blocks")
+        time.sleep(chance.uniform(0, LIFE_S_MAX))
+    if restart_broker:
+        bench.sensors.restart()
+    bench.kill()
 
 
 @pytest.mark.timeout(120)
