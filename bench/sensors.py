@@ -19,6 +19,7 @@ from bench.peers import sensors as pumps
 from edge_agent.mqtt import frames
 
 ENGINES = 20
+CYCLES = 1_000_000  # what the contract allows: a soak sends more readings than that
 SLICE_S = 0.002
 RETRY_S = 0.1
 DRAIN_S = 120.0
@@ -106,7 +107,7 @@ class Sensors:
 
 def reading(number: int, event_us: int) -> bytes:
     """One JSON message of 26 fields."""
-    values: dict[str, object] = {"ts": event_us / 1e6, "engine": f"e{number % ENGINES}", "cycle": number}
+    values: dict[str, object] = {"ts": event_us / 1e6, "engine": f"e{number % ENGINES}", "cycle": number % CYCLES + 1}
     values |= {"setting_1": 0.0, "setting_2": 0.0, "setting_3": 100.0}
     values |= {f"sensor_{i}": round(v + (number % 7) * 0.01, 4) for i, v in enumerate(_VALUES, 1)}
     return json.dumps(values).encode()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from deltalake import DeltaTable
 
@@ -25,6 +26,7 @@ from bench.edge_footprint import family, pss_mb
 from bench.plant import Plant
 from bench.proxy import Proxy
 from cloud.ingest_status import read_status
+from edge_agent.contract.stream import QUARANTINE
 
 RATE = 2_000
 SOAK_S = float(os.environ.get("FENCELINE_SOAK_S", "1800"))
@@ -46,12 +48,17 @@ def test_seconds_of_random_faults_lose_and_double_nothing(tmp_path: Path, seed: 
 @pytest.mark.long
 def test_half_an_hour_of_random_faults_leaves_memory_and_descriptors_flat(tmp_path: Path, seed: int) -> None:
     samples = soak(tmp_path, seed, seconds=SOAK_S, calm_s=20.0)
-    settled = samples[int(len(samples) * WARM_SHARE) :]
-    hours, memory_mb, descriptors = np.array(settled).T
-    slope = float(np.polyfit(hours, memory_mb, 1)[0])
-    print(f"memory: {memory_mb.min():.1f} to {memory_mb.max():.1f} MB, slope {slope:+.2f} MB/h; descriptors: {sorted(set(descriptors))}")
+    slope, descriptors = trend(samples)
     assert slope < SLOPE_MB_PER_H_MAX
     assert np.median(descriptors[-20:]) <= np.median(descriptors[:20])
+
+
+def trend(samples: list[tuple[float, float, int]]) -> tuple[float, npt.NDArray[np.float64]]:
+    """Of what comes after the warm-up: MB per hour, and the open descriptors."""
+    hours, memory_mb, descriptors = np.array(samples[int(len(samples) * WARM_SHARE) :]).T
+    slope = float(np.polyfit(hours, memory_mb, 1)[0])
+    print(f"memory: {memory_mb.min():.1f} to {memory_mb.max():.1f} MB, slope {slope:+.2f} MB/h; descriptors: {sorted(set(descriptors))}")
+    return slope, descriptors
 
 
 def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[float, float, int]]:
@@ -80,6 +87,7 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[f
         assert report["acked"] == report["sent"]
         wait_for_rows(plant, report["sent"])
         total, distinct = rows(plant)
+        trend(samples)
         print(f"{report['sent']} sent, {total} rows, {distinct} distinct, {len(happened)} faults: {Counter(name for _, name in happened)}")
         assert (report["sent"] - distinct, total - distinct) == (0, 0), story(plant, report, happened)
     return samples
@@ -88,9 +96,12 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[tuple[f
 def story(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]]) -> str:
     """Where the missing readings are, as far as it is known: with the sensors' broker, in the buffer, or lost on the way to the lake."""
     status, buffer = plant.status(), plant.status()["buffer"]
+    report = {name: value for name, value in report.items() if name != "puback_us"}
+    refused = plant.cloud.lake_dir / QUARANTINE.stream / ZONE
     return "\n".join(
         [
             f"sensors: {report}",
+            f"quarantine: {DeltaTable(refused).to_pyarrow_dataset().count_rows() if DeltaTable.is_deltatable(str(refused)) else 0} rows",
             f"agent: {buffer['readings_stored']} readings stored, {buffer['waiting_blocks']} blocks wait, lost {buffer['lost_readings']}",
             f"sensors' side: {status['sensors']}",
             f"uplink: {status['uplink']} {status['lanes']} {status['endpoints']}",
