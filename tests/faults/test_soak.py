@@ -23,7 +23,7 @@ import pytest
 from deltalake import DeltaTable
 
 from bench.edge_footprint import family, pss_mb
-from bench.plant import Plant
+from bench.plant import ZONE, Plant
 from bench.proxy import Proxy
 from cloud.ingest_status import read_status
 from edge_agent.contract.stream import QUARANTINE
@@ -97,11 +97,11 @@ def story(plant: Plant, report: dict[str, Any], happened: list[tuple[float, str]
     """Where the missing readings are, as far as it is known: with the sensors' broker, in the buffer, or lost on the way to the lake."""
     status, buffer = plant.status(), plant.status()["buffer"]
     report = {name: value for name, value in report.items() if name != "puback_us"}
-    refused = plant.cloud.lake_dir / QUARANTINE.stream / ZONE
+    refused = plant.cloud.lake.of(ZONE).path(ZONE, QUARANTINE.stream)
     return "\n".join(
         [
             f"sensors: {report}",
-            f"quarantine: {DeltaTable(refused).to_pyarrow_dataset().count_rows() if DeltaTable.is_deltatable(str(refused)) else 0} rows",
+            f"quarantine: {DeltaTable(refused).to_pyarrow_dataset().count_rows() if DeltaTable.is_deltatable(refused) else 0} rows",
             f"agent: {buffer['readings_stored']} readings stored, {buffer['waiting_blocks']} blocks wait, lost {buffer['lost_readings']}",
             f"sensors' side: {status['sensors']}",
             f"uplink: {status['uplink']} {status['lanes']} {status['endpoints']}",
