@@ -7,6 +7,7 @@
 - Memory is bounded: of the entities seen last at most `Windows.entities_max` are remembered, so that all of them together hold at most
   HELD_VALUES_MAX numbers.
 
+>>> import numpy as np
 >>> spec = FeatureSpec(features=[Feature("t", "mean")], window_rows=2, window_s=3600.0)
 >>> windows = Windows(spec)
 >>> windows.push(Strings.of(["a"] * 3), np.array([0, 1, 2]), {"t": np.array([1.0, 3.0, 5.0])}).features.tolist()

@@ -279,7 +279,7 @@ def test_any_number_of_partitions_on_ray_gives_the_same_answers(
         write(tmp_path / f"many/{i}.parquet", {name: part[name] for name in part.column_names})
     store = feature_store(tmp_path, partitions=partitions)
     check(store, file_source("many"), expected)
-    none = expected.asked.assign(event_timestamp=pd.NaT).astype({"event_timestamp": "datetime64[us, UTC]"})
+    none = expected.asked.assign(event_timestamp=pd.Series(pd.NaT, expected.asked.index, "datetime64[us, UTC]"))
     assert answers(store, file_source("many"), none)["value"] == [None] * len(none)
 
 
