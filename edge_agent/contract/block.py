@@ -49,7 +49,7 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
 
     Times are microseconds since 1970 UTC, `monotonic_us` since boot. `model` is the SHA-256 of the bundle that
     scored the block, `policy` that of the zones document it was stamped with. `units` names the contract's units (StreamContract.units);
-    empty: not said.
+    empty: not said, and then the sealed header lacks the key, as in every block from before there were units.
     """
 
     device: str
@@ -77,7 +77,7 @@ class BlockHeader(msgspec.Struct, frozen=True, kw_only=True):
         return self.device, self.epoch, self.lane, self.sequence
 
 
-_encode_header = msgspec.msgpack.Encoder().encode
+_encode = msgspec.msgpack.Encoder().encode
 _decode_header = msgspec.msgpack.Decoder(BlockHeader).decode
 
 
@@ -141,6 +141,14 @@ def decode_block(block: bytes, only: str | None = None) -> tuple[BlockHeader, Ta
     except zstandard.ZstdError as e:
         raise ContractError(f"block {header.identity}: columns do not decompress: {e}") from e
     return header, decode_columns(raw, header.rows, only)
+
+
+def _encode_header(header: BlockHeader) -> bytes:
+    if header.units:
+        return _encode(header)
+    fields = msgspec.structs.asdict(header)
+    del fields["units"]
+    return _encode(fields)
 
 
 def _split(block: bytes) -> tuple[BlockHeader, int]:

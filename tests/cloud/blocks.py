@@ -65,7 +65,7 @@ def block(
         "ts": count * 1_000_000,
         "pump": Strings.of(["p1"] * rows),
         "count": count,
-        "pressure": np.where(count % 3 == 1, np.nan, count / 4),
+        "pressure": np.where(count % 3 == 1, np.nan, count / 4 % 100),  # all inside the contract
         ORDINAL: count.copy(),
         SCORE: np.full(rows, 0.5),
     }

@@ -28,7 +28,6 @@ slaProperties:
   - {property: completeness, value: 99, unit: percent}
 """
 NULLS = "logicalTypeOptions: {minimum: 0, maximum: 100}, quality: [{metric: nullValues, mustBeLessThan: 50, unit: percent}]}"
-NOW_US = time.time_ns() // 1_000
 
 
 @pytest.fixture
@@ -42,19 +41,23 @@ def settings(tmp_path: Path) -> Settings:
     return found
 
 
+def now_us() -> int:
+    return time.time_ns() // 1_000
+
+
 def fresh(sequence: int, ago_s: float = 0.0, missing: bool = False) -> Block:
     header, table = block(sequence, rows=2)
-    times = np.full(2, NOW_US - int(ago_s * 1e6), np.int64)
+    times = np.full(2, now_us() - int(ago_s * 1e6), np.int64)
     return header, {**table, "ts": times, "pressure": np.full(2, np.nan if missing else 1.0)}
 
 
 def test_kept_promises_are_quiet_and_broken_ones_are_told_once(settings: Settings) -> None:
-    lake = open_lake(settings)
+    lake, now = open_lake(settings), now_us()
     lake.append("eu", [fresh(1), fresh(2)])
     watch = Watch(settings)
-    assert watch.look(NOW_US + 1_000_000).levels == [] and Audit(settings.audit_db).entries() == []
+    assert watch.look(now + 1_000_000).levels == [] and Audit(settings.audit_db).entries() == []
     lake.append("eu", [fresh(9, ago_s=1_000, missing=True), fresh(10, missing=True), fresh(11, missing=True)])
-    found = watch.look(NOW_US + 3_600_000_000)
+    found = watch.look(now + 3_600_000_000)
     assert [line.split(" is ")[0].removeprefix("stream pump: ") for line in found.levels] == [
         "freshness of d1",
         "latency of d1",
@@ -63,10 +66,10 @@ def test_kept_promises_are_quiet_and_broken_ones_are_told_once(settings: Setting
         "completeness",
     ]
     assert found.unaccounted_blocks == 6 and "sequences 3 to 8, 6 blocks" in found.gaps[0]
-    assert watch.look(NOW_US + 3_601_000_000) == read_quality(settings)
+    assert watch.look(now + 3_601_000_000) == read_quality(settings)
     kinds = [entry.kind for entry in Audit(settings.audit_db).entries()]
     assert sorted(set(kinds)) == ["level_broken", "unaccounted"] and len(kinds) == 6
-    later = watch.look(NOW_US + 30 * 86_400_000_000).levels
+    later = watch.look(now + 30 * 86_400_000_000).levels
     assert later == ["stream pump: completeness is 45.455 percent of 11 blocks; promised is 99 percent"]
 
 

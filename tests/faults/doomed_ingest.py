@@ -1,9 +1,10 @@
 """An ingest worker that dies again and again: at a named step of a commit, or at a random instant; then it lives.
 
-`python -m tests.faults.doomed_ingest --project DIR --worker 1 --of 2 --kills 10 --seed 7 --log FILE`
+`python -m tests.faults.doomed_ingest --project DIR --worker 1 --of 2 --kills 10 --lives-s 40 --seed 7 --log FILE`
 
 Each life is a process of its own, forked from one that has imported everything and done nothing. FILE gets a line of JSON per death. A step
-that is not reached within LIFE_S_MAX is a death at a random instant. SIGTERM ends the last life in good order.
+that is not reached within LIFE_S_MAX is a death at a random instant. The last life begins after `--kills` deaths, or earlier when
+`--lives-s` have passed; FILE gets a line LAST then. SIGTERM ends the last life in good order.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ STEPS = {
     "reading the index": "a new life looks at what is stored",
 }
 RANDOM = "random"
+LAST = "last life"
 LIFE_S_MAX = 4.0  # on an idle machine; on a busy one as much longer as it is overloaded
 RANDOM_S = (0.02, 1.5)
 
@@ -137,6 +139,11 @@ def live(settings: config.Settings, worker: Worker, step: str, nth: int) -> None
     ingest.serve(settings, "eu", worker)
 
 
+def note(log_file: Path, step: str) -> None:
+    with log_file.open("a") as lines:
+        lines.write(json.dumps({"step": step}) + "\n")
+
+
 def death(pid: int, life_s: float) -> str:
     """Wait for a life to end; end it after `life_s`. How it died: `step`, or `random`."""
     deadline = time.monotonic() + life_s
@@ -155,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--project", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--lives-s", type=float, required=True)
     for name in ("worker", "of", "kills", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args()
@@ -162,17 +170,20 @@ def main() -> None:
     pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: a second that each life would pay
     settings, worker = config.load(given.project), Worker(given.worker, given.of)
     chance = random.Random(given.seed)
+    end = time.monotonic() + given.lives_s
     for _ in range(given.kills):
+        if (left_s := end - time.monotonic()) <= 0:
+            break
         step, nth = chance.choice([*STEPS, RANDOM, RANDOM, RANDOM]), chance.randint(1, 2)
         overload = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-        life_s = overload * (LIFE_S_MAX if step in STEPS else chance.uniform(*RANDOM_S))
+        life_s = min(left_s, overload * (LIFE_S_MAX if step in STEPS else chance.uniform(*RANDOM_S)))
         if (pid := os.fork()) == 0:
             live(settings, worker, step, nth)
             os._exit(1)
         how = death(pid, life_s)
         log.info("life ended step=%s nth=%d how=%s", step, nth, how)
-        with given.log.open("a") as deaths:
-            deaths.write(json.dumps({"step": step if how == "step" else RANDOM}) + "\n")
+        note(given.log, step if how == "step" else RANDOM)
+    note(given.log, LAST)
     with contextlib.suppress(KeyboardInterrupt):
         live(settings, worker, "none", 0)
 

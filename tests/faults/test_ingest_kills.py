@@ -8,6 +8,7 @@ reading once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -30,7 +31,7 @@ from edge_agent.contract.receipt import SequenceSet, decode_receipt
 from edge_agent.contract.topics import PREFIX, DeviceTopics, Kind
 from tests.brokers import Broker, mosquitto_broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
-from tests.faults.doomed_ingest import STEPS
+from tests.faults.doomed_ingest import LAST, STEPS
 
 ROOT = Path(__file__).parents[2]
 DEVICES = 4
@@ -38,6 +39,7 @@ AGAIN = 0.5
 OPEN_MAX = 60  # blocks without receipt
 RESEND_S = 3.0
 END_S = 600.0
+LIVES_S = 30.0  # of the short run: on a busy machine fewer deaths, not a longer run
 SMALL_FILES_MAX = 15
 
 pytestmark = pytest.mark.needs_mosquitto
@@ -107,15 +109,16 @@ class Devices:
 
 
 @contextmanager
-def doomed(settings: Settings, folder: Path, kills: int, seed: int) -> Iterator[list[Path]]:
-    """Two workers that share `kills` deaths between them; the files that tell of these."""
+def doomed(settings: Settings, folder: Path, kills: int, lives_s: float, seed: int) -> Iterator[list[Path]]:
+    """Two workers that share `kills` deaths between them, or what `lives_s` leave time for; the files that tell of these."""
     logs = [folder / f"deaths-{number}.jsonl" for number in (1, 2)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = []
     with (folder / "ingest.log").open("wb") as output:
         for number, log in enumerate(logs, 1):
             log.touch()
-            arguments = ["--worker", str(number), "--of", "2", "--kills", str(kills // 2), "--seed", str(seed + number), "--log", str(log)]
+            arguments = ["--worker", str(number), "--of", "2", "--kills", str(kills // 2), "--lives-s", str(lives_s)]
+            arguments += ["--seed", str(seed + number), "--log", str(log)]
             command = [sys.executable, "-m", "tests.faults.doomed_ingest", "--project", str(settings.project), *arguments]
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output))
         try:
@@ -149,45 +152,49 @@ def a_project(folder: Path, broker: Broker) -> Settings:
     return settings
 
 
-def prove(tmp_path: Path, kills: int, readings: int, rows: int, seed: int) -> None:
+def prove(tmp_path: Path, kills: int, readings: int, rows: int, seed: int, lives_s: float = math.inf) -> Counter[str]:
+    """The deaths, by step."""
     chance = random.Random(seed)
     blocks = readings // rows // DEVICES
     total = blocks * DEVICES
     with mosquitto_broker(tmp_path, extra=("autosave_on_changes false",)) as broker:
         settings = a_project(tmp_path / "project", broker)
         devices = Devices(broker, blocks, rows, chance)
-        with doomed(settings, tmp_path, kills, seed) as logs:
-            died, progress = 0, time.monotonic()
-            while not (died >= kills // 2 * 2 and devices.done):
-                now_dead = sum(deaths(logs).values())
+        with doomed(settings, tmp_path, kills, lives_s, seed) as logs:
+            died, last, progress = 0, False, time.monotonic()
+            while not (last and devices.done):
+                by_step = deaths(logs)
+                last = by_step.pop(LAST, 0) == 2
+                now_dead = by_step.total()
                 if now_dead > died or devices.open == []:
                     progress = time.monotonic()
                 died = now_dead
-                devices.turn(allowed=total * (died + 1) // (kills // 2 * 2 + 1) + OPEN_MAX)
+                devices.turn(allowed=total if last else total * (died + 1) // (kills // 2 * 2 + 1) + OPEN_MAX)
                 assert time.monotonic() - progress < END_S, f"no progress: {(tmp_path / 'ingest.log').read_text(errors='replace')[-3000:]}"
                 time.sleep(0.02)
-            by_step = deaths(logs)
         devices.close()
     table = Lake(settings.lake).read("pump", columns=["device", "sequence", "row", "count"])
     found = Counter(zip(*(table[name].to_pylist() for name in ("device", "sequence", "row")), strict=True))
     lost = total * rows - len(found)
     duplicates = table.num_rows - len(found)
-    print(f"{sum(by_step.values())} kills {dict(by_step)}; {total * rows} readings, {devices.copies} copies of {total} blocks, ", end="")
+    print(f"{by_step.total()} kills {dict(by_step)}; {total * rows} readings, {devices.copies} copies of {total} blocks, ", end="")
     print(f"{devices.receipts} receipts; {lost} lost, {duplicates} duplicates")
     assert (lost, duplicates) == (0, 0)
     named = zip(*(table[name].to_pylist() for name in ("sequence", "row", "count")), strict=True)
     assert all(count == (sequence - 1) * rows + row for sequence, row, count in named)
-    assert sum(by_step.values()) >= kills // 2 * 2
-    if kills >= 300:
-        assert set(by_step) >= set(STEPS), f"never reached: {set(STEPS) - set(by_step)}"
+    return by_step
 
 
 def test_killed_at_any_step_every_reading_is_in_the_lake_once(tmp_path: Path, seed: int) -> None:
-    prove(tmp_path, kills=20, readings=10_000, rows=50, seed=seed)
+    by_step = prove(tmp_path, kills=12, readings=6_000, rows=50, seed=seed, lives_s=LIVES_S)
+    assert by_step.total() >= 2, "a machine so busy that hardly a life ended"
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7_200)
 def test_500_kills_and_a_million_readings(tmp_path: Path, seed: int) -> None:
     kills = int(os.environ.get("FENCELINE_RUNS", "500"))
-    prove(tmp_path, kills=kills, readings=2_000 * kills, rows=200, seed=seed)
+    by_step = prove(tmp_path, kills=kills, readings=2_000 * kills, rows=200, seed=seed)
+    assert by_step.total() == kills // 2 * 2
+    if kills >= 300:
+        assert set(by_step) >= set(STEPS), f"never reached: {set(STEPS) - set(by_step)}"
