@@ -25,6 +25,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from cloud.lake import Lake
+from cloud.tables import text_field
 from edge_agent.contract.errors import UnavailableError
 
 PIECE_BYTES = 32 * 1024 * 1024
@@ -82,7 +83,7 @@ class Follower:
         Raises:
             UnavailableError: a table does not read.
         """
-        wanted = pc.field("device").isin(list(devices))
+        wanted = text_field("device").isin(list(devices))
         for lane, version in self.seen.items():
             try:
                 table = self._lake.table(self._stream, lane)

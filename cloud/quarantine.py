@@ -32,7 +32,7 @@ from cloud.lake import Lake, Settled
 from cloud.roots import Root, Roots
 from cloud.rows import ROW, Contracts
 from cloud.settled import Identity
-from cloud.tables import read_table
+from cloud.tables import read_table, text_field
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Strings, Table, take
 from edge_agent.contract.errors import ConfigError, Reason
@@ -162,7 +162,7 @@ class CheckedLake:
 
     def _rows_held(self, identity: Identity, stream: str) -> set[int]:
         device, epoch, lane, sequence = identity
-        same = (pc.field("device") == device) & (pc.field("epoch") == epoch) & (pc.field("sequence") == sequence)
+        same = (text_field("device") == device) & (text_field("epoch") == epoch) & (pc.field("sequence") == sequence)
         return set(read_table(self.held.table(stream, lane), columns=["row"], filter=same)["row"].to_pylist())
 
 

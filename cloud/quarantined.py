@@ -27,7 +27,7 @@ from cloud.evolution import order
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake, rows_of
 from cloud.rows import Contracts
-from cloud.tables import is_table, open_table, read_table
+from cloud.tables import is_table, open_table, read_table, text_field
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.sensor_topics import parse_shape
 from edge_agent.contract.stream import QUARANTINE, StreamContract
@@ -161,11 +161,12 @@ def marks(held: Lake, lane: str) -> DeltaTable | None:
 def _filter(wanted: Selection, reason: str) -> pc.Expression | None:
     terms = []
     if wanted.device is not None:
-        terms.append(pc.field("device") == wanted.device)
+        terms.append(text_field("device") == wanted.device)
     if wanted.reason is not None:
-        terms.append(pc.field(reason) == wanted.reason)
+        terms.append(text_field(reason) == wanted.reason)
     if wanted.name is not None:
-        terms += [pc.field(name) == getattr(wanted.name, name) for name in NAME]
+        terms += [text_field(name) == getattr(wanted.name, name) for name in NAME[:2]]
+        terms += [pc.field(name) == getattr(wanted.name, name) for name in NAME[2:]]
     whole = None
     for term in terms:
         whole = term if whole is None else whole & term

@@ -27,6 +27,7 @@ import pyarrow as pa
 from cloud.config import QueryLimits, Settings
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
+from cloud.tables import query_dataset
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.core.settings import nearest
 
@@ -127,7 +128,7 @@ class Query:
         for lane in lake.lanes(stream):
             if may_see(lane, zones):
                 name = f"{view}@{lane}"
-                self._db.register(name, lake.table(stream, lane).to_pyarrow_dataset())
+                self._db.register(name, query_dataset(lake.table(stream, lane)))
                 parts.append(f"SELECT * FROM {_quoted(name)}")
         if parts:
             self._db.execute(f"CREATE VIEW {_quoted(view)} AS {' UNION ALL BY NAME '.join(parts)}")

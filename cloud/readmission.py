@@ -30,7 +30,7 @@ from cloud.lake import ATTEMPTS_MAX, PARQUET
 from cloud.quarantine import CheckedLake, rows_of, whole_blocks
 from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
 from cloud.rows import DAY_US, DAYS, EVENT_DATE, TIME, schema
-from cloud.tables import Tables, read_table
+from cloud.tables import Tables, read_table, text_field
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
@@ -265,7 +265,7 @@ def _decode(contract: StreamContract, device: str, topic: str, text: str, captur
 
 def _same_blocks(table: DeltaTable, rows: pa.Table) -> pa.Table:
     """The names of rows in a table that are of the same blocks as `rows`, or nearly: of the same devices and sequences."""
-    same = pc.field("device").isin(pc.unique(rows["device"])) & pc.field("sequence").isin(pc.unique(rows["sequence"]))
+    same = text_field("device").isin(pc.unique(rows["device"])) & pc.field("sequence").isin(pc.unique(rows["sequence"]))
     return read_table(table, columns=list(NAME), filter=same)
 
 
@@ -279,7 +279,7 @@ def _absent(table: DeltaTable, contract: StreamContract, origin: Origin, rows: p
         return rows
     keys = ["device", *contract.key]
     times = rows[contract.event_time]
-    near = pc.field("device").isin(pc.unique(rows["device"]))
+    near = text_field("device").isin(pc.unique(rows["device"]))
     near &= (pc.field(contract.event_time) >= pc.min(times)) & (pc.field(contract.event_time) <= pc.max(times))
     known = read_table(table, columns=keys, filter=near)
     named = rows.select(keys).append_column("place", pa.array(np.arange(rows.num_rows)))

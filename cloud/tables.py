@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
@@ -156,6 +158,21 @@ def read_table(table: DeltaTable, **how: Any) -> pa.Table:
         return table.to_pyarrow_dataset().to_table(**how)
     except (DeltaError, OSError) as e:
         raise UnavailableError(f"lake {table.table_uri} version {table.version()} does not read: {e}") from e
+
+
+def text_field(column: str) -> pc.Expression:
+    """A text column in a filter; every filter of a dataset by text uses it, and files are not skipped by it.
+
+    Files that Delta's update wrote say that their text is `string_view`, which Arrow does not compare with `string`.
+    """
+    return pc.field(column).cast(pa.string())
+
+
+def query_dataset(table: DeltaTable) -> pyarrow.dataset.Dataset:
+    """A table for DuckDB, its text as `string_view`: DuckDB then filters text itself, and leaves the rest to Arrow (see `text_field`)."""
+    fields = pa.schema(table.schema())
+    views = [f.with_type(pa.string_view()) if pa.types.is_string(f.type) else f for f in fields]
+    return table.to_pyarrow_dataset(schema=pa.schema(views))
 
 
 def _named(folders: list[str]) -> list[str]:
