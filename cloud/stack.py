@@ -35,7 +35,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 
 log = logging.getLogger(__name__)
 
-READY_S_MAX = 90.0
+READY_S_MAX = 180.0
 POLL_S = 0.1
 BACKOFF_S = (0.2, 10.0)
 STEADY_S = 30.0  # a part that ran this long starts with the first backoff again

@@ -70,7 +70,10 @@ def log_run(project: Path) -> tuple[str, str, str]:
         tracking.log_batch(store, run_id, {METRIC: VALUE}, tracking.flatten({"train": {"seed": 7}}))
         name = context.params.register.model
         sample = np.zeros((1, 2), np.float32)
-        logged = mlflow.onnx.log_model(tiny_model(), name="model", registered_model_name=name, input_example=sample)
+        logged = mlflow.onnx.log_model(
+            tiny_model(), name="model", registered_model_name=name, input_example=sample,
+            pip_requirements=["onnx", "onnxruntime"],  # not said: MLflow finds them out in a process that loads the model, which takes long
+        )  # fmt: skip
         store.set_registered_model_alias(name, "champion", logged.registered_model_version)
     return tracking.run_url(context, run_id), store.get_run(run_id).info.run_name, name
 

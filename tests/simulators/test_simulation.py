@@ -15,7 +15,7 @@ import pytest
 
 from tests.simulators.world import World, world
 
-WORLDS, WORLDS_LONG = 50, int(os.environ.get("FENCELINE_RUNS", "1000"))
+WORLDS, WORLDS_LONG = 25, int(os.environ.get("FENCELINE_RUNS", "1000"))
 STEPS = 30
 
 
