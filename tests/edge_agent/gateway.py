@@ -144,7 +144,7 @@ class Bench:
         self._publisher.loop_stop()
 
 
-def wait_for(done: Callable[[], Any], explain: Callable[[], str], timeout_s: float = 20.0) -> None:
+def wait_for(done: Callable[[], Any], explain: Callable[[], str], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
         try:

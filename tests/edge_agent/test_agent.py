@@ -116,7 +116,7 @@ def test_a_full_buffer_holds_the_source_and_goes_on_after_receipts(bench: Bench)
 
 def test_a_second_agent_on_the_same_state_is_refused(bench: Bench) -> None:
     bench.start()
-    second = subprocess.run([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(bench.config)], capture_output=True, timeout=30)
+    second = subprocess.run([sys.executable, "-m", "edge_agent.cli", "run", "--config", str(bench.config)], capture_output=True, timeout=90)
     assert second.returncode == 2
     assert b"another agent runs on" in second.stderr
 
