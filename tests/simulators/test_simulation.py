@@ -15,7 +15,7 @@ import pytest
 
 from tests.simulators.world import World, world
 
-WORLDS, WORLDS_LONG = 25, int(os.environ.get("FENCELINE_RUNS", "1000"))
+WORLDS, WORLDS_LONG = 50, int(os.environ.get("FENCELINE_RUNS", "1000"))
 STEPS = 30
 
 
@@ -45,6 +45,7 @@ def worlds(seed: int, count: int) -> None:
     print(f"{count} worlds: {crashes} crashes, {acknowledged} messages acknowledged, {blocks} blocks in the lakes, {copies} copies refused")
 
 
+@pytest.mark.timeout(600)  # a minute on two free cores
 def test_promises_hold_in_every_world(seed: int) -> None:
     worlds(seed, WORLDS)
 
