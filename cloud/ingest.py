@@ -99,7 +99,7 @@ class Ingest:
         self._next, self._committing = Batch(), Batch()
         self._retry_s, self._retry_due = RETRY_S[0], 0.0
         self._status_due = self._look_due = 0.0
-        self._upkeep_due = time.monotonic() + UPKEEP_S
+        self._upkept_at = time.monotonic()
 
     def run(self) -> None:
         """Work until `stop`."""
@@ -165,8 +165,8 @@ class Ingest:
             self._committing, self._next = self._next, Batch()
         if self._committing.messages:
             self._start(self.lake.append, self.gate.region, self._committing.blocks)
-        elif not self._next.messages or now >= self._upkeep_due:
-            self._upkeep_due = now + UPKEEP_S
+        elif now >= self._upkept_at + (UPKEEP_S if self._next.messages else IDLE_S):
+            self._upkept_at = now
             self._start(self._upkeep)
 
     def _start(self, work: Callable[..., Settled | None], *arguments: object) -> None:

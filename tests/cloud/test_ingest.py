@@ -134,6 +134,15 @@ def rows(settings: Settings) -> list[tuple[int, int]]:
     return sorted(zip(*(c.to_pylist() for c in table.columns), strict=True)) if table.num_rows else []
 
 
+def test_an_idle_ingest_rests_between_upkeep(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept_up: list[int] = []
+    monkeypatch.setattr(CheckedLake, "compact", lambda self, files_max: kept_up.append(files_max))
+    with running(settings):
+        kept_up.clear()
+        time.sleep(4 * ingest.IDLE_S)
+        assert 1 <= len(kept_up) <= 5
+
+
 def test_blocks_are_committed_before_their_receipt(settings: Settings, device: Device) -> None:
     with running(settings):
         for sequence in (1, 2, 4):
