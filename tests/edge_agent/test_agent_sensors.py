@@ -32,7 +32,7 @@ class Gateway(Bench):
     """A device whose sensors come from outside this class: agent.toml with `sensors` in place of the broker."""
 
     def __init__(self, path: Path, eu: Broker, sensors: str) -> None:
-        self.path, self.config, self.agent = path, write(path), None
+        self.path, self.config, self.agent, self._nursery = path, write(path), None, None
         self.replace("18831", str(eu.port))
         self.replace(f"[sensors]\n{BROKER}", sensors)
         self.cloud = Cloud(eu)
