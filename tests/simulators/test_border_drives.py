@@ -21,7 +21,7 @@ from edge_agent.core.zones import Zones, parse_zones
 from tests.simulators.drives import SPEED_M_S_MAX, START_S, Sample, allowed, drive
 
 ZONES_FILE = Path(__file__).parents[2] / "contracts/zones.geojson"
-DRIVES, DRIVES_LONG = 100, int(os.environ.get("FENCELINE_RUNS") or 10_000)
+DRIVES, DRIVES_LONG = 200, int(os.environ.get("FENCELINE_RUNS") or 10_000)
 ENDPOINTS = ("eu", "us")
 NOW_US = (START_S + 2 * 10**6) * 1_000_000  # all drives are over by then; what is later is from the future
 
