@@ -74,7 +74,7 @@ test: $(VENV)/.installed ## the tests, except those that take minutes
 
 .PHONY: test-long
 test-long: $(VENV)/.installed ## the tests that take minutes to hours
-	$(BIN)/python -m pytest -m long --timeout 14400 $(TEST_ARGS)
+	$(BIN)/python -m pytest -m long --timeout 14400 -o faulthandler_timeout=0 $(TEST_ARGS)
 
 .PHONY: test-edge
 test-edge: $(VENV_EDGE)/.installed ## the agent's tests in an environment that has only the edge extra: the proof that it is light

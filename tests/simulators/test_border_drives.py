@@ -1,6 +1,6 @@
 """Border drives through the decisions alone: the track, the policy and the router, against the true track.
 
-`make test` drives a hundred; `make test-long` 10,000. FENCELINE_RUNS sets another count.
+`make test` drives DRIVES of them; `make test-long` 10,000. FENCELINE_RUNS sets another count.
 """
 
 from __future__ import annotations
