@@ -71,14 +71,14 @@ def violations(contract: StreamContract, blocks: Sequence[Block]) -> dict[int, V
     return {place: hit for place, hit in found.items() if len(hit.rows)}
 
 
-def check(contract: StreamContract, table: Table) -> Violations:
-    """The rows of one table that break the contract."""
+def check(contract: StreamContract, table: Table, only: Reason | None = None) -> Violations:
+    """The rows of one table that break the contract; `only`: that break it for this reason, whatever else they break."""
     count = len(table[contract.event_time])
     first = np.full(count, -1, np.int64)
     rules: list[Rule] = []
     for field in contract.fields:
         for rule, bad in _broken(field, table[field.name]):
-            if bad.any():
+            if only in (None, rule.reason) and bad.any():
                 first[bad & (first < 0)] = len(rules)
                 rules.append(rule)
     rows = np.flatnonzero(first >= 0)

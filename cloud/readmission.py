@@ -1,7 +1,11 @@
 """Out of quarantine: rows that keep the contract by now, or that a named person answers for, go into their stream's table once.
 
 - A row is checked against the newest contract of its stream. A refused payload is decoded first, as the device would have.
-- `as_is` skips the check. What it cannot skip: a payload that does not decode, and a personal field that was not treated.
+- `as_is` skips the check. What it cannot skip: a payload that does not decode, and a personal field that was not treated, whatever
+  else is wrong with the row.
+- Rows stay if the newest contract breaks with the table that they would go into, or with the one that they lie in: as at ingest, what
+  was measured in one unit is not taken for another.
+- It stands in the audit trail first: a release that was cut off may stand there twice, never not at all.
 - A released row keeps its name; `arrived_at` is now, so nobody can have known it before. Of a refused payload the device made no window:
   its `ordinal` lies behind all that the device counted.
 - Once: rows that are in the stream's table are left out, in the commit's own version of it; releases exclude each other by a Delta
@@ -12,7 +16,6 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,24 +29,24 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from cloud.audit import Audit
 from cloud.enforcement import check
+from cloud.evolution import disagreement
 from cloud.lake import ATTEMPTS_MAX, PARQUET
-from cloud.quarantine import CheckedLake, rows_of, whole_blocks
+from cloud.quarantine import CheckedLake, quarantine_contract, rows_of, whole_blocks
 from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
 from cloud.rows import DAY_US, DAYS, EVENT_DATE, TIME, schema
-from cloud.tables import Tables, read_table, text_field
+from cloud.tables import Tables, contract_of, read_table, text_field
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
 from edge_agent.contract.stream import Compression, Encoding, FieldType, StreamContract
 from edge_agent.core.decode import Decoder
-from edge_agent.core.privacy import REDACTED
+from edge_agent.core.rejects import REDACTED, from_text
 from edge_agent.core.single_values import ValueDecoder
 
 APP = "fenceline/quarantine/release"
 KIND = "quarantine_released"
 BEHIND = 2**62
 """Added to the ordinal of a refused payload."""
-BASE64 = "base64:"
 
 
 @dataclass
@@ -101,18 +104,36 @@ class Readmission:
         if contract is None:
             done.kept["no contract has this topic or stream"] += waiting.table.num_rows
             return
+        if problem := self._disagreement(contract, shelf):
+            done.kept[problem] += waiting.table.num_rows
+            return
         rows = self._decoded(contract, waiting, done) if shelf.origin is Origin.DEVICE else self._settled(contract, waiting, done)
         rows = _kept(contract, rows, waiting, as_is, done)
-        if not rows.table.num_rows:
+        if not (count := rows.table.num_rows):
             return
-        added = self._commit(contract, shelf, rows)
-        done.released += added
-        done.already += rows.table.num_rows - added
-        self._mark(shelf, rows.table, by, as_is)
         counts = ", ".join(f"{device} {n}" for device, n in Counter(rows.table["device"].to_pylist()).items())
         how = "as they are" if as_is else f"by contract {contract.version}"
-        detail = f"{added} rows of {shelf.stream} in {shelf.lane} released {how} by {by}; origin {shelf.origin}; rows by device: {counts}"
-        self._audit.add(KIND, region="", subject=by, reason="", detail=detail, count=max(added, 1))
+        detail = f"{count} rows of {shelf.stream} in {shelf.lane} released {how} by {by}; origin {shelf.origin}; rows by device: {counts}"
+        self._audit.add(KIND, region="", subject=by, reason="", detail=detail, count=count)
+        added = self._commit(contract, shelf, rows)
+        done.released += added
+        done.already += count - added
+        self._mark(shelf, rows.table, by, as_is)
+
+    def _disagreement(self, contract: StreamContract, shelf: Shelf) -> str | None:
+        """Why rows of a shelf may not be taken for rows of the contract, or not lie in its table; None if they may.
+
+        What they were taken by, their own version, need not be in the settings any more: their quarantine's table agrees with it.
+        """
+        places = [(self._lake.lake, contract)]
+        if shelf.origin is Origin.INGEST:
+            places.append((self._lake.held, quarantine_contract(contract)))
+        for lake, wanted in places:
+            if shelf.lane in lake.lanes(shelf.stream) and (
+                problem := disagreement(contract_of(lake.table(shelf.stream, shelf.lane)), wanted)
+            ):
+                return problem
+        return None
 
     def _settled(self, contract: StreamContract, shelf: Shelf, done: Released) -> _Candidates:
         """Rows that ingest took out of blocks which are settled by now."""
@@ -231,13 +252,12 @@ def _kept(contract: StreamContract, rows: _Candidates, shelf: Shelf, as_is: bool
     """The rows that may go; the others are counted in `done.kept`."""
     if not rows.table.num_rows:
         return rows
-    hit = check(contract, rows.values)
+    hit = check(contract, rows.values, only=Reason.NOT_PRIVATE if as_is else None)
     stays = np.zeros(rows.table.num_rows, np.bool_)
-    for row, place in zip(hit.rows.tolist(), hit.broken.tolist(), strict=True):
+    stays[hit.rows] = True
+    for place in hit.broken.tolist():
         rule = hit.rules[place]
-        if not as_is or rule.reason is Reason.NOT_PRIVATE:
-            stays[row] = True
-            done.kept[f"{rule.reason}: field {rule.field!r}: {rule.detail}"] += 1
+        done.kept[f"{rule.reason}: field {rule.field!r}: {rule.detail}"] += 1
     if shelf.origin is Origin.INGEST and not as_is:
         units = (rows.table["violation"].to_numpy(zero_copy_only=False) == Reason.WRONG_UNIT.value) & ~stays
         stays |= units
@@ -255,7 +275,7 @@ def _decode(contract: StreamContract, device: str, topic: str, text: str, captur
     if text.startswith(REDACTED):
         own, payload = replace(own, encoding=Encoding.JSON, compression=Compression.NONE), text[len(REDACTED) :].encode()
     else:
-        payload = base64.b64decode(text[len(BASE64) :]) if text.startswith(BASE64) else text.encode()
+        payload = from_text(text)
     decoder = ValueDecoder(own) if own.encoding is Encoding.VALUE else Decoder(own)
     decoded = decoder.decode([payload], [topic], captured_us)
     if decoded.rejects:

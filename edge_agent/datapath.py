@@ -8,7 +8,6 @@ stored, the path waits here, so that the sensors' messages stay where they are.
 
 from __future__ import annotations
 
-import base64
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from edge_agent.contract.block import BLOCK_BYTES_MAX, ROWS_MAX, SCORE
 from edge_agent.contract.columns import Ints, Strings, Table, take
 from edge_agent.contract.stream import QUARANTINE
 from edge_agent.core.fix import Position
+from edge_agent.core.rejects import to_text
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken, Readings, Rejected
 from edge_agent.metrics import Metrics
@@ -143,7 +143,7 @@ class DataPath:
             "topic": Strings.of([r.topic for r in rejected]),
             "reason": Strings.of([r.reason.value for r in rejected]),
             "detail": Strings.of([r.detail for r in rejected]),
-            "payload": Strings.of([_text(r.payload) for r in rejected]),
+            "payload": Strings.of([to_text(r.payload, treated=r.treated) for r in rejected]),
         }
         quality, stream, version = self.fence.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
         return Draft(lane, stream, version, quality, self.fence.policy, table, len(rejected), received_us, received_us)
@@ -158,13 +158,6 @@ class DataPath:
         for stream, count in taken.redelivered.items():
             self.metrics.redelivered.labels(stream).inc(count)
         self.metrics.batch_seconds.observe(seconds)
-
-
-def _text(payload: bytes) -> str:
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(payload).decode()
 
 
 def _parts(lanes: Strings, columns: int) -> Iterator[tuple[int, Ints]]:

@@ -49,13 +49,14 @@ _NODE = "/node"  # nor this one: a Sparkplug node whose devices have a stream, b
 
 @dataclass(frozen=True)
 class Rejected:
-    """A payload that goes to quarantine, why, and the lane it was captured in."""
+    """A payload that goes to quarantine, why, and the lane it was captured in; `treated`: of its personal fields."""
 
     lane: str
     topic: str
     reason: Reason
     detail: str
     payload: bytes
+    treated: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,8 +149,8 @@ class Intake:
             rejects += self._take_readings(str(stream), rows, decoded, received_us, out)
         for i, reason, detail in sorted(rejects):
             lane = lanes[bisect.bisect_left(lanes, i, key=lambda step: step[0]) - 1][1]
-            topic, payload = self._shown(topics[i], payloads[i])
-            out.rejected.append(Rejected(lane, topic, reason, detail, payload))
+            topic, payload, treated = self._shown(topics[i], payloads[i])
+            out.rejected.append(Rejected(lane, topic, reason, detail, payload, treated))
         return out
 
     def _take_position(self, payload: bytes, received_us: int, now_us: int | None) -> tuple[Fix | None, tuple[Reason, str] | None]:
@@ -163,17 +164,21 @@ class Intake:
             self.fence.track.hear(position.time_us, received_us)
         return fix, refused
 
-    def _shown(self, topic: str, payload: bytes) -> tuple[str, bytes]:
-        """A message as quarantine may keep it: positions only where a stream may know them exactly, nothing that is personal."""
+    def _shown(self, topic: str, payload: bytes) -> tuple[str, bytes, bool]:
+        """A message as quarantine may keep it: positions only where a stream may know them exactly, nothing that is personal.
+
+        Returns:
+            Its topic, its payload, and whether that was treated.
+        """
         if topic == self._position_topic:
-            return topic, payload if self.fence.precision is Precision.EXACT else WITHHELD
+            return topic, payload if self.fence.precision is Precision.EXACT else WITHHELD, False
         if not self._treatments:
-            return topic, payload
+            return topic, payload, False
         route = self._route(topic)
-        if route in self._contracts:
-            treatment = self._treatments.get(str(route))
-            return (topic, payload) if treatment is None else (treatment.topic(topic), treatment.payload(payload))
-        return self._unknown(topic), PRIVATE
+        if route not in self._contracts:
+            return self._unknown(topic), PRIVATE, False
+        treatment = self._treatments.get(str(route))
+        return (topic, payload, False) if treatment is None else (treatment.topic(topic), treatment.payload(payload), True)
 
     def _unknown(self, topic: str) -> str:
         """A topic that no stream has, as it may be shown: it may be that of a personal one, misspelt."""

@@ -133,7 +133,7 @@ QUARANTINE = StreamContract(
         Field("topic", FieldType.STRING),
         Field("reason", FieldType.STRING, description="a contract.errors.Reason"),
         Field("detail", FieldType.STRING, description="what was wrong, with the value and the limit"),
-        Field("payload", FieldType.STRING, description="the payload; `base64:…` if it is not UTF-8"),
+        Field("payload", FieldType.STRING, description="the payload as text; core.rejects says how"),
     ),
     key=(),
     event_time="captured_at",

@@ -22,11 +22,10 @@ from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.privacy import HASH_CHARACTERS, KEY_ID_CHARACTERS, Pii, PiiKind, to_step
 from edge_agent.contract.stream import Compression, Encoding, StreamContract
 from edge_agent.core.decode import DECODE_ERRORS
-from edge_agent.core.rejects import Reject
+from edge_agent.core.rejects import REDACTED, Reject
 
 NAMES_MAX = 65_536  # of remembered texts
 WITHHELD = b"(not stored: the stream has personal fields)"
-REDACTED = "redacted:"
 
 _MAPS: dict[Encoding, Callable[[bytes], Any]] = {
     Encoding.JSON: msgspec.json.decode,

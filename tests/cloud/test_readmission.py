@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,9 @@ from cloud.readmission import Readmission
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
-from edge_agent.contract.stream import QUARANTINE, Encoding, StreamContract
+from edge_agent.contract.privacy import Pii, PiiKind
+from edge_agent.contract.stream import QUARANTINE, Encoding, Field, FieldType, StreamContract
+from edge_agent.core.rejects import to_text
 from tests.cloud.blocks import block, contract
 from tests.cloud.test_quarantine import bad, checked, fail_at, rows, wider
 
@@ -42,7 +43,7 @@ def payload(count: int, pressure: object = 50.0) -> bytes:
 def refused(sequence: int, payloads: list[bytes], topic: str = TOPIC) -> Any:
     """A block of payloads that the device refused."""
     header, _ = block(sequence, rows=len(payloads), stream=QUARANTINE.stream, contract_version=QUARANTINE.version)
-    texts = [_text(p) for p in payloads]
+    texts = [to_text(p) for p in payloads]
     return header, {
         "captured_at": np.full(len(payloads), 1_700_000_000_000_000, np.int64),
         "topic": Strings.of([topic] * len(payloads)),
@@ -51,13 +52,6 @@ def refused(sequence: int, payloads: list[bytes], topic: str = TOPIC) -> Any:
         "payload": Strings.of(texts),
         ORDINAL: np.arange(len(payloads), dtype=np.int64),
     }
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(data).decode()
 
 
 def test_rows_that_keep_the_contract_by_now_go_into_their_stream_once(tmp_path: Path) -> None:
@@ -96,6 +90,58 @@ def test_a_named_person_answers_for_rows_as_they_are(tmp_path: Path) -> None:
     assert release.release(PUMP, "boss", as_is=True).released == 2
     assert len(rows(lake.lake)) == 4 and "as they are by boss" in audit.entries()[0].detail
     assert examine(lake, BlockIndex(), 2**60).stored == 1
+
+
+def test_nobody_answers_for_a_personal_field_whatever_else_is_wrong_with_its_row(tmp_path: Path) -> None:
+    fields = (*contract().fields, Field("operator", FieldType.STRING, pii=Pii(PiiKind.HASH)))
+    lake = checked(tmp_path, replace(contract(), fields=fields))
+    header, table = bad(1, [0, 2], count=3)
+    name, treated = "Jane Doe", f"pii:{'0' * 8}:{'a' * 32}"
+    lake.append("eu", [(header, {**table, "operator": Strings.of([name, name, treated])})])
+    assert lake.held.read("pump", columns=["violation"])["violation"].to_pylist() == ["out_of_range", "not_private", "out_of_range"]
+    done = desk(tmp_path, lake)[0].release(PUMP, "boss", as_is=True)
+    assert done.released == 1 and dict(done.kept) == {"not_private: field 'operator': pii: hash is not done": 2}
+    assert lake.lake.read("pump", columns=["operator"])["operator"].to_pylist() == [treated]
+
+
+def test_what_the_audit_trail_cannot_tell_is_not_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = checked(tmp_path)
+    lake.append("eu", [bad(1, [0, 2])])
+    release, audit = desk(tmp_path, lake)
+
+    def away(*_: object, **__: object) -> None:
+        raise UnavailableError("the database does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit, "add", away)
+        with pytest.raises(UnavailableError):
+            release.release(PUMP, "boss", as_is=True)
+    assert len(rows(lake.lake)) == 2 and audit.entries() == []
+    assert release.release(PUMP, "boss", as_is=True).released == 2
+    assert ["2 rows of pump in europe released as they are by boss" in e.detail for e in audit.entries()] == [True]
+
+
+def test_rows_of_another_unit_stay_as_they_do_at_ingest(tmp_path: Path) -> None:
+    """The settings hold the new contract alone; the table, or only the quarantine, is of the old one."""
+    fields = (replace(f, unit="kPa", maximum=1e5) if f.name == "pressure" else replace(f) for f in contract().fields)
+    other = replace(contract(), version="2.0.0", fields=tuple(fields))
+    for folder, broken in (("some", [0, 2]), ("all", [0, 1, 2, 3])):
+        checked(tmp_path / folder).append("eu", [bad(1, broken)])
+        lake = checked(tmp_path / folder, other)
+        before = rows(lake.lake)
+        done = desk(tmp_path, lake)[0].release(PUMP, "anna")
+        (why,) = done.kept
+        assert (done.released, rows(lake.lake)) == (0, before) and "field 'pressure': unit '' became 'kPa'" in why
+        assert desk(tmp_path, lake)[0].release(PUMP, "boss", as_is=True).released == 0, "nobody can answer for it either"
+
+
+def test_payloads_that_look_like_marks_of_quarantine_stop_nothing(tmp_path: Path) -> None:
+    lake = checked(tmp_path, wider())
+    header, table = refused(1, [payload(7, 5_000), b"", b"", b""])
+    texts = [payload(7, 5_000).decode(), "base64:abc", "base64:é", to_text(payload(8))]
+    lake.append("eu", [(header, {**table, "payload": Strings.of(texts)})])
+    done = desk(tmp_path, lake)[0].release(PUMP, "anna")
+    assert done.released == 2 and sum(done.kept.values()) == 2 and all(why.startswith("malformed") for why in done.kept)
 
 
 def test_a_row_of_a_block_that_is_not_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from edge_agent import config
 from edge_agent.contract.errors import ConfigError
 from edge_agent.core.privacy import Pseudonyms
+from edge_agent.core.rejects import from_text, to_text
 from edge_agent.intake import Intake, Intaken
 from tests.edge_agent.core.test_privacy import KEY, RIDES, rides
 from tests.edge_agent.test_config import write
@@ -74,3 +76,13 @@ def test_hashed_fields_need_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path.write_text(text)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     assert config.load(path).pii_key == KEY
+
+
+def test_only_what_was_treated_is_marked_so(tmp_path: Path) -> None:
+    own = b'redacted:{"driver": "jane"}'
+    (treated,) = intake(tmp_path).take(["sensors/plane-01/rides"], [json.dumps({**GOOD, "speed": 400}).encode()], 1).rejected
+    ride = rides(topic="sensors/plane-01/rides")
+    public = replace(ride, fields=tuple(replace(f, pii=None) for f in ride.fields))
+    (plain,) = Intake((public,), POSITION, make(tmp_path).fence, 1_000).take([ride.topic], [own], 1).rejected
+    assert to_text(treated.payload, treated=treated.treated).startswith("redacted:{")
+    assert from_text(to_text(plain.payload, treated=plain.treated)) == own and not plain.treated

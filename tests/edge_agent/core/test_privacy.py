@@ -18,8 +18,8 @@ from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.privacy import is_hashed, off_step, to_step
 from edge_agent.contract.stream import StreamContract
-from edge_agent.core.privacy import REDACTED, WITHHELD, Pseudonyms, Treatment
-from edge_agent.core.rejects import Reject
+from edge_agent.core.privacy import WITHHELD, Pseudonyms, Treatment
+from edge_agent.core.rejects import REDACTED, Reject
 
 KEY = bytes(range(32))
 RIDES = """
