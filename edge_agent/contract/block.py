@@ -12,6 +12,7 @@ not known) are there only if the agent's settings give the stream's places away.
 
 from __future__ import annotations
 
+import re
 import zlib
 from enum import StrEnum
 
@@ -30,6 +31,8 @@ ROWS_MAX = 65_536
 HEADER_BYTES_MAX = 16 * 1024
 BLOCK_BYTES_MAX = 8 * 1024 * 1024
 RAW_BYTES_MAX = 64 * 1024 * 1024
+_DRAWN = re.compile(r"[A-Za-z0-9-]{1,64}")
+"""An epoch or a boot id: agents draw hex digits, Linux a UUID."""
 
 NOWHERE = "nowhere"
 """The lane of readings whose zone is not known. No endpoint is allowed for it: they wait."""
@@ -171,6 +174,9 @@ def _check(header: BlockHeader) -> None:
     check_name(header.device, "device")
     check_lane(header.lane)
     check_name(header.stream, "stream")
+    for what, name in (("epoch", header.epoch), ("boot", header.boot)):
+        if not _DRAWN.fullmatch(name):
+            raise ContractError(f"{what} {name[:100]!r} must match {_DRAWN.pattern}")
     if header.format != 1:
         raise ContractError(f"block format {header.format}; this version reads format 1")
     if not 1 <= header.rows <= ROWS_MAX:

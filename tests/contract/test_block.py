@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import secrets
 import zlib
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -156,6 +158,19 @@ def test_header_out_of_bounds_is_neither_written_nor_read(fields: dict[str, Any]
 def test_header_may_not_be_huge() -> None:
     with pytest.raises(ContractError, match="block header of"):
         decode_block(sealed(changed(boot="x" * HEADER_BYTES_MAX), b""))
+
+
+@pytest.mark.parametrize("name", ["", "e\n1", "e1\n", "é", "a b", "x" * 65, "a/b"])
+def test_an_epoch_and_a_boot_are_short_words(name: str) -> None:
+    for fields in ({"epoch": name}, {"boot": name}):
+        with pytest.raises(ContractError, match="must match"):
+            encode_block(changed(**fields), TABLE)
+        with pytest.raises(ContractError, match="must match"):
+            decode_block(sealed(changed(**fields), zstandard.compress(encode_columns(TABLE, 3))))
+
+
+def test_what_agents_draw_is_an_epoch_and_a_boot() -> None:
+    encode_block(changed(epoch=secrets.token_hex(8), boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip()), TABLE)
 
 
 def test_block_may_not_be_huge() -> None:
