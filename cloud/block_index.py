@@ -70,13 +70,18 @@ class BlockIndex:
 
 
 class _Rows:
-    """Columns of one file; those that it does not have are null."""
+    """Columns of one file; those that it, or its table, does not have are null."""
 
     def __init__(self, fragment: pads.Fragment, schema: pa.Schema) -> None:
         self._fragment, self._schema = fragment, schema
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        return self._fragment.to_table(columns=list(dict.fromkeys(columns)), schema=self._schema)
+        wanted = list(dict.fromkeys(columns))
+        found = self._fragment.to_table(columns=[name for name in wanted if name in self._schema.names], schema=self._schema)
+        for name in wanted:
+            if name not in found.column_names:  # a field that is newer than every row of the table
+                found = found.append_column(name, pa.nulls(found.num_rows))
+        return found
 
 
 def _by_block(rows: _Rows, event_time: str, fields: Sequence[str]) -> pa.Table:

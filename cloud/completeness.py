@@ -1,6 +1,6 @@
 """Is what devices captured in the lake? Counted by block, because blocks have numbers: a lane's sequences rise by one.
 
-Of every number up to the highest that the lake has seen of a device's epoch and lane, one thing is known:
+Of every number up to the highest that the lake has seen of a device's epoch and lane, itself or in a row of the ledger, one thing is known:
 
 | state | the block |
 | --- | --- |
@@ -8,19 +8,22 @@ Of every number up to the highest that the lake has seen of a device's epoch and
 | quarantined | is in the lake, all its rows in quarantine |
 | lost | is named in the device's loss ledger, with the reason |
 | waiting | is not here, and the device says that it still holds so many |
-| pending | is not here, but the next one came less than the grace time ago: blocks overtake each other |
+| pending | is not here, but the next one, or word of a later one, came less than the grace time ago: blocks overtake each other |
 | unaccounted | is not here, and nobody said why: an alarm |
 
 - A number that the ledger says was never used is no block. A block that the ledger names and that came all the same is stored.
 - A ledger row that means fewer blocks than its range has numbers accounts for what is missing there if that is no more.
-- What a device captured and never numbered, or numbered above all that came, the lake cannot know; `waiting` says what the device reports.
-- Sequences are shared by the streams of a lane: whose block is missing is known from the ledger only.
+- What a device captured and never numbered, or numbered above all that came and is named, the lake cannot know; `waiting` says what the
+  device reports.
+- Sequences are shared by the streams of a lane: whose block is missing is known from the ledger only. What nobody can tell whose it was
+  counts for every stream that the lane has.
+- Released rows are readings of their stream; in quarantine they are not counted any more.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -32,14 +35,16 @@ import pyarrow as pa
 from cloud.block_index import BlockIndex
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
+from cloud.quarantined import NAME, marks
 from cloud.tables import contract_of, read_table
 from edge_agent.contract.stream import LOSSES
 
 GRACE_S = 300.0
-UNUSED = "unused"
-"""The stream of numbers that were never used, in the ledger."""
+UNUSED, UNKNOWN = "unused", "unknown"
+"""In the ledger: the stream of numbers that were never used, and that of blocks of which nobody can say it any more."""
 
 Ints = npt.NDArray[np.int64]
+_NONE = np.zeros(0, np.int64)
 Epoch = tuple[str, str]
 LaneKey = tuple[str, str, str]
 
@@ -92,6 +97,16 @@ class Completeness:
         return (self.stored + self.blocks[State.QUARANTINED]) / self.captured if self.captured else 1.0
 
     @property
+    def due(self) -> int:
+        """Blocks that devices are known to have made, without those that may still come."""
+        return self.captured - self.blocks[State.WAITING] - self.blocks[State.PENDING]
+
+    @property
+    def share_due(self) -> float:
+        """The share of those that is in the lake: what a service level is about."""
+        return (self.stored + self.blocks[State.QUARANTINED]) / self.due if self.due else 1.0
+
+    @property
     def alarm(self) -> bool:
         return self.blocks[State.UNACCOUNTED] > 0
 
@@ -106,6 +121,7 @@ class _Loss:
     blocks: int
     readings: float | None
     reason: str
+    arrived_us: int
 
     def excuses(self, stored: Ints) -> bool:
         """Whether it means as many blocks as are missing in its range; `stored` are the sequences that are here, rising."""
@@ -123,6 +139,11 @@ class _Lane:
     quarantined: dict[int, tuple[str, int, int]] = field(default_factory=dict)  # stream, rows and arrival, by sequence
     ledger: list[_Loss] = field(default_factory=list)
 
+    def has(self, stream: str) -> bool:
+        """Whether anything is known of a stream here."""
+        held = any(of_stream == stream for of_stream, _, _ in self.quarantined.values())
+        return stream in self.streams or held or any(loss.of_stream == stream for loss in self.ledger)
+
 
 def examine(
     lake: CheckedLake,
@@ -139,28 +160,29 @@ def examine(
 
     Args:
         index: keep it between calls, and only new files are read.
-        since_us: only blocks that came since then, and gaps below such a block.
+        since_us: only blocks that came since then, and gaps that showed since then: by a block, or the ledger's word of one, above them.
         waiting: how many blocks each device and epoch says it still holds.
 
     Raises:
         UnavailableError: the lake does not read.
     """
-    lanes = _collect(lake, index, device)
-    found, late = Completeness(), defaultdict[Epoch, list[Gap]](list)
-    for key, lane in sorted(lanes.items()):
-        if stream is not None and stream not in lane.streams and not any(loss.of_stream == stream for loss in lane.ledger):
+    lanes, old_us = _collect(lake, index, device), now_us - int(grace_s * 1e6)
+    gaps = {key: list(_gaps(key, lane, old_us)) for key, lane in sorted(lanes.items())}
+    late = Counter[Epoch]()  # of everything, whatever part of it is asked for: the device counts so
+    for key, those in gaps.items():
+        late[key[:2]] += sum(gap.blocks for gap, _ in those if gap.state is State.UNACCOUNTED)
+    found = Completeness()
+    for key, those in gaps.items():
+        if stream is not None and not lanes[key].has(stream):
             continue
-        _count_stored(lane, stream, since_us, found)
-        for gap in _gaps(key, lane, now_us - int(grace_s * 1e6), since_us):
-            if stream is None or gap.stream in ("", stream):
-                (late[key[:2]] if gap.state is State.UNACCOUNTED else found.gaps).append(gap)
-    for epoch, gaps in late.items():
-        held = sum(gap.blocks for gap in gaps) <= (waiting or {}).get(epoch, 0)
-        found.gaps += [replace(gap, state=State.WAITING) if held else gap for gap in gaps]
+        _count_stored(lanes[key], stream, since_us, found)
+        held = late[key[:2]] <= (waiting or {}).get(key[:2], 0)
+        for gap, shown_us in those:
+            if (stream is None or gap.stream in ("", UNKNOWN, stream)) and (since_us is None or shown_us >= since_us):
+                found.gaps.append(replace(gap, state=State.WAITING) if held and gap.state is State.UNACCOUNTED else gap)
     for gap in found.gaps:
         found.blocks[gap.state] += gap.blocks
         found.lost_readings += (gap.readings or 0.0) if gap.state is State.LOST else 0.0
-    found.gaps.sort(key=lambda gap: (gap.device, gap.epoch, gap.lane, gap.first))
     return found
 
 
@@ -172,11 +194,14 @@ def _collect(lake: CheckedLake, index: BlockIndex, device: str | None) -> dict[L
             lane.stored.append(part["sequence"].to_numpy())
             lane.arrived.append(part["arrived_us"].to_numpy())
             lane.streams[stream] = part
+    released: dict[str, Counter[tuple[str, str, int]]] = {}
     for stream, name, blocks in _tables(lake.held, index):
+        if name not in released:
+            released[name] = _released(lake.held, name)
         for (dev, epoch), part in _by_epoch(blocks, device):
             lane = lanes[dev, epoch, name]
             for sequence, rows, arrived in zip(*(part[c].to_pylist() for c in ("sequence", "rows", "arrived_us")), strict=True):
-                lane.quarantined[sequence] = (stream, rows, arrived)
+                lane.quarantined[sequence] = (stream, rows - released[name][dev, epoch, sequence], arrived)
                 lane.arrived.append(np.array([arrived]))
                 lane.stored.append(np.array([sequence]))
     _read_ledger(lake.lake, lanes, device)
@@ -194,19 +219,28 @@ def _by_epoch(blocks: pa.Table, device: str | None) -> Iterable[tuple[Epoch, pa.
     """The rows of each device and epoch; they are sorted by them."""
     if not blocks.num_rows:
         return
-    names = np.array([f"{d}\n{e}" for d, e in zip(blocks["device"].to_pylist(), blocks["epoch"].to_pylist(), strict=True)])
-    edges = [0, *(np.flatnonzero(names[1:] != names[:-1]) + 1).tolist(), len(names)]
-    for start, stop in itertools.pairwise(edges):
-        dev, epoch = str(names[start]).split("\n")
-        if device in (None, dev):
-            yield (dev, epoch), blocks.slice(start, stop - start)
+    devices, epochs = (np.array(blocks[name].to_pylist(), np.object_) for name in ("device", "epoch"))
+    new = (devices[1:] != devices[:-1]) | (epochs[1:] != epochs[:-1])
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(new) + 1).tolist(), len(devices)]):
+        if device in (None, devices[start]):
+            yield (devices[start], epochs[start]), blocks.slice(start, stop - start)
+
+
+def _released(held: Lake, lane: str) -> Counter[tuple[str, str, int]]:
+    """How many rows of each quarantined block are released, by device, epoch and sequence."""
+    table = marks(held, lane)
+    if table is None:
+        return Counter()
+    names = read_table(table, columns=list(NAME)).group_by(list(NAME)).aggregate([])  # once each: a mark may stand there twice
+    return Counter(zip(*(names[column].to_pylist() for column in NAME[:3]), strict=True))
 
 
 def _read_ledger(lake: Lake, lanes: defaultdict[LaneKey, _Lane], device: str | None) -> None:
     columns = ["device", "of_epoch", "of_lane", "of_stream", "first_sequence", "last_sequence", "blocks", "readings", "reason"]
     for name in lake.lanes(LOSSES.stream):
-        table = read_table(lake.table(LOSSES.stream, name), columns=columns)
-        for dev, epoch, lane, *rest in zip(*(c.to_pylist() for c in table.columns), strict=True):
+        table = read_table(lake.table(LOSSES.stream, name), columns=[*columns, "arrived_at"])
+        arrived = table["arrived_at"].cast(pa.int64()).to_pylist()
+        for dev, epoch, lane, *rest in zip(*(table[c].to_pylist() for c in columns), arrived, strict=True):
             loss = _Loss(*rest)
             if device in (None, dev) and 1 <= loss.first_sequence <= loss.last_sequence:
                 lanes[dev, epoch, lane].ledger.append(loss)
@@ -227,20 +261,21 @@ def _count_stored(lane: _Lane, stream: str | None, since_us: int | None, found: 
             found.blocks[State.QUARANTINED] += sequence not in partly
 
 
-def _gaps(key: LaneKey, lane: _Lane, old_us: int, since_us: int | None) -> Iterable[Gap]:
-    """The ranges of numbers that have no block here."""
-    if not lane.stored:
-        return
-    sequences, first = np.unique(np.concatenate(lane.stored), return_index=True)
-    arrived = np.concatenate(lane.arrived)[first]
+def _gaps(key: LaneKey, lane: _Lane, old_us: int) -> Iterable[tuple[Gap, int]]:
+    """The ranges of numbers that have no block here, each with the time when it first showed (us)."""
+    sequences, first = np.unique(np.concatenate([_NONE, *lane.stored]), return_index=True)
+    arrived = np.concatenate([_NONE, *lane.arrived])[first]
     losses = [loss for loss in lane.ledger if loss.excuses(sequences)]
     above_us = np.minimum.accumulate(arrived[::-1])[::-1]  # when the first block from here on came
     before = np.concatenate([[0], sequences[:-1]])
-    for place in np.flatnonzero(sequences - before > 1).tolist():
-        if since_us is not None and above_us[place] < since_us:
-            continue
-        state = State.UNACCOUNTED if above_us[place] <= old_us else State.PENDING
-        yield from _accounted(key, losses, int(before[place]) + 1, int(sequences[place]) - 1, state)
+    ranges = [(int(before[i]) + 1, int(sequences[i]) - 1, int(above_us[i])) for i in np.flatnonzero(sequences - before > 1)]
+    highest = int(sequences[-1]) if len(sequences) else 0
+    if beyond := [loss for loss in lane.ledger if loss.last_sequence > highest]:  # of a buffer that is gone nothing comes any more
+        ranges.append((highest + 1, max(loss.last_sequence for loss in beyond), min(loss.arrived_us for loss in beyond)))
+    for start, stop, shown_us in ranges:
+        state = State.UNACCOUNTED if shown_us <= old_us else State.PENDING
+        for gap in _accounted(key, losses, start, stop, state):
+            yield gap, shown_us
 
 
 def _accounted(key: LaneKey, ledger: list[_Loss], first: int, last: int, otherwise: State) -> Iterable[Gap]:
