@@ -13,6 +13,7 @@ import logging
 import queue
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from cloud import brokers, keys, release, rollout
@@ -20,7 +21,7 @@ from cloud.config import Region, Settings
 from cloud.fleet import Fleet
 from cloud.intake import Intake, Received
 from cloud.watch import Watch
-from edge_agent.contract.errors import ContractError, FencelineError
+from edge_agent.contract.errors import ContractError
 from edge_agent.contract.state import decode_reported, encode_state
 from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, Kind, parse
 
@@ -116,23 +117,28 @@ class Control:
         rollout_due = refresh_due = 0.0
         while not self._stop.wait(TICK_S):
             now = time.monotonic()
-            try:
-                for region in self.regions:
-                    region.step()
-                if now >= rollout_due:
-                    rollout_due = now + ROLLOUT_S
-                    self._rollouts.tick(time.time())
-                self._watch.tick(now)
-                if now >= refresh_due:
-                    refresh_due = now + REFRESH_S
-                    self._refresh()
-            except (FencelineError, OSError):  # a busy database or a full disk: what was not done is done later
-                log.exception("control step failed")
+            for region in self.regions:
+                _attempt(region.step)
+            if now >= rollout_due:
+                rollout_due = now + ROLLOUT_S
+                _attempt(lambda: self._rollouts.tick(time.time()))
+            _attempt(lambda: self._watch.tick(time.monotonic()))
+            if now >= refresh_due:
+                refresh_due = now + REFRESH_S
+                _attempt(self._refresh)
 
     def _refresh(self) -> None:
         if keys.is_initialised(self._settings.keys_dir, self._settings.releases_dir):
             renewed = release.refresh(keys_dir=self._settings.keys_dir, releases_dir=self._settings.releases_dir, now=datetime.now(UTC))
             log.info("release metadata checked renewed=%s", ",".join(renewed) or "none")
+
+
+def _attempt(step: Callable[[], object]) -> None:
+    """One step of the loop. A busy database, a full disk, a fault of ours: it is said, the others go on, and this one comes again."""
+    try:
+        step()
+    except Exception:
+        log.exception("control step failed")
 
 
 def _intake(region: Region, secret: str) -> Intake:

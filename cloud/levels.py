@@ -2,13 +2,14 @@
 
 - `freshness` is looked at per device, `frequency` per entity; what was silent for RETIRED_S is taken for gone.
 - `latency` and missing values are those of blocks that arrived in the last WINDOW_S; a block counts with its earliest reading.
-- `completeness` is the share of blocks that are in the lake or in its quarantine (`cloud.completeness`), of all the lake knows of.
+- `completeness` is the share of blocks that are in the lake or in its quarantine (`cloud.completeness`), of all the lake knows of and
+  that are due: those that may still come are left out.
 - All versions of a stream's contract have one table; the newest version's levels count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cloud.block_index import BlockIndex
-from cloud.completeness import examine
+from cloud.completeness import GRACE_S, Epoch, examine
 from cloud.quarantine import CheckedLake
 from cloud.quarantined import newest
 from edge_agent.contract.service import NO_LEVELS
@@ -42,8 +43,10 @@ class Breach:
         return f"stream {self.stream}: {self.level}{who} is {self.found}; promised is {self.promised}"
 
 
-def breaches(lake: CheckedLake, index: BlockIndex, now_us: int) -> list[Breach]:
-    """Every promise that is not kept at `now_us`.
+def breaches(
+    lake: CheckedLake, index: BlockIndex, now_us: int, *, grace_s: float = GRACE_S, waiting: Mapping[Epoch, int] | None = None
+) -> list[Breach]:
+    """Every promise that is not kept at `now_us`; `grace_s` and `waiting` are those of `completeness.examine`.
 
     Raises:
         UnavailableError: the lake does not read.
@@ -54,7 +57,7 @@ def breaches(lake: CheckedLake, index: BlockIndex, now_us: int) -> list[Breach]:
         if contract is not None and contract.levels != NO_LEVELS and lake.lake.lanes(stream):
             found += _of_blocks(lake, index, contract, now_us)
             found += _of_entities(lake, index, contract, now_us)
-            found += _completeness(lake, index, contract, now_us)
+            found += _completeness(lake, index, contract, now_us, grace_s, waiting)
     return found
 
 
@@ -91,13 +94,15 @@ def _of_entities(lake: CheckedLake, index: BlockIndex, contract: StreamContract,
             yield Breach(contract.stream, entity, "frequency", f"every {_time(contract.levels.frequency_s)}", f"silent for {_time(age_s)}")
 
 
-def _completeness(lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int) -> Iterator[Breach]:
+def _completeness(
+    lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int, grace_s: float, waiting: Mapping[Epoch, int] | None
+) -> Iterator[Breach]:
     promised = contract.levels.completeness
     if promised is None:
         return
-    found = examine(lake, index, now_us, stream=contract.stream)
-    if found.share < promised:
-        blocks = f"{100 * found.share:.3f} percent of {found.captured} blocks"
+    found = examine(lake, index, now_us, stream=contract.stream, grace_s=grace_s, waiting=waiting)
+    if found.share_due < promised:
+        blocks = f"{100 * found.share_due:.3f} percent of {found.due} blocks"
         yield Breach(contract.stream, "", "completeness", f"{100 * promised:g} percent", blocks)
 
 

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -34,6 +35,7 @@ from edge_agent.contract.stream import QUARANTINE, StreamContract
 
 RELEASED = "_released"
 NAME = ("device", "epoch", "sequence", "row")
+_NUMBER = re.compile(r"[0-9]{1,18}")  # what fits 64 bits
 
 
 class Origin(StrEnum):
@@ -100,7 +102,7 @@ def parse_name(text: str) -> RowName:
         ConfigError: it is none.
     """
     parts = text.split("/")
-    if len(parts) != 5 or not (parts[3].isdigit() and parts[4].isdigit()):
+    if len(parts) != 5 or not all(_NUMBER.fullmatch(number) for number in parts[3:]):
         raise ConfigError(f"{text!r} names no row; DEVICE/EPOCH/LANE/SEQUENCE/ROW does, as fenceline quarantine show prints it")
     return RowName(parts[0], parts[1], parts[2], int(parts[3]), int(parts[4]))
 

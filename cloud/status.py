@@ -86,6 +86,9 @@ def exposition(settings: Settings) -> bytes:
             refused.labels(region.name, reason).inc(count)
         connected.labels(region.name).set(report.connected)
     if (quality := watch.read_quality(settings)) is not None:
+        failed = Gauge("fenceline_quality_look_failed", "1 if the last look at the lake failed.", registry=registry)
+        failed.set(bool(quality.failure))
+    if quality is not None and quality.at_us:
         for name, text, value in (
             ("fenceline_unaccounted_blocks", "Blocks that are missing and that nobody accounted for.", quality.unaccounted_blocks),
             ("fenceline_lost_blocks", "Blocks that devices said they gave up.", quality.lost_blocks),

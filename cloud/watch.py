@@ -3,7 +3,8 @@
 - `tick` never waits: a look takes place in a thread of its own, and only one at a time. Only files that are new are read.
 - An alarm is told once, in the log and in the audit trail, when it begins: blocks that nobody accounted for (`unaccounted`), a level
   that is not kept (`level_broken`). What stands now is in `<state>/run/quality.json`, for `fenceline status` and Prometheus.
-- If the lake does not read, what was known stays, with its time.
+- Told is told: after a restart an alarm that still stands is not new.
+- If a look fails, whatever the reason, what was known stays, with its time and with the reason; the next look is as due as ever.
 """
 
 from __future__ import annotations
@@ -33,16 +34,22 @@ GAPS_TOLD_MAX = 100
 
 
 class Quality(msgspec.Struct, frozen=True):
-    """What the last look found. `gaps`: those that nobody accounted for, `levels`: promises that are not kept; in words."""
+    """What the last look found that did not fail, at `at_us`; 0: none yet.
 
-    at_us: int
-    share: float
-    stored_blocks: int
-    lost_blocks: int
-    quarantined_readings: int
-    unaccounted_blocks: int
+    `gaps`: those that nobody accounted for, `levels`: promises that are not kept; in words. `alarms`: those that were told.
+    `failure`: why a look failed since then; empty: none did.
+    """
+
+    at_us: int = 0
+    share: float = 0.0
+    stored_blocks: int = 0
+    lost_blocks: int = 0
+    quarantined_readings: int = 0
+    unaccounted_blocks: int = 0
     gaps: list[str] = []
     levels: list[str] = []
+    alarms: list[str] = []
+    failure: str = ""
 
 
 def quality_path(settings: Settings) -> Path:
@@ -76,7 +83,8 @@ class Watch:
         self._index = BlockIndex()
         self._due = 0.0
         self._thread: threading.Thread | None = None
-        self._told: set[str] = set()
+        known = read_quality(settings)
+        self._told = set(known.alarms) if known else set()
 
     def tick(self, now: float) -> None:
         """Begin a look, if one is due and none is under way; `now`: monotonic seconds."""
@@ -92,10 +100,13 @@ class Watch:
         Raises:
             FencelineError: the lake does not read, or a contract cannot be used.
         """
-        lake = open_lake(self._settings)
-        found = examine(lake, self._index, now_us, grace_s=self._settings.quality.grace_s, waiting=waiting(self._fleet))
+        lake, held = open_lake(self._settings), waiting(self._fleet)
+        grace_s = self._settings.quality.grace_s
+        found = examine(lake, self._index, now_us, grace_s=grace_s, waiting=held)
         gaps = [gap for gap in found.gaps if gap.state is State.UNACCOUNTED]
-        levels = breaches(lake, self._index, now_us)
+        levels = breaches(lake, self._index, now_us, grace_s=grace_s, waiting=held)
+        alarms = {f"{UNACCOUNTED} {words(g)}": (UNACCOUNTED, g.device, words(g), g.blocks) for g in gaps[:GAPS_TOLD_MAX]}
+        alarms |= {f"{LEVEL} {b.stream} {b.level} {b.subject}": (LEVEL, b.subject, str(b), 1) for b in levels}
         quality = Quality(
             at_us=now_us,
             share=found.share,
@@ -105,9 +116,8 @@ class Watch:
             unaccounted_blocks=found.blocks[State.UNACCOUNTED],
             gaps=[words(gap) for gap in gaps[:GAPS_TOLD_MAX]],
             levels=[str(breach) for breach in levels],
+            alarms=list(alarms),
         )
-        alarms = {f"{UNACCOUNTED} {words(g)}": (UNACCOUNTED, g.device, words(g), g.blocks) for g in gaps[:GAPS_TOLD_MAX]}
-        alarms |= {f"{LEVEL} {b.stream} {b.level} {b.subject}": (LEVEL, b.subject, str(b), 1) for b in levels}
         for key, (kind, subject, detail, count) in alarms.items():
             if key not in self._told:
                 log.warning("%s %s", kind.replace("_", " "), detail)
@@ -119,8 +129,10 @@ class Watch:
     def _look_quietly(self) -> None:
         try:
             self.look(time.time_ns() // 1_000)
-        except (FencelineError, OSError) as e:
-            log.warning("quality not looked at reason=%s", e)
+        except Exception as e:  # a fault of ours, too, must not end the watch without a word
+            log.warning("quality not looked at reason=%s", e, exc_info=not isinstance(e, FencelineError | OSError))
+            known = read_quality(self._settings) or Quality()
+            self._write(msgspec.structs.replace(known, failure=str(e) or type(e).__name__))
 
     def _write(self, quality: Quality) -> None:
         path = quality_path(self._settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import getpass
+import math
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from cloud.quarantined import Selection
 
 SHOWN_MAX = 20
+LIMIT_MAX = 1_000_000
 CELL_CHARACTERS_MAX = 60
+GRACE_S_MAX = 100 * 365 * 86_400.0
 
 
 def declare(commands: Any) -> None:
@@ -26,7 +29,7 @@ def declare(commands: Any) -> None:
     add_command(quarantine, "list", _list, "how many lie there, by stream, device and reason")
     show = add_command(quarantine, "show", _show, "the rows themselves: payloads, values, and what was allowed")
     _selection_arguments(show)
-    show.add_argument("--limit", type=int, default=SHOWN_MAX, metavar="ROWS", help=f"default: {SHOWN_MAX}")
+    show.add_argument("--limit", type=_limit, default=SHOWN_MAX, metavar="ROWS", help=f"default: {SHOWN_MAX}")
     release = add_command(quarantine, "release", _release, "put those that keep the present contract into their stream")
     _selection_arguments(release)
     release.add_argument("--as-is", action="store_true", help="whatever the contract says; needs --by")
@@ -34,7 +37,7 @@ def declare(commands: Any) -> None:
     whole = add_command(commands, "completeness", _completeness, "which share of what was captured is in the lake, and every gap")
     whole.add_argument("of", nargs="?", metavar="DEVICE|STREAM", help="default: everything")
     whole.add_argument("--since", type=_since, metavar="TIME", help="only what came since then: ISO time, or 30min, 12h, 7d ago")
-    whole.add_argument("--grace", type=float, metavar="S", help="how late a block may be (default: [quality] grace_s)")
+    whole.add_argument("--grace", type=_grace, metavar="S", help="how late a block may be (default: [quality] grace_s)")
     query = add_command(commands, "query", _query, "SQL over the lake: one SELECT, a view per stream")
     query.add_argument("sql", metavar="SELECT")
     query.add_argument(
@@ -190,6 +193,23 @@ def _cell(value: Any) -> Any:
         return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
     text = value if isinstance(value, str) else None
     return f"{text[:CELL_CHARACTERS_MAX]}… ({len(text)} characters)" if text is not None and len(text) > CELL_CHARACTERS_MAX else value
+
+
+def _grace(text: str) -> float:
+    """Seconds, at least 0 and at most a hundred years."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= GRACE_S_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {GRACE_S_MAX:.0f} seconds")
+    return found
+
+
+def _limit(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= LIMIT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {LIMIT_MAX}")
+    return int(text)
 
 
 def _since(text: str) -> int:

@@ -81,6 +81,10 @@ def _status(args: argparse.Namespace) -> int:
 def _print_quality(quality: Quality | None) -> None:
     if quality is None:
         return
+    if quality.failure:
+        print(f"ALARM    the last look at the lake failed: {quality.failure}")
+    if not quality.at_us:
+        return
     lost = f"{quality.lost_blocks} blocks lost, {quality.unaccounted_blocks} unaccounted"
     ago_s = round(time.time() - quality.at_us / 1e6)
     held = f"{quality.quarantined_readings} readings in quarantine"

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from cloud import cli, config
+from cloud import watch as watch_module
 from cloud.audit import Audit
+from cloud.block_index import BlockIndex
+from cloud.completeness import examine
 from cloud.config import Settings
 from cloud.enforcement import Block
 from cloud.fleet import Fleet
 from cloud.lake import Lake
+from cloud.levels import breaches
 from cloud.status import collect, exposition
 from cloud.watch import Watch, open_lake, read_quality
+from edge_agent.contract.errors import UnavailableError
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block
 from tests.cloud.test_quarantine import bad
 
@@ -45,8 +53,8 @@ def now_us() -> int:
     return time.time_ns() // 1_000
 
 
-def fresh(sequence: int, ago_s: float = 0.0, missing: bool = False) -> Block:
-    header, table = block(sequence, rows=2)
+def fresh(sequence: int, ago_s: float = 0.0, missing: bool = False, **kw: Any) -> Block:
+    header, table = block(sequence, rows=2, **kw)
     times = np.full(2, now_us() - int(ago_s * 1e6), np.int64)
     return header, {**table, "ts": times, "pressure": np.full(2, np.nan if missing else 1.0)}
 
@@ -71,6 +79,78 @@ def test_kept_promises_are_quiet_and_broken_ones_are_told_once(settings: Setting
     assert sorted(set(kinds)) == ["level_broken", "unaccounted"] and len(kinds) == 6
     later = watch.look(now + 30 * 86_400_000_000).levels
     assert later == ["stream pump: completeness is 45.455 percent of 11 blocks; promised is 99 percent"]
+
+
+def test_a_restart_tells_no_alarm_again(settings: Settings) -> None:
+    open_lake(settings).append("eu", [fresh(1), fresh(3)])
+    for _ in range(2):
+        assert Watch(settings).look(now_us() + 60_000_000).unaccounted_blocks == 1
+    assert sorted(e.kind for e in Audit(settings.audit_db).entries()) == ["level_broken", "unaccounted"]
+
+
+def test_a_level_leaves_out_what_may_still_come(settings: Settings) -> None:
+    open_lake(settings).append("eu", [fresh(1), fresh(3)])
+    lake, index = open_lake(settings), BlockIndex()
+    assert breaches(lake, index, now_us()) == [] and examine(lake, index, now_us()).share == 2 / 3
+    late = now_us() + 400_000_000
+    assert breaches(lake, index, late, waiting={("d1", "e1"): 1}) == []
+    (breach,) = breaches(lake, index, late)
+    assert str(breach) == "stream pump: completeness is 66.667 percent of 3 blocks; promised is 99 percent"
+
+
+def test_a_limit_on_a_field_that_no_row_has_yet_is_looked_at(settings: Settings) -> None:
+    open_lake(settings).append("eu", [fresh(1)])
+    path = settings.contracts[0]
+    added = (
+        "\n      - {name: flow, logicalType: number, required: false, quality: [{metric: nullValues, mustBeLessThan: 50, unit: percent}]}"
+    )
+    path.write_text(path.read_text().replace("version: 1.0.0", "version: 1.1.0").replace("unit: percent}]}", "unit: percent}]}" + added, 1))
+    lake, index = open_lake(settings), BlockIndex()
+    assert [b.level for b in breaches(lake, index, now_us())] == ["missing values of flow"]
+    header, table = fresh(2, contract_version="1.1.0")
+    lake.append("eu", [(header, {**table, "flow": np.array([1.0, np.nan])})])
+    (breach,) = breaches(lake, index, now_us())
+    assert str(breach).endswith("missing values of flow is 3 of 4 rows; promised is less than 50 percent")
+
+
+@pytest.mark.parametrize("error", [UnavailableError("the lake is away"), ValueError("a fault of ours")])
+def test_a_look_that_fails_is_said_and_tried_again(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    open_lake(settings).append("eu", [fresh(1)])
+    watch = Watch(settings)
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module, "examine", fails)
+        tick(watch)
+    assert str(error) in caplog.text and ("Traceback" in caplog.text) == isinstance(error, ValueError)
+    found = read_quality(settings)
+    assert found is not None and (found.failure, found.at_us) == (str(error), 0)
+    assert f"ALARM    the last look at the lake failed: {error}" in run(settings, capsys, "status")[1]
+    text = exposition(settings).decode()
+    assert "fenceline_quality_look_failed 1.0" in text and "fenceline_complete_share" not in text
+    tick(watch)
+    found = read_quality(settings)
+    assert found is not None and (found.failure, found.stored_blocks) == ("", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(watch_module, "examine", fails)
+        tick(watch)
+    assert read_quality(settings) == msgspec.structs.replace(found, failure=str(error)), "what was known stays"
+
+
+def tick(watch: Watch) -> None:
+    """One look, to its end."""
+    watch.tick(math.inf)
+    watch._due = 0.0
+    assert watch._thread is not None
+    watch._thread.join(20)
 
 
 def test_status_and_metrics_show_what_the_watch_found(settings: Settings) -> None:
@@ -113,6 +193,15 @@ def test_the_commands(settings: Settings, capsys: pytest.CaptureFixture[str], tm
     code, out, err = run(settings, capsys, "completeness", "d1", "--grace", "0", "--since", "1h")
     assert code == 1 and "unaccounted" in out and "nobody accounted for" in err
     assert run(settings, capsys, "completeness", "d11")[0] == 2
+    for grace in ("nan", "inf", "-1", "soon"):
+        with pytest.raises(SystemExit, match="2"):
+            run(settings, capsys, "completeness", "--grace", grace)
+        assert "is not between 0 and" in capsys.readouterr().err
+    for odd in ("d1/e1/europe/²/0", "d1/e1/europe/99999999999999999999/0", "d1/e1/europe/1/٣"):
+        code, _, err = run(settings, capsys, "quarantine", "show", odd)
+        assert code == 2 and "names no row" in err
+    with pytest.raises(SystemExit, match="2"):
+        run(settings, capsys, "quarantine", "show", "--stream", "pump", "--limit", "-1")
     code, out, _ = run(settings, capsys, "query", "SELECT count(*) AS n FROM pump", "--json")
     assert code == 0 and json.loads(out) == [{"n": 9}]
     assert run(settings, capsys, "query", "SELECT 1 AS one", "--csv")[1] == '"one"\n1\n'
