@@ -1,8 +1,8 @@
 """The zone policy of the fleet: published as a signed, versioned document, and in force at once in the cloud.
 
-- `publish` checks the document, signs it as the TUF target `zones/zones.geojson` under the next policy version, puts it into force for
-  the gates and the brokers' rights, asks every device for it, and writes that into the audit trail. The same document again changes
-  nothing.
+- `publish` checks the document, signs it as the TUF target `zones/zones.geojson` under the next policy version, writes that into the audit
+  trail, puts it into force for the gates and the brokers' rights, and asks every device for it. The same document again changes nothing.
+- What was cut off is finished by publishing it again; the audit trail may have it twice then, never not at all.
 - Versions only rise. To go back, publish the old document: it gets a new version.
 - Gates decide by the policy in force here, whatever policy a block was sealed under: what was allowed once and is not any more is refused,
   and waits on the device.
@@ -66,15 +66,16 @@ def publish(settings: Settings, fleet: Fleet, path: Path, *, now: datetime) -> Z
         raise ConfigError(f"{path} names endpoints {', '.join(unknown)}; the regions of fenceline.toml are {', '.join(sorted(regions))}")
     before = fleet.zones()
     ref = release.publish_zones(document, keys_dir=settings.keys_dir, releases_dir=settings.releases_dir, now=now)
-    policy_path(settings).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(policy_path(settings), document)
-    fleet.set_zones(ref)
-    reload_brokers(settings, fleet)
     if ref != before:
         detail = f"version {ref.version} sha256 {ref.sha256}: " + "; ".join(
             f"{z.name}: {', '.join(z.endpoints) or 'none'}" for z in zones.zones
         )
         Audit(settings.audit_db).add(PUBLISHED, region="", subject="fleet", reason="", detail=detail)
+    policy_path(settings).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(policy_path(settings), document)
+    fleet.set_zones(ref)
+    reload_brokers(settings, fleet)
+    if ref != before:
         log.info("policy published version=%d sha256=%s", ref.version, ref.sha256)
     return ref
 
