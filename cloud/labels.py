@@ -1,6 +1,7 @@
 """Labels: what a model learns to say of a reading.
 
 - A label belongs to an entity and an event time. Adding it again changes nothing, adding another value replaces it.
+- Who adds at the same time as another adds to what the other has added: additions exclude each other by a Delta transaction.
 - Run-to-failure data labels itself: the remaining useful life of a row is the number of cycles until the last row of its engine.
   Only give it files that end with the failure.
 - Values are stored as they are. Clipping (at 125 cycles, say) belongs to the training, not to the truth.
@@ -10,26 +11,24 @@ Columns: entity (string), event_time (timestamp[us, UTC]), label (float64).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError
 
+from cloud.lake import ATTEMPTS_MAX, Lake
 from cloud.mapping import Chunk, ColumnMapping, EntityRule, TimeRule, read_rows
-from edge_agent.contract.errors import ConfigError
+from cloud.tables import LABELS, read_table
+from edge_agent.contract.errors import ConfigError, UnavailableError
 
+APP = "fenceline/labels"
 SCHEMA = pa.schema([("entity", pa.string()), ("event_time", pa.timestamp("us", "UTC")), ("label", pa.float64())])
-
-
-class LabelStore(Protocol):
-    """What labels need of `cloud.lake.Lake`."""
-
-    def labels(self, stream: str) -> pa.Table | None: ...
-    def write_labels(self, stream: str, table: pa.Table) -> object: ...
 
 
 def run_to_failure(path: Path, mapping: ColumnMapping) -> pa.Table:
@@ -61,18 +60,40 @@ def plain(entity: str, time: str) -> ColumnMapping:
     return ColumnMapping(entity=EntityRule(entity), time=TimeRule(column=time))
 
 
-def add(lake: LabelStore, stream: str, table: pa.Table) -> int:
+def add(lake: Lake, stream: str, table: pa.Table) -> int:
     """Store labels, replacing those of the same entity and event time.
 
     Returns:
         How many labels the stream has now.
+
+    Raises:
+        UnavailableError: the lake does not read or commit; add again.
     """
-    stored = lake.labels(stream)
-    tables = [table.cast(SCHEMA)] if stored is None else [stored.select(SCHEMA.names).cast(SCHEMA), table.cast(SCHEMA)]
-    merged = pa.concat_tables(tables).to_pandas().drop_duplicates(["entity", "event_time"], keep="last")
-    result = pa.Table.from_pandas(merged.sort_values(["entity", "event_time"]), SCHEMA, preserve_index=False)
-    lake.write_labels(stream, result)
-    return int(result.num_rows)
+    root = lake.roots.default
+    path = root.path(LABELS, stream)
+    for _ in range(ATTEMPTS_MAX):
+        try:
+            stored = DeltaTable.create(path, SCHEMA, mode="ignore", storage_options=root.storage_options())
+            result = _merged(read_table(stored), table)
+            write_deltalake(
+                stored,  # as it was read: who committed since then is met
+                result,
+                mode="overwrite",
+                schema_mode="overwrite",
+                commit_properties=CommitProperties(app_transactions=[Transaction(APP, time.time_ns())]),
+            )
+            return int(result.num_rows)
+        except CommitFailedError:
+            continue
+        except (DeltaError, OSError) as e:
+            raise UnavailableError(f"labels of {stream} in {path} did not commit: {e}; add them again") from e
+    raise UnavailableError(f"labels of {stream}: {ATTEMPTS_MAX} commits in a row met other additions; add them again")
+
+
+def _merged(stored: pa.Table, new: pa.Table) -> pa.Table:
+    whole = pa.concat_tables([stored.select(SCHEMA.names).cast(SCHEMA), new.cast(SCHEMA)])
+    latest = whole.to_pandas().drop_duplicates(["entity", "event_time"], keep="last")
+    return pa.Table.from_pandas(latest.sort_values(["entity", "event_time"]), SCHEMA, preserve_index=False)
 
 
 def _frame(path: Path, mapping: ColumnMapping, value: str | None) -> pd.DataFrame:

@@ -446,14 +446,7 @@ class Lake:
         whole = _ordered(pa.concat_tables(parts, promote_options="default"))
         return whole if columns is None else whole.select(list(columns))
 
-    # Labels
-
-    def write_labels(self, stream: str, table: pa.Table) -> int:
-        """Replace the labels of a stream, in one commit; the new version of the labels."""
-        root = self.roots.default
-        path = root.path(LABELS, stream)
-        write_deltalake(path, table, mode="overwrite", schema_mode="overwrite", storage_options=root.storage_options())
-        return open_table(path, root).version()
+    # Labels: `cloud.labels` adds them
 
     def labels(self, stream: str, version: int | None = None) -> pa.Table | None:
         """The labels of a stream; None if it has none."""

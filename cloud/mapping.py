@@ -42,6 +42,7 @@ import pyarrow.parquet as pq
 
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
+from edge_agent.core.decode import EVENT_S_END
 from edge_agent.core.settings import nearest, parse_settings
 
 CHUNK_ROWS = 20_000
@@ -290,14 +291,18 @@ def _entities(column: pd.Series[Any], rule: EntityRule) -> list[str]:
 def _event_us(frame: pd.DataFrame, rule: TimeRule) -> npt.NDArray[np.int64]:
     if rule.start is not None and rule.step_s is not None:
         offset = _numbers(frame, str(rule.order)) * (rule.step_s * 1e6)
-        return round(rule.start.timestamp() * 1e6) + np.rint(offset).astype(np.int64)
+        start_us = round(rule.start.timestamp() * 1e6)
+        _refuse_outside(start_us + offset, frame, str(rule.order))
+        return start_us + np.rint(offset).astype(np.int64)
     column = frame[rule.column]
     clock = column.dtype.kind == "M"
     if rule.unit in _US or (rule.unit == "auto" and not clock and pd.to_numeric(column, errors="coerce").notna().any()):
-        return _scaled(_numbers(frame, str(rule.column)), _US.get(rule.unit, 1e6))
+        return _scaled(frame, str(rule.column), _US.get(rule.unit, 1e6))
     times = pd.to_datetime(column, utc=True, errors="coerce", format=None if clock else "ISO8601")
     _refuse_first(times.isna().to_numpy(), frame, str(rule.column))
-    return times.dt.as_unit("us").astype(np.int64).to_numpy()
+    event_us = times.dt.as_unit("us").astype(np.int64).to_numpy()
+    _refuse_outside(event_us, frame, str(rule.column))
+    return event_us
 
 
 def _numbers(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
@@ -306,13 +311,21 @@ def _numbers(frame: pd.DataFrame, column: str) -> npt.NDArray[Any]:
     return numbers
 
 
-def _scaled(numbers: npt.NDArray[Any], us: float) -> npt.NDArray[np.int64]:
+def _scaled(frame: pd.DataFrame, column: str, us: float) -> npt.NDArray[np.int64]:
+    numbers = _numbers(frame, column)
+    _refuse_outside(numbers.astype(np.float64) * us, frame, column)
     if numbers.dtype.kind in "iu":  # exact, also beyond 2**53
         return numbers.astype(np.int64) * int(us)
     return np.rint(numbers * us).astype(np.int64)
 
 
-def _refuse_first(bad: npt.NDArray[np.bool_], frame: pd.DataFrame, column: str) -> None:
+def _refuse_outside(event_us: npt.NDArray[Any], frame: pd.DataFrame, column: str) -> None:
+    """Refuse what no reading can have, before it becomes another time in 64 bits."""
+    why = "not a time from 1970 to 2200; [time] of a mapping says in which `unit` numbers are"
+    _refuse_first(~((event_us >= 0) & (event_us < EVENT_S_END * 1e6)), frame, column, why)
+
+
+def _refuse_first(bad: npt.NDArray[np.bool_], frame: pd.DataFrame, column: str, why: str = "not a time") -> None:
     rows = np.flatnonzero(bad)
     if len(rows):
-        raise _RowError(int(rows[0]), f"column {column!r} holds {frame[column].iloc[rows[0]]!r}, not a time")
+        raise _RowError(int(rows[0]), f"column {column!r} holds {frame[column].iloc[[rows[0]]].tolist()[0]!r}, {why}")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 
+from cloud import labels
 from cloud.labels import SCHEMA, add, from_column, plain, run_to_failure
+from cloud.lake import Lake
 from cloud.mapping import ColumnMapping, EntityRule, TimeRule, adjust, count_rows, load_mapping, parse_mapping, read_rows, same_names
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import StreamContract
 
@@ -44,19 +47,6 @@ def two_engines(tmp_path: Path) -> Path:
     return path
 
 
-class MemoryLake:
-    """The labels part of the lake, kept in memory."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, pa.Table] = {}
-
-    def labels(self, stream: str) -> pa.Table | None:
-        return self.tables.get(stream)
-
-    def write_labels(self, stream: str, table: pa.Table) -> None:
-        self.tables[stream] = table
-
-
 def test_run_to_failure_counts_cycles_until_the_last_row_of_each_engine(two_engines: Path, cmapss: ColumnMapping) -> None:
     table = run_to_failure(two_engines, cmapss)
     assert table.schema == SCHEMA
@@ -85,15 +75,65 @@ def test_plain_columns_take_iso_text_and_leave_out_missing_labels(tmp_path: Path
     assert table["event_time"].cast(pa.int64()).to_pylist() == [START_US + HOUR_US, START_US + 2 * HOUR_US]
 
 
-def test_adding_twice_changes_nothing_and_a_new_value_replaces_the_old(two_engines: Path, cmapss: ColumnMapping) -> None:
-    lake, table = MemoryLake(), run_to_failure(two_engines, cmapss)
+def test_adding_twice_changes_nothing_and_a_new_value_replaces_the_old(tmp_path: Path, two_engines: Path, cmapss: ColumnMapping) -> None:
+    lake, table = Lake(tmp_path / "lake"), run_to_failure(two_engines, cmapss)
     assert add(lake, "turbofan", table) == 5
-    once = lake.tables["turbofan"]
+    once = lake.labels("turbofan")
     assert add(lake, "turbofan", table) == 5
-    assert lake.tables["turbofan"] == once
+    assert lake.labels("turbofan") == once
     corrected = table.slice(0, 1).set_column(2, "label", pa.array([99.0]))
     assert add(lake, "turbofan", corrected) == 5
-    assert lake.tables["turbofan"]["label"].to_pylist() == [99.0, 1.0, 0.0, 1.0, 0.0]
+    assert stored(lake)["label"].to_pylist() == [99.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def stored(lake: Lake) -> pa.Table:
+    found = lake.labels("turbofan")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("before", [[], ["zero"]], ids=["the first ones", "more"])
+def test_who_adds_at_the_same_time_as_another_adds_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[str]) -> None:
+    one, other = Lake(tmp_path), Lake(tmp_path)
+    for name in before:
+        add(one, "turbofan", label(name))
+    real, waiting = labels.write_deltalake, ["other", "another"]
+
+    def write(*args: Any, **kw: Any) -> None:
+        if waiting:
+            add(other, "turbofan", label(waiting.pop()))
+        real(*args, **kw)
+
+    monkeypatch.setattr(labels, "write_deltalake", write)
+    assert add(one, "turbofan", label("mine")) == 3 + len(before)
+    assert stored(Lake(tmp_path))["entity"].to_pylist() == sorted(["another", "mine", "other", *before])
+
+
+def label(entity: str) -> pa.Table:
+    times = pa.array([START_US], pa.timestamp("us", "UTC"))
+    return pa.table([pa.array([entity]), times, pa.array([1.0])], schema=SCHEMA)
+
+
+def test_a_root_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(UnavailableError, match="add them again"):
+        add(Lake(tmp_path / "file"), "turbofan", label("mine"))
+
+
+@pytest.mark.parametrize("values", [[1_700_000_000_000_000], [1e30], [-1], [1_700_000_000_000], ["1969-12-31T00:00:00Z"], [2**63]])
+def test_a_time_that_no_reading_can_have_is_refused(tmp_path: Path, values: list[object]) -> None:
+    """Microseconds taken for seconds, first of all: in 64 bits they became other times."""
+    path = tmp_path / "labels.csv"
+    path.write_text("who,when,rul\n" + "".join(f"a,{value},1\n" for value in values))
+    with pytest.raises(ConfigError, match=r"row 1: column 'when' holds .*, not a time from 1970 to 2200; \[time\]"):
+        from_column(path, plain("who", "when"), "rul")
+
+
+def test_a_time_counted_beyond_2200_is_refused(tmp_path: Path, cmapss: ColumnMapping) -> None:
+    path = tmp_path / "train.txt"
+    path.write_text(cmapss_line(1, 10**15))
+    with pytest.raises(ConfigError, match="not a time from 1970 to 2200"):
+        run_to_failure(path, cmapss)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from cloud.labels import add as add_labels
 from cloud.lake import Lake
 from cloud.roots import Roots
 from cloud.rows import TIME, Contracts
@@ -114,4 +115,4 @@ def fill(directory: Path | Roots, devices: int = 4, engines_per_device: int = 4,
         times.append(np.asarray(table["ts"]))
         lefts.append(left)
     labels = {"entity": pa.array(names), "event_time": pa.array(np.concatenate(times)).cast(TIME), "label": pa.array(np.concatenate(lefts))}
-    lake.write_labels("turbofan", pa.table(labels))
+    add_labels(lake, "turbofan", pa.table(labels))
