@@ -54,9 +54,10 @@ def breaches(
     found: list[Breach] = []
     for stream in sorted({c.stream for c in lake.lake.contracts.listed}):
         contract = newest(lake.lake.contracts, stream)
-        if contract is not None and contract.levels != NO_LEVELS and lake.lake.lanes(stream):
-            found += _of_blocks(lake, index, contract, now_us)
-            found += _of_entities(lake, index, contract, now_us)
+        if contract is not None and contract.levels != NO_LEVELS:
+            if lake.lake.lanes(stream):
+                found += _of_blocks(lake, index, contract, now_us)
+                found += _of_entities(lake, index, contract, now_us)
             found += _completeness(lake, index, contract, now_us, grace_s, waiting)
     return found
 

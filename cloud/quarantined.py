@@ -35,7 +35,7 @@ from edge_agent.contract.stream import QUARANTINE, StreamContract
 
 RELEASED = "_released"
 NAME = ("device", "epoch", "sequence", "row")
-_NUMBER = re.compile(r"[0-9]{1,18}")  # what fits 64 bits
+_NUMBER = re.compile(r"[0-9]{1,19}")
 
 
 class Origin(StrEnum):
@@ -102,7 +102,7 @@ def parse_name(text: str) -> RowName:
         ConfigError: it is none.
     """
     parts = text.split("/")
-    if len(parts) != 5 or not all(_NUMBER.fullmatch(number) for number in parts[3:]):
+    if len(parts) != 5 or not all(_NUMBER.fullmatch(number) and int(number) < 2**63 for number in parts[3:]):
         raise ConfigError(f"{text!r} names no row; DEVICE/EPOCH/LANE/SEQUENCE/ROW does, as fenceline quarantine show prints it")
     return RowName(parts[0], parts[1], parts[2], int(parts[3]), int(parts[4]))
 

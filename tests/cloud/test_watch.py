@@ -98,6 +98,12 @@ def test_a_level_leaves_out_what_may_still_come(settings: Settings) -> None:
     assert str(breach) == "stream pump: completeness is 66.667 percent of 3 blocks; promised is 99 percent"
 
 
+def test_completeness_is_looked_at_where_no_row_is_good(settings: Settings) -> None:
+    lake = open_lake(settings)
+    lake.append("eu", [bad(1, [0, 1, 2, 3]), bad(3, [0, 1, 2, 3])])
+    assert [b.level for b in breaches(lake, BlockIndex(), now_us() + 400_000_000)] == ["completeness"]
+
+
 def test_a_limit_on_a_field_that_no_row_has_yet_is_looked_at(settings: Settings) -> None:
     open_lake(settings).append("eu", [fresh(1)])
     path = settings.contracts[0]
@@ -197,7 +203,7 @@ def test_the_commands(settings: Settings, capsys: pytest.CaptureFixture[str], tm
         with pytest.raises(SystemExit, match="2"):
             run(settings, capsys, "completeness", "--grace", grace)
         assert "is not between 0 and" in capsys.readouterr().err
-    for odd in ("d1/e1/europe/²/0", "d1/e1/europe/99999999999999999999/0", "d1/e1/europe/1/٣"):
+    for odd in ("d1/e1/europe/²/0", "d1/e1/europe/99999999999999999999/0", "d1/e1/europe/9223372036854775808/0", "d1/e1/europe/1/٣"):
         code, _, err = run(settings, capsys, "quarantine", "show", odd)
         assert code == 2 and "names no row" in err
     with pytest.raises(SystemExit, match="2"):

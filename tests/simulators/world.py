@@ -16,7 +16,6 @@ all is well again, and the promises are checked:
 
 from __future__ import annotations
 
-import base64
 import heapq
 import itertools
 import json
@@ -35,6 +34,7 @@ import numpy as np
 from edge_agent.contract.block import NOWHERE, BlockHeader, decode_block
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.stream import LOSSES, QUARANTINE, Encoding
+from edge_agent.core.rejects import to_text
 from edge_agent.core.zones import Zones, parse_zones
 from tests.faults.disk import BASE, DiskError
 from tests.simulators.device import POSITION, SPEED_M_S, Device, QuickDisk, contract
@@ -162,7 +162,7 @@ class World:
             payload = b"%d" % number if stream == LEVEL else self._encoders[stream](reading)
             if stream == LEVEL and broken:
                 payload += b" litres"
-            self.keys[payload] = kept_text(payload) if broken else f"{stream} {number}"
+            self.keys[payload] = to_text(payload) if broken else f"{stream} {number}"
             self.device.sensors.publish(f"sensors/u-{i}/{stream}", payload)
 
     def _receive(self) -> None:
@@ -291,14 +291,6 @@ class World:
         assert len(missing) <= unnamed, self.story(f"{len(missing)} readings lost, {unnamed} named: {missing[:5]}")
         twice = [key for key, count in lake.items() if count > 1 and key.startswith(("pump", "alarm")) and not self.device.history_gone]
         assert not twice, self.story(f"more than once in the lake: {[(k, sorted(self.stored[k])) for k in twice[:5]]}")
-
-
-def kept_text(payload: bytes) -> str:
-    """A payload as quarantine keeps it."""
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        return "base64:" + base64.b64encode(payload).decode()
 
 
 def keys_of(header: BlockHeader, table: Table) -> list[str]:
