@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 
 import msgspec
 import numpy as np
@@ -57,6 +58,13 @@ def test_a_header_that_does_not_say_what_the_topic_says_is_refused(gate: Gate, t
 @pytest.mark.parametrize("topic", ["x", "fenceline/v2/d1/up/canada/pump", "fenceline/v1/D1/up/canada/pump", "fenceline/v1/d1/up/b_a/pump"])
 def test_a_topic_that_is_not_ours_is_refused(gate: Gate, topic: str) -> None:
     assert refusal(gate.inspect(topic, block_bytes(1)))[0] is Reason.UNKNOWN_TOPIC
+
+
+@pytest.mark.parametrize("names", [{"epoch": "e-1"}, {"boot": "e-1"}])
+def test_an_epoch_or_a_boot_of_two_lines_is_refused(gate: Gate, names: dict[str, str]) -> None:
+    forged = block_bytes(1, lane="canada", **names)[:-4].replace(b"e-1", b"e\n1")
+    reason, detail = refusal(gate.inspect(up(), forged + zlib.crc32(forged).to_bytes(4, "little")))
+    assert reason is Reason.CORRUPT and "'e\\n1' must match" in detail
 
 
 def test_a_contract_that_the_cloud_does_not_know_is_refused(gate: Gate) -> None:
