@@ -349,6 +349,10 @@ class Lake:
             log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
             self._forget(crowded.stream, crowded.lane)
             return {}
+        except Exception:  # what delta-rs's engine refuses comes as a bare one; the table can be read and added to all the same
+            log.exception("compaction given up table=%s", crowded.table.table_uri)
+            crowded.small = 0
+            return {}
         return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
@@ -375,8 +379,12 @@ class Lake:
         contract = next((c for c in AGENT_STREAMS if c.stream == place[0]), None)
         try:
             rows = correct(handle.table, boot, offset_us, stamped(contract) if contract else ())
-        except DeltaError as e:  # another process changes the same files; the rows wait, next time
+        except (DeltaError, OSError) as e:  # another process changes the same files, or they are away; the rows wait, next time
             log.info("clock correction skipped table=%s boot=%s reason=%s", handle.table.table_uri, boot, e)
+            rows = 0
+        except Exception:  # what delta-rs's engine refuses comes as a bare one; it would refuse it again
+            log.exception("clock correction given up device=%s boot=%s table=%s", *boot, handle.table.table_uri)
+            self._clocks.corrected(boot, place)
             rows = 0
         else:
             self._clocks.corrected(boot, place)

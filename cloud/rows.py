@@ -39,6 +39,8 @@ ROW = "row"
 DAY_US = 86_400_000_000
 DAYS = range((date.min - date(1970, 1, 1)).days, (date.max - date(1970, 1, 1)).days + 1)
 """The days since 1970 that have a date."""
+DATED_US = range(DAYS.start * DAY_US, DAYS.stop * DAY_US)
+"""The times that have one."""
 ORDER = ("device", "epoch", "ordinal", "row")
 
 _ARROW = {FieldType.STRING: pa.string(), FieldType.INTEGER: pa.int64(), FieldType.NUMBER: pa.float64(), FieldType.TIMESTAMP: TIME}
@@ -222,8 +224,10 @@ def _corrected(contract: StreamContract, table: Table, shift_us: int | None) -> 
 
 
 def _shifted(column: Column, shift_us: int) -> Column:
+    """The times moved. Those that have no date say nothing anyway and stay: at the edge of 64 bits they would come round."""
     assert not isinstance(column, Strings)
-    return column + shift_us
+    dated = (column >= DATED_US.start) & (column < DATED_US.stop)
+    return np.where(dated, column + shift_us, column)
 
 
 def _stack(parts: Sequence[Column]) -> Column:
