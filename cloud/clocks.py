@@ -43,6 +43,12 @@ class Clocks:
         self._offsets: dict[Boot, int] = {}
         self._waiting: defaultdict[Boot, set[Place]] = defaultdict(set)
 
+    def beside(self) -> Clocks:
+        """For another lake of the same devices: it knows the same distances, and waits for rows of its own."""
+        other = Clocks()
+        other._offsets = self._offsets
+        return other
+
     def learn(self, headers: Iterable[BlockHeader]) -> None:
         """Take the distances that synchronised blocks tell."""
         for header in headers:

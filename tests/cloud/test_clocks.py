@@ -12,9 +12,11 @@ import pyarrow as pa
 import pytest
 
 from cloud import lake as lake_module
+from cloud.cli import main
 from cloud.clocks import TIMES_US
 from cloud.enforcement import Block
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
 from cloud.rows import DATED_US, DATES_MAX, DAY_US, Contracts
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings
@@ -99,6 +101,32 @@ def test_by_hand_all_tables_are_corrected_whoever_wrote_them(tmp_path: Path) -> 
     lake = Lake(tmp_path)
     assert lake.correct_clocks() == {}
     assert lake.correct_clocks(everywhere=True) == {"europe/pump": 1}
+
+
+def test_quarantined_rows_get_their_true_time_too_and_may_tell_it(tmp_path: Path) -> None:
+    def broken(sequence: int, synced: bool, **header: Any) -> Block:
+        head, table = sealed(sequence, synced=synced, **header)
+        return head, {**table, "pressure": np.array([1e6])}
+
+    def times(lake: CheckedLake) -> set[tuple[bool, datetime]]:
+        return {row[:2] for row in rows(lake.held).values()}
+
+    lake = CheckedLake(open_lake(tmp_path / "lake"))
+    lake.append("eu", [broken(1, False)])
+    lake.append("eu", [sealed(2, synced=True)])
+    assert lake.correct_clocks() == {"_quarantine/europe/pump": 1} and times(lake) == {(True, true(1))}
+    lake.append("eu", [broken(3, False)])
+    assert times(lake) == {(True, true(1)), (True, true(3))} and lake.correct_clocks() == {}
+
+    for file in (lambda: [sealed(1, synced=False, boot="boot-2")], lambda: [broken(2, True, boot="boot-2", lane="canada")]):
+        CheckedLake(open_lake(tmp_path / "other")).append("eu", file())
+    assert main(["--project", str(project(tmp_path)), "clock", "fix"]) == 0
+    assert rows(Lake(tmp_path / "other"))["europe", 1][:2] == (True, true(1))
+
+
+def project(path: Path) -> Path:
+    (path / "fenceline.toml").write_text('[lake]\nroot = "other"\n')
+    return path
 
 
 def test_a_writer_that_was_away_during_the_correction_goes_on_and_stores_nothing_twice(tmp_path: Path) -> None:
