@@ -3,6 +3,8 @@
 - NATS and Mosquitto are understood; other lines are passed over. Mosquitto names refused publishes only with `log_type debug`.
 - The name in a line is the MQTT client id. Where the broker ties that to the user (`deploy/mosquitto`: certificate, user and client id
   are one) it is who tried; in the embedded NATS a client may call itself anything, so the name is only what it said.
+- Topics are in a line as they came. A line ends at a line feed and nowhere else (a topic has none), and what it is about stands before
+  anything that a device said: otherwise a topic could hold a line about another device.
 - The place in the log is kept in a file, so what was refused while nobody read it is read later, and what was read and not yet written
   down elsewhere (`keep_place`) is read again; a log that was replaced is read from its start.
 """
@@ -22,10 +24,11 @@ from edge_agent.contract.errors import UNREADABLE
 READ_BYTES_MAX = 1024 * 1024  # in one go
 NAME_CHARACTERS_MAX = 128
 
-_NATS_CLIENT = r'\[ERR\] (?P<address>\S+) - \w+:\d+ - "(?P<client>[^"]*)" - '
+_BY_ITSELF = r"[^'\"(]*"  # what the broker itself writes before the first name or topic
+_NATS_CLIENT = _BY_ITSELF + r'\[ERR\] (?P<address>\S+) - \w+:\d+ - "(?P<client>[^"]*)" - '
 _NATS = re.compile(_NATS_CLIENT + r'(?P<what>Publish|Subscription) Violation - Subject "(?P<subject>[^"]*)"')
 _NATS_LOGIN = re.compile(_NATS_CLIENT + r"authentication error")
-_MOSQUITTO = re.compile(r"Denied PUBLISH from (?P<client>\S+) \(d\d, q\d, r\d, m\d+, '(?P<topic>.*)', \.\.\. \(\d+ bytes\)\)")
+_MOSQUITTO = re.compile(_BY_ITSELF + r"Denied PUBLISH from (?P<client>\S+) \(d\d, q\d, r\d, m\d+, '(?P<topic>.*)', \.\.\. \(\d+ bytes\)\)")
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,12 @@ class Denial:
 
 def read_line(line: str) -> Denial | None:
     """The refusal in one line of a broker's log, if it holds one."""
-    if found := _NATS.search(line):
+    if found := _NATS.match(line):
         action = "publish" if found["what"] == "Publish" else "subscribe"
         return Denial(found["client"][:NAME_CHARACTERS_MAX], action, _topic(found["subject"]), found["address"])
-    if found := _NATS_LOGIN.search(line):
+    if found := _NATS_LOGIN.match(line):
         return Denial(found["client"][:NAME_CHARACTERS_MAX], "connect", "", found["address"])
-    if found := _MOSQUITTO.search(line):
+    if found := _MOSQUITTO.match(line):
         return Denial(found["client"][:NAME_CHARACTERS_MAX], "publish", found["topic"])
     return None
 
@@ -85,7 +88,7 @@ class BrokerLog:
         whole = data.rfind(b"\n") + 1
         if not whole and len(data) == READ_BYTES_MAX:  # one endless line: nothing in it is ours
             whole = len(data)
-        for line in data[:whole].decode(errors="replace").splitlines():
+        for line in data[:whole].decode(errors="replace").split("\n"):
             denial = read_line(line)
             if denial is not None:
                 yield denial

@@ -8,6 +8,8 @@ the true time of every block of the same boot, sealed earlier or later without o
 - `clock_shift_us` is what the cloud added to the times that the device's clock gave: `sealed_at`, and the event time of the agent's
   own streams (quarantine, losses). Null: nothing. The event times of sensors are theirs and are left alone.
 - A boot without one synchronised block stays as it is, and says so.
+- A device may say any number. What lies outside of TIMES_US tells nothing and is not corrected, nor is what would come to lie there; an
+  event time that has no date keeps it, and rows that lie apart (`cloud.rows`) stay there. So no device makes a partition that has no name.
 - The limit of the method: the two clocks drift apart, and a device that set its clock twice in one boot has two distances. The
   smallest one that was reported counts.
 """
@@ -21,15 +23,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import DeltaTable
 
-from cloud.rows import EVENT_DATE
+from cloud.rows import DATED_US, EVENT_DATE
 from edge_agent.contract.block import BlockHeader
+from edge_agent.core.decode import EVENT_S_END
 
 Boot = tuple[str, str]  # device, boot id
 Place = tuple[str, str]  # stream, lane
 
 COLUMNS = ("device", "boot", "monotonic_us", "sealed_at", "clock_synced")
 TIME_SQL = "arrow_cast({us}, 'Timestamp(Microsecond, Some(\"UTC\"))')"
-_SANE_US = 2**61  # sums of two of them fit 64 bits
+TIMES_US = range(int(EVENT_S_END) * 1_000_000)
+"""What the clocks of a device may say: since 1970, and since boot; sums and differences of a few of them fit 64 bits."""
 
 
 class Clocks:
@@ -39,28 +43,34 @@ class Clocks:
         self._offsets: dict[Boot, int] = {}
         self._waiting: defaultdict[Boot, set[Place]] = defaultdict(set)
 
+    def beside(self) -> Clocks:
+        """For another lake of the same devices: it knows the same distances, and waits for rows of its own."""
+        other = Clocks()
+        other._offsets = self._offsets
+        return other
+
     def learn(self, headers: Iterable[BlockHeader]) -> None:
         """Take the distances that synchronised blocks tell."""
         for header in headers:
-            if header.clock_synced and max(abs(header.sealed_us), abs(header.monotonic_us)) < _SANE_US:
+            if header.clock_synced and _possible(header):
                 self._tell((header.device, header.boot), header.sealed_us - header.monotonic_us)
 
     def shift(self, header: BlockHeader) -> int | None:
         """What to add to the times of a block; None: nothing, they are true or nobody knows better."""
         offset = self._offsets.get((header.device, header.boot))
-        if header.clock_synced or offset is None or max(abs(header.sealed_us), abs(header.monotonic_us)) >= _SANE_US:
+        if header.clock_synced or offset is None or not _possible(header) or header.monotonic_us + offset not in TIMES_US:
             return None
         return header.monotonic_us + offset - header.sealed_us
 
     def stored(self, place: Place, header: BlockHeader) -> None:
         """Note that a block is in a table now."""
-        if not header.clock_synced and self.shift(header) is None:
+        if not header.clock_synced and _possible(header) and self.shift(header) is None:
             self._waiting[header.device, header.boot].add(place)
 
     def index(self, place: Place, table: DeltaTable) -> None:
         """Learn from the rows that a table holds already."""
         for batch in table.to_pyarrow_dataset().scanner(columns=list(COLUMNS)).to_batches():
-            rows = pa.table(batch)
+            rows = pa.table(batch).filter(_within(pc.field("sealed_at").cast(pa.int64())) & _within(pc.field("monotonic_us")))
             distance = pc.subtract(rows["sealed_at"].cast(pa.int64()), rows["monotonic_us"])
             found = rows.append_column("distance", distance).group_by(["device", "boot", "clock_synced"]).aggregate([("distance", "min")])
             for device, boot, synced, offset in zip(*(c.to_pylist() for c in found.columns), strict=True):
@@ -88,12 +98,29 @@ class Clocks:
 def correct(table: DeltaTable, boot: Boot, offset_us: int, stamped: Iterable[str]) -> int:
     """Give the rows of a boot their true times; returns how many. `stamped` are further columns with times of the device's clock."""
     shift = f"(monotonic_us + {offset_us} - arrow_cast(sealed_at, 'Int64'))"
-    updates = {name: TIME_SQL.format(us=f"arrow_cast({name}, 'Int64') + {shift}") for name in ("sealed_at", *stamped)}
+    updates = {"sealed_at": TIME_SQL.format(us=f"monotonic_us + {offset_us}")}
     for event_time in stamped:  # at most one: the row moves to its true date
-        updates[EVENT_DATE] = f"arrow_cast({updates[event_time]}, 'Date32')"
+        told = f"arrow_cast({event_time}, 'Int64')"
+        true = f"CASE WHEN {_between(told, DATED_US)} THEN {told} + {shift} ELSE {told} END"
+        dated = f"CASE WHEN {EVENT_DATE} IS NOT NULL AND {_between(true, DATED_US)} THEN {true} END"
+        updates |= {event_time: TIME_SQL.format(us=true), EVENT_DATE: f"arrow_cast({TIME_SQL.format(us=dated)}, 'Date32')"}
     device, boot_id = (text.replace("'", "''") for text in boot)
+    possible = [_between("arrow_cast(sealed_at, 'Int64')", TIMES_US), _between("monotonic_us", TIMES_US)]
+    possible.append(_between(f"monotonic_us + {offset_us}", TIMES_US))
     metrics = table.update(
         updates={**updates, "clock_shift_us": shift, "clock_synced": "true"},
-        predicate=f"clock_synced = false AND device = '{device}' AND boot = '{boot_id}' AND abs(monotonic_us) < {_SANE_US}",
+        predicate=f"clock_synced = false AND device = '{device}' AND boot = '{boot_id}' AND {' AND '.join(possible)}",
     )
     return int(metrics["num_updated_rows"])
+
+
+def _possible(header: BlockHeader) -> bool:
+    return header.sealed_us in TIMES_US and header.monotonic_us in TIMES_US
+
+
+def _within(times: pc.Expression) -> pc.Expression:
+    return (times >= TIMES_US.start) & (times < TIMES_US.stop)
+
+
+def _between(sql: str, span: range) -> str:
+    return f"({sql}) BETWEEN {span.start} AND {span.stop - 1}"

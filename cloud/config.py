@@ -83,12 +83,13 @@ class Address:
 
 
 class IngestLimits(msgspec.Struct, frozen=True):
-    """One commit holds at most this many blocks and bytes, and waits at most `linger_ms` for more, or until the commit before it is done.
-    A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes of a region in the stack.
+    """One commit holds at most this many blocks, and bytes (as they came and decoded), and waits at most `linger_ms` for more, or until the
+    commit before it is done. A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes of a region in the
+    stack.
     """
 
     batch_blocks_max: int = 512
-    batch_bytes_max: int = 32 * 1024 * 1024
+    batch_bytes_max: int = 64 * 1024 * 1024
     linger_ms: int = 5
     receipt_interval_ms: int = 50
     workers: int = 1

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from cloud.config import Settings
 from cloud.rows import Contracts, check_columns
+from cloud.settled import Identity
 from edge_agent.contract.block import BlockHeader, decode_block
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError, Reason
@@ -34,13 +35,14 @@ INT64 = range(-(2**63), 2**63)
 
 @dataclass(frozen=True)
 class Refusal:
-    """A block that may not be stored. `device`, `lane` and `stream` are the topic's."""
+    """A block that may not be stored. `device`, `lane` and `stream` are the topic's; `block` is its name, if it came as far as the lake."""
 
     device: str
     lane: str
     stream: str
     reason: Reason
     detail: str
+    block: Identity | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
   broker or by the device, and stored once. A receipt may wait for the next one to the same device, and then comes after the PUBACK: that
   too costs one more sending at most.
 - While one batch is committed the next is collected and checked. So a batch is what came during the commit before it: one block when it
-  is quiet, `batch_blocks_max` under load.
+  is quiet, `batch_blocks_max` under load. Its size is what it takes in memory: a few bytes on the wire may decode to many.
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
 - Rows that break their contract go to the lake's quarantine, the rest of their block to its stream (`cloud.quarantine`); that too is told.
@@ -22,6 +22,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -44,7 +45,7 @@ from cloud.receipts import Receipts
 from cloud.refusals import DENIED, QUARANTINED, REFUSED, Entry, Kind, Refusals
 from cloud.workers import NAME, ONE, Worker, end_unused
 from edge_agent.contract.block import BlockHeader
-from edge_agent.contract.columns import Table
+from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt, encode_receipt
 from edge_agent.contract.topics import DeviceTopics, check_name, parse
@@ -71,7 +72,7 @@ class Batch:
         self.began = self.began if self.messages else now
         self.messages.append(message)
         self.blocks.append(block)
-        self.size_bytes += len(message.payload)
+        self.size_bytes += len(message.payload) + _memory_bytes(block[1])
 
 
 @dataclass
@@ -120,9 +121,12 @@ class Ingest:
     # Batches
 
     def _collect(self) -> None:
-        """Take messages into the next batch until there is something else to do."""
-        while not self._full:
-            message = self._message(self._wait_s(time.monotonic()))
+        """Take messages into the next batch until there is something else to do, for IDLE_S at most: what is refused never fills it."""
+        until = time.monotonic() + IDLE_S
+        while not self._full and not self.stop:
+            if (now := time.monotonic()) >= until:
+                return
+            message = self._message(self._wait_s(now))
             if message is None:
                 return
             found = self.gate.inspect(message.topic, message.payload)
@@ -133,7 +137,7 @@ class Ingest:
                 self._next.add(message, found, time.monotonic())
             self.status.messages += 1
             self.status.bytes += len(message.payload)
-        if self._work is not None:  # no room for more before it is done
+        if self._work is not None and self._full:  # no room for more before it is done
             wait([self._work], self._wait_s(time.monotonic()))
 
     def _message(self, wait_s: float) -> Received | None:
@@ -257,6 +261,14 @@ class Ingest:
         if _is_device(kind.device):
             event = {"event": kind.by, "region": self.gate.region, "reason": kind.reason, "detail": detail, "count": times}
             self.intake.publish(DeviceTopics(kind.device).events, msgspec.json.encode(event))
+
+
+def _memory_bytes(table: Table) -> int:
+    """What the columns of a block take in memory."""
+    size = 0
+    for column in table.values():
+        size += column.codes.nbytes + sum(map(sys.getsizeof, column.values)) if isinstance(column, Strings) else column.nbytes
+    return size
 
 
 def _is_device(name: str) -> bool:

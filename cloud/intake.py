@@ -154,16 +154,25 @@ def forget(region: Region, client_id: str, user: str, password: str) -> None:
     """End a session that nobody will take up again: the broker would keep messages for it.
 
     Raises:
-        UnavailableError: the broker did not answer in FORGET_S.
+        UnavailableError: the broker did not answer in FORGET_S, or refused the connection all that time; the session is there still.
         ConfigError: there is no certificate of that name.
     """
-    client, answered = _client(region, client_id, user, password, persistent=False), threading.Event()
-    client.on_connect = lambda *_: answered.set()
+    client, taken = _client(region, client_id, user, password, persistent=False), threading.Event()
+    said = "did not answer"
+
+    def answered(client: Client, data: Any, flags: ConnectFlags, code: ReasonCode, properties: Properties | None) -> None:
+        nonlocal said
+        if code.is_failure:
+            said = f"refused ({code})"
+        else:
+            taken.set()
+
+    client.on_connect = answered
     try:
         client.connect_async(region.host, region.port, KEEPALIVE_S, **_session(region, persistent=False))
         client.loop_start()
-        if not answered.wait(FORGET_S):
-            raise UnavailableError(f"broker of {region.name} did not answer in {FORGET_S:.0f} s")
+        if not taken.wait(FORGET_S):
+            raise UnavailableError(f"broker of {region.name} {said} in {FORGET_S:.0f} s")
     finally:
         client.disconnect()
         client.loop_stop()

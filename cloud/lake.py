@@ -19,7 +19,7 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from pathlib import Path
@@ -111,6 +111,12 @@ class Lake:
         self._refresh_due: dict[str, float] = {}
         self._clocks = Clocks()
 
+    def beside(self, where: Roots, contracts: Contracts) -> Lake:
+        """A lake of the same devices: what one learns of their clocks the other knows too."""
+        other = Lake(where, contracts)
+        other._clocks = self._clocks.beside()
+        return other
+
     # Writing
 
     def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], elsewhere: Sequence[Identity] = ()) -> Settled:
@@ -123,7 +129,6 @@ class Lake:
             ConfigError: tables lie elsewhere than the settings say.
         """
         arrived_us = time.time_ns() // 1_000
-        self._tables.check()
         unique = {header.identity: (header, table) for header, table in blocks}
         groups: defaultdict[tuple[str, str], Blocks] = defaultdict(list)
         for header, table in unique.values():
@@ -170,7 +175,7 @@ class Lake:
             verdicts = {header.identity: self._verdict(handle, header) for header, _ in group}
             problems = {identity: (Reason.CONTRACT_BROKEN, why) for identity, why in verdicts.items() if why is not None}
         for identity, (reason, detail) in problems.items():
-            refused[identity] = Refusal(identity[0], lane, stream, reason, detail)
+            refused[identity] = Refusal(identity[0], lane, stream, reason, detail, identity)
         return [(header, table) for header, table in group if header.identity not in problems]
 
     def _verdict(self, handle: _Handle, header: BlockHeader) -> str | None:
@@ -341,6 +346,8 @@ class Lake:
         crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
         if crowded is None:
             return {}
+        place = crowded.stream, crowded.lane
+        self._handles[place] = self._handles.pop(place)  # last: the next call looks at another one first
         try:
             done = upkeep.compact(crowded.table, files_max, dates_max=upkeep.DATES_PER_CALL)
             crowded.small = done.small_left
@@ -348,6 +355,10 @@ class Lake:
         except UnavailableError as e:
             log.warning("compaction put off table=%s reason=%s", crowded.table.table_uri, e)
             self._forget(crowded.stream, crowded.lane)
+            return {}
+        except Exception:  # what delta-rs's engine refuses comes as a bare one; the table can be read and added to all the same
+            log.exception("compaction given up table=%s", crowded.table.table_uri)
+            crowded.small = 0
             return {}
         return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
@@ -359,14 +370,23 @@ class Lake:
         Raises:
             UnavailableError: a table does not open.
         """
-        for lane in {lane for stream in self.streams() for lane in self.lanes(stream)} if everywhere else ():
-            self._open_lane(lane)
+        if everywhere:
+            self.open_everything()
         corrected: dict[str, int] = {}
         for boot, offset_us, places in self._clocks.due():
             for stream, lane in places:
                 name = f"{lane}/{stream}"
                 corrected[name] = corrected.get(name, 0) + self._correct((stream, lane), boot, offset_us)
         return corrected
+
+    def open_everything(self) -> None:
+        """See all tables, whoever wrote them.
+
+        Raises:
+            UnavailableError: one does not open.
+        """
+        for lane in {lane for stream in self.streams() for lane in self.lanes(stream)}:
+            self._open_lane(lane)
 
     def _correct(self, place: Place, boot: Boot, offset_us: int) -> int:
         handle = self._handles.get(place)
@@ -375,8 +395,12 @@ class Lake:
         contract = next((c for c in AGENT_STREAMS if c.stream == place[0]), None)
         try:
             rows = correct(handle.table, boot, offset_us, stamped(contract) if contract else ())
-        except DeltaError as e:  # another process changes the same files; the rows wait, next time
+        except (DeltaError, OSError) as e:  # another process changes the same files, or they are away; the rows wait, next time
             log.info("clock correction skipped table=%s boot=%s reason=%s", handle.table.table_uri, boot, e)
+            rows = 0
+        except Exception:  # what delta-rs's engine refuses comes as a bare one; it would refuse it again
+            log.exception("clock correction given up device=%s boot=%s table=%s", *boot, handle.table.table_uri)
+            self._clocks.corrected(boot, place)
             rows = 0
         else:
             self._clocks.corrected(boot, place)
@@ -393,9 +417,13 @@ class Lake:
 
     # Reading
 
-    def streams(self) -> list[str]:
-        """The names of the streams that have tables."""
-        return self._tables.streams()
+    def streams(self, lane: str | None = None) -> list[str]:
+        """The names of the streams that have tables, in `lane` or anywhere."""
+        return self._tables.streams(lane)
+
+    def within(self, zones: Collection[str]) -> list[tuple[str, str]]:
+        """Stream and lane of each table of a lane of nothing but `zones`; the roots of other zones are not asked."""
+        return self._tables.within(zones)
 
     def lanes(self, stream: str) -> list[str]:
         """The lanes of a stream."""

@@ -82,7 +82,7 @@ class CheckedLake:
 
     def __init__(self, lake: Lake) -> None:
         self.lake = lake
-        self.held = Lake(quarantine_roots(lake.roots), Contracts([quarantine_contract(c) for c in lake.contracts.listed]))
+        self.held = lake.beside(quarantine_roots(lake.roots), Contracts([quarantine_contract(c) for c in lake.contracts.listed]))
         self._lanes_seen: set[str] = set()
         self._found: list[Found] = []
 
@@ -120,8 +120,11 @@ class CheckedLake:
         """`Lake.compact` of both; names of the quarantine's tables begin with its folder's."""
         return {**self.lake.compact(small_files_max), **{f"{FOLDER}/{t}": n for t, n in self.held.compact(small_files_max).items()}}
 
-    def correct_clocks(self) -> dict[str, int]:
-        """`Lake.correct_clocks` of both."""
+    def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
+        """`Lake.correct_clocks` of both; each may know the clock that rows of the other wait for."""
+        if everywhere:
+            self.lake.open_everything()
+            self.held.open_everything()
         return {**self.lake.correct_clocks(), **{f"{FOLDER}/{t}": n for t, n in self.held.correct_clocks().items()}}
 
     def _open(self, lanes: set[str]) -> None:
@@ -152,7 +155,7 @@ class CheckedLake:
         parts = [_quarantined(*unique[i], hit, now_us) for i, hit in broken.items() if i not in before]
         done = self.held.append(region, parts)
         new = set(done.committed)
-        refused = {i: r for i in broken for r in done.refused if (r.device, r.lane, r.stream) == (i[0], i[2], unique[i][0].stream)}
+        refused = {refusal.block: refusal for refusal in done.refused if refusal.block is not None}
         taken = {i: set(broken[i].rows.tolist()) for i in new}
         for i in (set(broken) | before) - new - set(refused):
             taken[i] = self._rows_held(i, unique[i][0].stream)
@@ -168,13 +171,12 @@ class CheckedLake:
 
 def whole_blocks(held: Lake, lane: str) -> Iterator[Identity]:
     """The blocks of a lane that have all their rows in quarantine."""
-    for stream in held.streams():
-        if lane in held.lanes(stream):
-            table = read_table(held.table(stream, lane), columns=[*_IDENTITY, "block_rows"])
-            found = table.group_by([*_IDENTITY, "block_rows"]).aggregate([([], "count_all")])
-            whole = found.filter(pc.equal(found["block_rows"], found["count_all"]))
-            for device, epoch, sequence in zip(*(whole[name].to_pylist() for name in _IDENTITY), strict=True):
-                yield device, epoch, lane, sequence
+    for stream in held.streams(lane):
+        table = read_table(held.table(stream, lane), columns=[*_IDENTITY, "block_rows"])
+        found = table.group_by([*_IDENTITY, "block_rows"]).aggregate([([], "count_all")])
+        whole = found.filter(pc.equal(found["block_rows"], found["count_all"]))
+        for device, epoch, sequence in zip(*(whole[name].to_pylist() for name in _IDENTITY), strict=True):
+            yield device, epoch, lane, sequence
 
 
 def _without(block: Block, rows: set[int] | None) -> Block | None:

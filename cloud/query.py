@@ -18,7 +18,8 @@ from __future__ import annotations
 import os
 import pwd
 import threading
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from types import TracebackType
 
 import duckdb
@@ -27,11 +28,11 @@ import pyarrow as pa
 from cloud.config import QueryLimits, Settings
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
+from cloud.roots import ALL
 from cloud.tables import query_dataset
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.core.settings import nearest
 
-ALL = "*"
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
@@ -65,12 +66,6 @@ def rights(settings: Settings, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(wanted) or granted
 
 
-def may_see(lane: str, zones: Iterable[str]) -> bool:
-    """Whether every zone of a lane is among `zones`."""
-    allowed = set(zones)
-    return ALL in allowed or set(lane.split("_")) <= allowed
-
-
 class Query:
     """A look at the lake, for one caller."""
 
@@ -83,9 +78,7 @@ class Query:
         self._limits = limits
         config = {**_SETTINGS, "memory_limit": f"{limits.memory_mib_max}MiB", "threads": str(limits.threads)}
         self._db = duckdb.connect(":memory:", config=config)
-        views = [(lake.lake, name, name) for name in lake.lake.streams()]
-        views += [(lake.held, name, f"{name}_quarantine") for name in lake.held.streams()]
-        self.streams = [view for source, name, view in views if self._register(source, name, view, zones)]
+        self.streams = [*self._register(lake.lake, "", zones), *self._register(lake.held, "_quarantine", zones)]
         for lock in _LOCKS:
             self._db.execute(lock)
 
@@ -123,16 +116,16 @@ class Query:
         finally:
             alarm.cancel()
 
-    def _register(self, lake: Lake, stream: str, view: str, zones: Sequence[str]) -> bool:
-        parts = []
-        for lane in lake.lanes(stream):
-            if may_see(lane, zones):
-                name = f"{view}@{lane}"
-                self._db.register(name, query_dataset(lake.table(stream, lane)))
-                parts.append(f"SELECT * FROM {_quoted(name)}")
-        if parts:
-            self._db.execute(f"CREATE VIEW {_quoted(view)} AS {' UNION ALL BY NAME '.join(parts)}")
-        return bool(parts)
+    def _register(self, lake: Lake, suffix: str, zones: Sequence[str]) -> list[str]:
+        """Make a view of each stream, of the lanes that may be seen; their names."""
+        parts: defaultdict[str, list[str]] = defaultdict(list)
+        for stream, lane in lake.within(zones):
+            name = f"{stream}{suffix}@{lane}"
+            self._db.register(name, query_dataset(lake.table(stream, lane)))
+            parts[stream + suffix].append(f"SELECT * FROM {_quoted(name)}")
+        for view, selects in parts.items():
+            self._db.execute(f"CREATE VIEW {_quoted(view)} AS {' UNION ALL BY NAME '.join(selects)}")
+        return list(parts)
 
     def _check(self, sql: str) -> None:
         try:

@@ -15,8 +15,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import msgspec
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.topics import check_lane
 
+ALL = "*"
+"""Stands for all zones."""
 S3 = "s3://"
 CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 TOKEN = "AWS_SESSION_TOKEN"
@@ -56,6 +58,11 @@ class Root:
     @property
     def on_s3(self) -> bool:
         return self.uri.startswith(S3)
+
+    @property
+    def store(self) -> str:
+        """What answers for it: the name of its bucket; empty: the file system."""
+        return self.uri[len(S3) :].split("/")[0] if self.on_s3 else ""
 
     def path(self, *parts: str) -> str:
         """The address of something in this root."""
@@ -149,6 +156,22 @@ class Roots:
             f'give it a place: [lake.zones] {lane} = "…"'
         )
 
+    def within(self, zones: Collection[str]) -> list[Root]:
+        """The roots in which lanes of nothing but `zones` may lie."""
+        if ALL in zones:
+            return self.all
+        single = [self.zones.get(zone, self.default) for zone in zones]
+        return list(dict.fromkeys([*single, *(root for lane, root in self.zones.items() if may_see(lane, zones))]))
+
+    def beside(self, lane: str) -> list[Root]:
+        """The root of a lane, and those that need no other keys and answers than it: directories, and roots in its bucket.
+
+        Raises:
+            ConfigError: the lane has no root.
+        """
+        own = self.of(lane)
+        return [own, *(root for root in self.all if root != own and root.store in ("", own.store))]
+
     def describe(self) -> dict[str, Any]:
         """The same as plain values, without secrets; `restore` reads it."""
         return {"default": self.default.describe(), "zones": {lane: root.describe() for lane, root in self.zones.items()}}
@@ -163,6 +186,11 @@ class Roots:
         return cls(root(tree["default"]), {lane: root(found) for lane, found in tree["zones"].items()})
 
 
+def may_see(lane: str, zones: Collection[str]) -> bool:
+    """Whether every zone of a lane is among `zones`."""
+    return ALL in zones or set(lane.split("_")) <= set(zones)
+
+
 def parse_roots(default: str, zones: Mapping[str, str], buckets: Mapping[str, Bucket], project: Path, origin: str) -> Roots:
     """The roots that fenceline.toml names; paths are relative to the project.
 
@@ -172,10 +200,13 @@ def parse_roots(default: str, zones: Mapping[str, str], buckets: Mapping[str, Bu
 
     def root(text: str) -> Root:
         if text.startswith(S3):
-            return Root(text.rstrip("/"), buckets.get(text[len(S3) :].split("/")[0], Bucket()))
+            found = Root(text.rstrip("/"))
+            if {"", ".", ".."} & set(found.uri[len(S3) :].split("/")):
+                raise ConfigError(f"{origin}: lake root {text!r} has an empty step, . or .. in it")
+            return replace(found, bucket=buckets.get(found.store, Bucket()))
         if "://" in text:
             raise ConfigError(f"{origin}: lake root {text!r} is neither a path nor s3://BUCKET/PREFIX")
-        return Root(str((project / text).absolute()))
+        return Root(os.path.normpath((project / text).absolute()))
 
     try:
         found = Roots(root(default), {check_lane(lane): root(text) for lane, text in zones.items()})

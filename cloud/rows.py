@@ -30,6 +30,8 @@ from edge_agent.contract.errors import ContractError
 from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
 
 TEXT_BYTES_MAX = 256 * 1024 * 1024  # Arrow counts the bytes of a text column in 31 bits
+TEXT_CHARACTERS_MAX = 4 * 1024 * 1024
+"""Of one text: more than a whole message of a sensor takes (`edge_agent.mqtt.cutter.PACKET_BYTES_MAX`), kept in base64."""
 DATES_MAX = 366
 """Dates that the rows of one block may lie in: a year of daily values."""
 TIME = pa.timestamp("us", "UTC")
@@ -39,6 +41,8 @@ ROW = "row"
 DAY_US = 86_400_000_000
 DAYS = range((date.min - date(1970, 1, 1)).days, (date.max - date(1970, 1, 1)).days + 1)
 """The days since 1970 that have a date."""
+DATED_US = range(DAYS.start * DAY_US, DAYS.stop * DAY_US)
+"""The times that have one."""
 ORDER = ("device", "epoch", "ordinal", "row")
 
 _ARROW = {FieldType.STRING: pa.string(), FieldType.INTEGER: pa.int64(), FieldType.NUMBER: pa.float64(), FieldType.TIMESTAMP: TIME}
@@ -110,7 +114,10 @@ def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -
     for name, kind in wanted.items():
         if _kind(table[name]) != kind:
             raise ContractError(f"block {header.identity}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
-    if text_bytes_bound(header, table) > TEXT_BYTES_MAX and (size := text_bytes(header, table)) > TEXT_BYTES_MAX:
+    bound = text_bytes_bound(header, table)
+    if bound > 4 * TEXT_CHARACTERS_MAX and (longest := _longest(table)) > TEXT_CHARACTERS_MAX:
+        raise ContractError(f"block {header.identity}: a text of {longest} characters; at most {TEXT_CHARACTERS_MAX}")
+    if bound > TEXT_BYTES_MAX and (size := text_bytes(header, table)) > TEXT_BYTES_MAX:
         raise ContractError(f"block {header.identity}: {size} bytes of text in its rows; at most {TEXT_BYTES_MAX}")
 
 
@@ -120,6 +127,10 @@ def text_bytes_bound(header: BlockHeader, table: Table) -> int:
     each += len(header.policy) + len(header.boot)
     each += sum(max(map(len, column.values), default=0) for column in table.values() if isinstance(column, Strings))
     return 4 * each * header.rows
+
+
+def _longest(table: Table) -> int:
+    return max((len(text) for column in table.values() if isinstance(column, Strings) for text in column.values), default=0)
 
 
 def text_bytes(header: BlockHeader, table: Table) -> int:
@@ -222,8 +233,10 @@ def _corrected(contract: StreamContract, table: Table, shift_us: int | None) -> 
 
 
 def _shifted(column: Column, shift_us: int) -> Column:
+    """The times moved. Those that have no date say nothing anyway and stay: at the edge of 64 bits they would come round."""
     assert not isinstance(column, Strings)
-    return column + shift_us
+    dated = (column >= DATED_US.start) & (column < DATED_US.stop)
+    return np.where(dated, column + shift_us, column)
 
 
 def _stack(parts: Sequence[Column]) -> Column:

@@ -2,11 +2,13 @@
 
 - A table lies in `<root of the lane>/<lane>/<stream>/`: first where it may be, then what it is. Names with `_` before them are no lanes.
 - The contract that made a table is its description: it says how rows are sorted and what later contracts have to fit.
-- A lake whose tables lie elsewhere than its settings say is not read: it would look empty, or half of it would.
+- A lake whose tables lie elsewhere than its settings say is not read: it would look empty, or half of it would. Looked into are the roots
+  that the settings name; of these, before a lane is written to, those that need no keys or answers of another zone's bucket.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -17,7 +19,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from cloud.evolution import StoredContract, stored
-from cloud.roots import Root, Roots
+from cloud.roots import Root, Roots, may_see
 from cloud.rows import EVENT_DATE, schema
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.stream import StreamContract
@@ -36,24 +38,22 @@ class Tables:
 
     def __init__(self, roots: Roots) -> None:
         self.roots = roots
-        self._checked = False
+        self._checked: set[Root] = set()
 
-    def check(self) -> None:
-        """See that tables lie where the settings say; only the first call looks.
+    def check(self, roots: Iterable[Root]) -> None:
+        """See that the tables in these roots lie where the settings say; looks once into each.
 
         Raises:
             ConfigError: they do not; the message says which, and what to do.
             UnavailableError: a root does not answer.
         """
-        if self._checked:
-            return
-        for root in self.roots.all:
+        for root in [root for root in roots if root not in self._checked]:
             for lane in _named(root.folders()):
                 stream = next((s for s in _named(root.folders(lane)) if is_table(root, lane, s)), None)
                 if stream is not None:
                     self._check_layout(root, lane, stream)
                     self._check_place(root, lane)
-        self._checked = True
+            self._checked.add(root)
 
     def _check_layout(self, root: Root, lane: str, stream: str) -> None:
         columns = open_table(root.path(lane, stream), root).metadata().partition_columns
@@ -76,17 +76,24 @@ class Tables:
 
     def streams(self, lane: str | None = None) -> list[str]:
         """The streams that have a table, in `lane` or anywhere."""
-        self.check()
-        lanes = self._lanes() if lane is None else [(lane, self.roots.of(lane))]
+        self.check(self.roots.all if lane is None else self.roots.beside(lane))
+        lanes = self._lanes(self.roots.all) if lane is None else [(lane, self.roots.of(lane))]
         return sorted({s for name, root in lanes for s in _named(root.folders(name)) if is_table(root, name, s)})
 
     def lanes(self, stream: str) -> list[str]:
         """The lanes that have a table of a stream."""
-        self.check()
-        return sorted(lane for lane, root in self._lanes() if is_table(root, lane, stream))
+        self.check(self.roots.all)
+        return sorted(lane for lane, root in self._lanes(self.roots.all) if is_table(root, lane, stream))
 
-    def _lanes(self) -> list[tuple[str, Root]]:
-        return [(lane, root) for root in self.roots.all for lane in _named(root.folders())]
+    def within(self, zones: Collection[str]) -> list[tuple[str, str]]:
+        """Stream and lane of each table of a lane of nothing but `zones`, sorted; no other zone's root is asked."""
+        roots = self.roots.within(zones)
+        self.check(roots)
+        lanes = [(lane, root) for lane, root in self._lanes(roots) if may_see(lane, zones)]
+        return sorted((s, lane) for lane, root in lanes for s in _named(root.folders(lane)) if is_table(root, lane, s))
+
+    def _lanes(self, roots: list[Root]) -> list[tuple[str, Root]]:
+        return [(lane, root) for root in roots for lane in _named(root.folders())]
 
     def open(self, stream: str, lane: str, version: int | None = None) -> DeltaTable:
         """A table as it is now, or as it was.

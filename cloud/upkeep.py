@@ -121,20 +121,23 @@ def compact(table: DeltaTable, files_max: int, dates_max: int | None) -> Compact
     """Merge small files of dates that have several, those with most files first, until `files_max` could be merged yet.
 
     Args:
-        dates_max: how many dates at most; None: all of them.
+        dates_max: how many dates at most, and none whose merging writes more than MERGE_ROWS_MAX rows again; None: all of them.
 
     Raises:
         UnavailableError: the table does not answer. Nothing is lost; try again.
     """
+    rows_max = MERGE_ROWS_MAX if dates_max is not None else None
     try:
-        crowded = sorted((p for p in partitions(table) if p.small > 1), key=lambda p: -p.small)
-        if sum(p.small - 1 for p in crowded) <= files_max:
-            return Compacted(small_left=sum(p.small - 1 for p in crowded))
-        rows_max = MERGE_ROWS_MAX if dates_max is not None else None
-        metrics = [_compact_date(table, partition, rows_max) for partition in crowded[:dates_max]]
+        crowded, heavy = _crowded(table, rows_max)
+        for partition in heavy:
+            log.info("merging left to a person table=%s date=%s rows=%d", table.table_uri, partition.day, partition.late_rows)
+        left = sum(p.small - 1 for p in crowded)
+        if left <= files_max:
+            return Compacted(small_left=left)
+        metrics = [_compact_date(table, partition) for partition in crowded[:dates_max]]
         table.create_checkpoint()
         table.cleanup_metadata()
-        left = sum(p.small - 1 for p in partitions(table) if p.small > 1)
+        left = sum(p.small - 1 for p in _crowded(table, rows_max)[0])
     except (DeltaError, OSError) as e:
         raise UnavailableError(f"table {table.table_uri} was not compacted: {e}") from e
     return Compacted(
@@ -142,13 +145,17 @@ def compact(table: DeltaTable, files_max: int, dates_max: int | None) -> Compact
     )
 
 
-def _compact_date(table: DeltaTable, partition: Partition, rows_max: int | None) -> Compacted:
+def _crowded(table: DeltaTable, rows_max: int | None) -> tuple[list[Partition], list[Partition]]:
+    """The dates that have several small files, those with most first; and those of them whose merging would write too many rows again."""
+    found = sorted((p for p in partitions(table) if p.small > 1), key=lambda p: -p.small)
+    heavy = [p for p in found if rows_max is not None and p.late_rows > rows_max]
+    return [p for p in found if p not in heavy], heavy
+
+
+def _compact_date(table: DeltaTable, partition: Partition) -> Compacted:
     quiet = time.time() - partition.newest_s > QUIET_S
     if quiet and partition.rows <= SORT_ROWS_MAX and sort_date(table, partition.day):
         return Compacted(partition.files, 1, 1)
-    if rows_max is not None and partition.late_rows > rows_max:
-        log.info("merging left to a person table=%s date=%s rows=%d", table.table_uri, partition.day, partition.late_rows)
-        return Compacted()
     return merge_date(table, partition)
 
 

@@ -81,7 +81,7 @@ def _device(topic: str) -> bytes:
 
 
 def end_unused(settings: Settings, region: Region, worker: Worker) -> None:
-    """End the sessions of workers that ran here under higher numbers; those whose broker does not answer wait for the next start."""
+    """End the sessions of workers that ran here under higher numbers; where the broker does not answer or refuses, at the next start."""
     for path in status_paths(settings, region.name):
         name = path.stem.partition(".")[2] or path.stem  # before workers had numbers, session and file were called alike
         prefix, _, number = name.rpartition("-")

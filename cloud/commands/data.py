@@ -125,8 +125,9 @@ def _labels_add(args: argparse.Namespace) -> int:
 
 def _clock_fix(args: argparse.Namespace) -> int:
     from cloud.lake import Lake
+    from cloud.quarantine import CheckedLake
 
-    corrected = Lake(config.load(args.project, args.state).lake).correct_clocks(everywhere=True)
+    corrected = CheckedLake(Lake(config.load(args.project, args.state).lake)).correct_clocks(everywhere=True)
     if args.json:
         print_json(corrected)
     else:

@@ -26,6 +26,7 @@ PUBLISHED = Denial("plane-01", "publish", "fenceline/v1/plane-02/up/europe/turbo
         (NATS + 'authentication error - User "plane-01"', Denial("plane-01", "connect", "", "127.0.0.1:52595")),
         (MOSQUITTO, Denial("plane-01", "publish", PUBLISHED.topic)),
         (MOSQUITTO.replace("europe/turbofan", "it's, odd"), Denial("plane-01", "publish", "fenceline/v1/plane-02/up/it's, odd")),
+        (f"Nov 22 20:53:29 gate mosquitto[71]: {MOSQUITTO}", Denial("plane-01", "publish", PUBLISHED.topic)),
         ("1795380809: Sending PUBACK to plane-01 (m1, rc135)", None),
         (NATS.replace("[ERR]", "[INF]") + "anything", None),
         ("", None),
@@ -49,6 +50,14 @@ def test_a_log_is_read_once_however_often_its_reader_starts(tmp_path: Path) -> N
     assert list(reader.read()) == [PUBLISHED]
     reader.keep_place()
     assert list(BrokerLog(path, place).read()) == []
+
+
+@pytest.mark.parametrize("between", ["\u2028", "\u2029", "\x85", "\v", "\f", "\r", "\x1c", " "])
+@pytest.mark.parametrize("kind", ["Denied", "Received"])
+def test_a_topic_that_holds_a_line_about_another_device_does_not_blame_it(tmp_path: Path, between: str, kind: str) -> None:
+    topic = f"x{between}{MOSQUITTO}{between}{NATS_PUBLISH}"
+    (tmp_path / "broker.log").write_text(f"1795380809: {kind} PUBLISH from evil (d0, q1, r0, m1, '{topic}', ... (5 bytes))\n", newline="")
+    assert {denial.client for denial in BrokerLog(tmp_path / "broker.log", tmp_path / "place").read()} <= {"evil"}
 
 
 def test_a_log_that_was_replaced_or_cut_is_read_from_its_start(tmp_path: Path) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import pyarrow as pa
+import pytest
 
+from cloud import lake as lake_module
+from cloud.cli import main
+from cloud.clocks import TIMES_US
+from cloud.enforcement import Block
 from cloud.lake import Lake
-from cloud.rows import Contracts
+from cloud.quarantine import CheckedLake
+from cloud.rows import DATED_US, DATES_MAX, DAY_US, Contracts
 from edge_agent.contract.block import ORDINAL
-from edge_agent.contract.columns import Strings, Table
+from edge_agent.contract.columns import Strings
 from tests.cloud.blocks import block, contract
 
 BOOTED = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -95,6 +103,32 @@ def test_by_hand_all_tables_are_corrected_whoever_wrote_them(tmp_path: Path) -> 
     assert lake.correct_clocks(everywhere=True) == {"europe/pump": 1}
 
 
+def test_quarantined_rows_get_their_true_time_too_and_may_tell_it(tmp_path: Path) -> None:
+    def broken(sequence: int, synced: bool, **header: Any) -> Block:
+        head, table = sealed(sequence, synced=synced, **header)
+        return head, {**table, "pressure": np.array([1e6])}
+
+    def times(lake: CheckedLake) -> set[tuple[bool, datetime]]:
+        return {row[:2] for row in rows(lake.held).values()}
+
+    lake = CheckedLake(open_lake(tmp_path / "lake"))
+    lake.append("eu", [broken(1, False)])
+    lake.append("eu", [sealed(2, synced=True)])
+    assert lake.correct_clocks() == {"_quarantine/europe/pump": 1} and times(lake) == {(True, true(1))}
+    lake.append("eu", [broken(3, False)])
+    assert times(lake) == {(True, true(1)), (True, true(3))} and lake.correct_clocks() == {}
+
+    for file in (lambda: [sealed(1, synced=False, boot="boot-2")], lambda: [broken(2, True, boot="boot-2", lane="canada")]):
+        CheckedLake(open_lake(tmp_path / "other")).append("eu", file())
+    assert main(["--project", str(project(tmp_path)), "clock", "fix"]) == 0
+    assert rows(Lake(tmp_path / "other"))["europe", 1][:2] == (True, true(1))
+
+
+def project(path: Path) -> Path:
+    (path / "fenceline.toml").write_text('[lake]\nroot = "other"\n')
+    return path
+
+
 def test_a_writer_that_was_away_during_the_correction_goes_on_and_stores_nothing_twice(tmp_path: Path) -> None:
     lake, other = open_lake(tmp_path), open_lake(tmp_path)
     lake.append("eu", [sealed(1, synced=False)])
@@ -122,15 +156,78 @@ def test_times_at_the_edge_of_64_bits_are_left_alone(tmp_path: Path) -> None:
     lake.append("eu", [block(2, boot="b", monotonic_us=-(2**63), sealed_us=2**63 - 1, clock_synced=True)])
     assert lake.correct_clocks() == {}
     lake.append("eu", [sealed(3, synced=True, boot="b")])
-    assert lake.correct_clocks() == {"europe/pump": 0}
+    assert lake.correct_clocks() == {}
+
+
+def refused(sequence: int, captured_us: list[int], **header: Any) -> Block:
+    """A block of payloads that a device with an unset clock refused."""
+    count = len(captured_us)
+    head, _ = sealed(sequence, **{"synced": False, **header}, stream="quarantine", contract_version="1")
+    texts = {name: Strings.of(["x"] * count) for name in ("topic", "reason", "detail", "payload")}
+    return msgspec.structs.replace(head, rows=count), {
+        "captured_at": np.array(captured_us),
+        ORDINAL: 1_000 * sequence + np.arange(count),
+        **texts,
+    }
+
+
+@pytest.mark.parametrize("set_us", [10**18, TIMES_US.stop, -(10**18), 2**63 - 1])
+def test_a_clock_set_to_a_year_that_no_calendar_has_tells_nothing_and_stops_nobody(tmp_path: Path, set_us: int) -> None:
+    lake = open_lake(tmp_path)
+    lake.append("eu", [refused(1, [UP_US], device="evil")])
+    lake.append("eu", [block(2, device="evil", boot="boot-1", monotonic_us=20, sealed_us=set_us)])
+    assert lake.correct_clocks() == {}
+    again = open_lake(tmp_path)
+    assert again.append("eu", [block(1, device="innocent")]).committed == [("innocent", "e1", "europe", 1)]
+    assert again.correct_clocks() == {} and again.read("quarantine")["event_date"].to_pylist() == [date(1970, 1, 1)]
+
+
+EXTREMES = [2**63 - 1, -(2**63), DATED_US.stop - 1, DATED_US.stop, DATED_US.start - 1, 18_000 * 31_556_952_000_000]
+
+
+@pytest.mark.parametrize("first", ["unset", "set"])
+def test_event_times_that_no_calendar_has_lie_apart_and_stay_there_when_the_clock_is_corrected(tmp_path: Path, first: str) -> None:
+    lake = open_lake(tmp_path)
+    sent = [refused(n, [time_us, UP_US]) for n, time_us in enumerate(EXTREMES, 1)]
+    known = sealed(20, synced=True)
+    for blocks in [sent, [known]] if first == "unset" else [[known], sent]:
+        lake.append("eu", blocks)
+    assert lake.correct_clocks() == ({"europe/quarantine": 2 * len(sent)} if first == "unset" else {})
+    for reader in (lake, open_lake(tmp_path)):
+        found = reader.read("quarantine", columns=["row", "captured_at", "event_date", "clock_synced"])
+        assert found["event_date"].to_pylist() == [None, BOOTED.date()] * len(sent) and all(found["clock_synced"].to_pylist())
+        moved = [us + BOOTED_US if us in DATED_US else us for us in EXTREMES]
+        assert found["captured_at"].cast(pa.int64()).to_pylist()[::2] == moved
+        reader.append("eu", [block(1 if reader is lake else 2, device="innocent")])
+        assert reader.compact(1) or reader is not lake, "its files are merged like others"
+
+
+def test_a_block_on_too_many_dates_does_not_get_a_file_for_each_when_the_clock_is_corrected(tmp_path: Path) -> None:
+    lake = open_lake(tmp_path)
+    lake.append("eu", [refused(1, [day * DAY_US for day in range(DATES_MAX + 1)])])
+    lake.append("eu", [sealed(5, synced=True)])
+    assert lake.correct_clocks() == {"europe/quarantine": DATES_MAX + 1}
+    assert set(lake.read("quarantine")["event_date"].to_pylist()) == {None}
+
+
+def test_a_boot_that_the_lake_s_engine_cannot_correct_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> int:
+        raise Exception("Cast error: what delta-rs raises")
+
+    lake = open_lake(tmp_path)
+    lake.append("eu", [sealed(1, synced=False)])
+    lake.append("eu", [sealed(2, synced=True)])
+    monkeypatch.setattr(lake_module, "correct", refuse)
+    assert lake.correct_clocks() == {"europe/pump": 0} and "given up" in caplog.text
+    assert lake.correct_clocks() == {}
+    assert lake.append("eu", [sealed(3, synced=True)]).committed
 
 
 def test_the_quarantine_s_times_are_the_device_s_and_are_corrected_too(tmp_path: Path) -> None:
-    header, _ = sealed(1, synced=False, stream="quarantine", contract_version="1")
-    texts = {name: Strings.of(["x"]) for name in ("topic", "reason", "detail", "payload")}
-    table: Table = {"captured_at": np.array([UP_US]), ORDINAL: np.array([0]), **texts}
     lake = open_lake(tmp_path)
-    lake.append("eu", [(header, table)])
+    lake.append("eu", [refused(1, [UP_US])])
     lake.append("eu", [sealed(5, synced=True)])
     assert lake.correct_clocks() == {"europe/quarantine": 1}
     row = lake.read("quarantine")

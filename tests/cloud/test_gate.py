@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from cloud.gate import Gate, Refusal
-from cloud.rows import Contracts
-from edge_agent.contract.block import decode_block, encode_block
+from cloud.rows import TEXT_CHARACTERS_MAX, Contracts
+from edge_agent.contract.block import ORDINAL, decode_block, encode_block
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.topics import DeviceTopics
@@ -105,6 +105,17 @@ def test_a_small_block_whose_rows_would_fill_the_memory_is_refused(gate: Gate) -
     assert len(bomb) < 512 * 1024
     reason, detail = refusal(gate.inspect(up(), bomb))
     assert reason is Reason.CORRUPT and "bytes of text" in detail
+
+
+@pytest.mark.parametrize("stream", ["pump", "quarantine"])
+def test_a_text_longer_than_any_message_is_refused_before_it_reaches_the_lake(gate: Gate, stream: str) -> None:
+    version, names = ("1.0.0", ["pump"]) if stream == "pump" else ("1", ["topic", "reason", "detail", "payload"])
+    header, table = block(1, lane="canada", rows=1, stream=stream, contract_version=version)
+    base = table if stream == "pump" else {"captured_at": table["ts"], ORDINAL: table[ORDINAL]}
+    for length, passes in ((TEXT_CHARACTERS_MAX, True), (TEXT_CHARACTERS_MAX + 1, False)):
+        texts = {name: Strings.of(["x" * (length if name == names[-1] else 1)]) for name in names}
+        found = gate.inspect(up(stream=stream), encode_block(header, {**base, **texts}))
+        assert isinstance(found, tuple) if passes else refusal(found)[0] is Reason.CORRUPT
 
 
 def test_every_flipped_byte_of_a_block_is_refused_as_corrupt(gate: Gate) -> None:

@@ -16,22 +16,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cloud import brokers, config, ingest
+from cloud import brokers, config, ingest, intake
 from cloud.audit import Audit
-from cloud.config import Settings
+from cloud.config import IngestLimits, Settings
 from cloud.ingest_status import read_status, read_worker, status_path
+from cloud.intake import Received
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
 from cloud.workers import ONE, Pool, Worker, command, end_unused
 from edge_agent.contract.block import encode_block
+from edge_agent.contract.columns import Strings
+from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt, decode_receipt
 from edge_agent.contract.topics import DeviceTopics
 from tests.brokers import Broker, User, mosquitto_broker, nats_broker
-from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
+from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block, block_bytes
 from tests.cloud.test_quarantine import bad
 from tests.cloud.test_quarantine import rows as held_rows
 
@@ -203,6 +207,65 @@ def test_a_storm_of_refusals_is_a_few_entries_with_their_number(settings: Settin
     assert audit.counts() == {"wrong_region": 30} and len(audit.entries()) <= 2
 
 
+class Flooded:
+    """Stands in for the intake at its worst: whenever a refused message is acknowledged, the broker has the next one there."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[Received | None] = queue.SimpleQueue()
+        self.connected = self.flooding = True
+
+    def wake(self) -> None:
+        self.queue.put(None)
+
+    def release(self, batch: list[Received]) -> None:
+        for message in batch:
+            if self.flooding and message.payload == b"junk":
+                self.queue.put(message)
+
+    def publish(self, topic: str, payload: bytes, **_: Any) -> bool:
+        return True
+
+
+def test_a_flood_of_refused_messages_keeps_nobody_s_blocks_waiting_nor_a_stop(settings: Settings) -> None:
+    work = ingest.build(settings, "eu")
+    flooded: Any = Flooded()
+    work.intake = flooded
+    for mid in range(8):
+        flooded.queue.put(Received("fenceline/v1/evil/up/europe/pump", b"junk", 1, mid, False))
+    flooded.queue.put(Received("fenceline/v1/d1/up/europe/pump", block_bytes(1), 1, 9, False))
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    try:
+        wait_until(lambda: work.status.blocks == 1 and work.status.receipts == 1)
+        wait_until(lambda: (found := read_status(settings, "eu")) is not None and found.refused.get("corrupt", 0) > 8)
+        work.stop = True
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "it ends although messages go on to come"
+    finally:
+        flooded.flooding, work.stop = False, True
+        thread.join()
+
+
+def test_a_batch_is_as_large_as_what_its_blocks_decode_to(settings: Settings) -> None:
+    header, table = block(1, rows=2_000)
+    texts = Strings(np.arange(2_000, dtype=np.int32), tuple(f"{n:01000}" for n in range(2_000)))
+    batch = ingest.Batch()
+    message = Received("", b"12345", 1, 1, False)
+    batch.add(message, (header, {**table, "pump": texts}), 0.0)
+    assert 2_000 * (1_000 + 8 * 5) < batch.size_bytes < 1.2 * 2_000 * (1_000 + 8 * 5), "five numbers and a text in each row"
+
+
+def test_small_messages_that_decode_to_much_are_committed_few_at_a_time(settings: Settings) -> None:
+    work = ingest.build(replace(settings, ingest=IngestLimits(batch_bytes_max=3 * 1024 * 1024)), "eu")
+    for sequence in range(1, 9):
+        header, table = block(sequence, rows=1)
+        large = encode_block(header, {**table, "pump": Strings.of(["x" * 1024 * 1024])})
+        assert len(large) < 1024
+        work.intake.queue.put(Received("fenceline/v1/d1/up/europe/pump", large, 1, sequence, False))
+    work._collect()
+    assert len(work._next.messages) == 3 and work.intake.queue.qsize() == 5
+
+
 def test_blocks_wait_unacknowledged_while_the_lake_cannot_write(
     settings: Settings, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +378,24 @@ def test_what_a_worker_would_have_got_goes_to_the_others_once_its_session_is_end
         device.client.disconnect()
         device.client.loop_stop()
     assert len(rows(settings)) == 9
+
+
+def test_a_session_that_the_broker_refuses_to_end_is_tried_again_at_the_next_start(
+    settings: Settings, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "FORGET_S", 1.0)
+    unused = status_path(settings, "eu", "ingest-2")
+    unused.parent.mkdir(parents=True, exist_ok=True)
+    unused.write_text("{}")
+    password = brokers.password_path(settings, brokers.CLOUD_USER)
+    password.write_text("of yesterday")
+    end_unused(settings, settings.region("eu"), ONE)
+    assert unused.exists()
+    with pytest.raises(UnavailableError, match="refused"):
+        intake.forget(settings.region("eu"), "ingest-2", brokers.CLOUD_USER, "of yesterday")
+    password.write_text(SECRET)
+    end_unused(settings, settings.region("eu"), ONE)
+    assert not unused.exists()
 
 
 def test_a_pool_starts_its_workers_again_and_ends_them(settings: Settings, device: Device) -> None:

@@ -18,7 +18,7 @@ from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
 from cloud.rows import Contracts
 from edge_agent.contract.errors import Reason, UnavailableError
-from edge_agent.contract.stream import StreamContract
+from edge_agent.contract.stream import Field, FieldType, StreamContract
 from tests.cloud.blocks import block, contract
 
 Name = tuple[str, str, str, int, int]
@@ -158,6 +158,19 @@ def test_two_workers_with_the_same_blocks_in_any_order_and_any_commit_failing(
     assert count == Counter((*header.identity, r) for header, _ in sent for r in range(4))
     good = {(*h.identity, r) for h, t in sent for r in range(4) if np.asarray(t["pressure"])[r] <= 100}
     assert set(names(lake.lake)) == good
+
+
+def test_a_block_that_quarantine_refuses_takes_no_other_of_its_stream_with_it(tmp_path: Path) -> None:
+    heat = Field("heat", FieldType.NUMBER, required=False)
+    made, older, newer = (replace(contract(), version=version) for version in ("1.2.0", "1.1.0", "1.3.0"))
+    header, table = bad(1, [1], contract_version="1.2.0")
+    checked(tmp_path, replace(made, fields=(*made.fields, heat))).append("eu", [(header, {**table, "heat": np.zeros(4)})])
+
+    lake = CheckedLake(Lake(tmp_path, Contracts([older, newer])))  # the newer one has lost a field
+    settled = lake.append("eu", [bad(2, [0, 1], contract_version="1.1.0"), bad(3, [2], contract_version="1.3.0")])
+    assert [i[3] for i in settled.committed] == [2] and cumulative(settled) == [(2, [])]
+    assert [(refusal.reason, refusal.block) for refusal in settled.refused] == [(Reason.CONTRACT_BROKEN, ("d1", "e1", "europe", 3))]
+    assert rows(lake.held) == [(1, 1), (2, 0), (2, 1)] and (2, 3) in rows(lake.lake)
 
 
 def test_a_whole_block_in_quarantine_that_comes_again_is_a_duplicate(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from cloud import config
 from cloud.config import QueryLimits
 from cloud.quarantine import CheckedLake
-from cloud.query import Query, may_see, rights
+from cloud.query import Query, rights
+from cloud.roots import may_see
 from cloud.tables import read_table, text_field
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block

@@ -8,11 +8,15 @@ import pytest
 from deltalake import write_deltalake
 
 from cloud import config
+from cloud.config import QueryLimits
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
+from cloud.query import Query
 from cloud.roots import Bucket, Root, Roots
 from cloud.rows import Contracts
 from edge_agent.contract.errors import ConfigError, Reason
 from tests.cloud.blocks import block, contract
+from tests.cloud.test_quarantine import bad
 
 JOINED = "canada_europe"
 
@@ -46,6 +50,8 @@ def test_zones_lie_where_the_settings_say(tmp_path: Path) -> None:
         ('[lake]\nroot = "gs://x/y"', "neither a path nor s3://"),
         ('[lake.zones]\nEurope = "x"', "Europe"),
         ('[lake.zones]\neurope = ".fenceline/lake/eu"', "lies in"),
+        ('[lake.zones]\neurope = "x/../.fenceline/lake/eu"', "lies in"),
+        ('[lake.zones]\neurope = "s3://eu/x/../lake"', "empty step"),
         ('[lake.buckets.eu]\nsecret = "x"', r"unknown key lake\.buckets\.eu\.secret"),
     ],
 )
@@ -108,6 +114,22 @@ def test_a_lake_whose_zones_were_given_roots_later_is_not_half_read(apart: Roots
     for use in (lake.streams, lambda: lake.read("pump"), lambda: lake.append("eu", [block(2)])):
         with pytest.raises(ConfigError, match=r"lane 'europe' lies in .* move"):
             use()
+
+
+def test_a_region_writes_and_a_reader_asks_without_keys_or_answers_of_other_zones_buckets(tmp_path: Path) -> None:
+    foreign = Root("s3://us-bucket/lake", Bucket("http://127.0.0.1:9", "us-east-1", "US", allow_http=True))  # nobody there, and no keys
+    joined = Root(str(tmp_path / "both"))
+    roots = Roots(foreign, {"europe": Root(str(tmp_path / "eu")), "canada": Root(str(tmp_path / "ca")), JOINED: joined})
+    lake = CheckedLake(lake_of(roots))
+    assert len(lake.append("eu", [block(1), block(1, lane="canada"), block(1, lane=JOINED), bad(2, [1])]).committed) == 4
+    again = CheckedLake(lake_of(roots))
+    assert again.append("eu", [block(1), block(3), bad(2, [1])]).committed == [("d1", "e1", "europe", 3)]
+    for zones, rows in ((["europe"], 9), (["europe", "canada"], 15)):
+        with Query(again, zones, QueryLimits()) as query:
+            assert query.run("SELECT count(*) AS n FROM pump")["n"].to_pylist() == [rows]
+            assert query.run("SELECT count(*) AS n FROM pump_quarantine")["n"].to_pylist() == [1]
+    with pytest.raises(ConfigError, match="US_AWS_ACCESS_KEY_ID"):
+        lake_of(roots).streams()
 
 
 def test_a_lake_of_the_older_layout_is_named_and_does_not_look_empty(tmp_path: Path) -> None:

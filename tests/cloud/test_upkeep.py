@@ -232,6 +232,43 @@ def test_compaction_that_fails_is_put_off_and_appends_go_on(tmp_path: Path, monk
     assert lake.append("eu", [on(3, 0), on(4, 0)]).committed == [("d1", "e1", "europe", 4)]
 
 
+def test_dates_too_large_to_merge_are_left_alone_and_keep_no_other_table_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.upkeep.MERGE_ROWS_MAX", 3)
+    lake = open_lake(tmp_path)
+    for n in range(1, 5):
+        lake.append("eu", [on(n, 0, 0)])  # eight rows on one date
+    for n in range(1, 4):
+        lake.append("eu", [on(n, 0, lane="canada")])
+    version = lake.versions("pump")["europe"]
+    assert [lake.compact(files_max=1) for _ in range(4)] == [{"europe/pump": 0}, {"canada/pump": 3}, {}, {}]
+    assert lake.versions("pump")["europe"] == version and dates(lake) == {date(2024, 10, 4): (4, 8)}
+    assert upkeep.compact(lake.table("pump", "europe"), 0, dates_max=None).removed == 4, "by hand it is merged"
+
+
+def test_tables_that_go_on_to_be_crowded_are_compacted_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.upkeep.DATES_PER_CALL", 1)
+    lake = open_lake(tmp_path)
+    for n in range(1, 4):
+        lake.append("eu", [on(n, 0, 1), on(n, 0, 1, lane="canada")])
+    done = [table for _ in range(4) for table in lake.compact(files_max=0)]
+    assert sorted(done[:2]) == sorted(done[2:]) == ["canada/pump", "europe/pump"]
+
+
+def test_a_table_whose_compaction_the_engine_refuses_can_be_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    lake = open_lake(tmp_path)
+    for n in range(1, 4):
+        lake.append("eu", [on(n, 0)])
+
+    def refuse(*_: object) -> None:
+        raise Exception("Cast error: what delta-rs raises")
+
+    monkeypatch.setattr("cloud.upkeep.merge_date", refuse)
+    assert lake.compact(files_max=0) == {} and "given up" in caplog.text
+    assert lake.append("eu", [on(4, 0)]).committed == [("d1", "e1", "europe", 4)]
+
+
 def test_more_text_than_one_column_can_sort_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lake = open_lake(tmp_path)
     lake.append("eu", [on(n, 0, 1) for n in range(1, 9)])
