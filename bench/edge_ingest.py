@@ -35,7 +35,7 @@ from tests.brokers import Broker
 from tests.servers import HOST, free_port
 
 COUNTS = {"fast": 400_000, "gmqtt": 150_000, "paho": 25_000}
-QUICK_COUNTS = {"fast": 30_000, "gmqtt": 10_000, "paho": 3_000}
+QUICK_COUNTS = {"fast": 5_000, "gmqtt": 2_000, "paho": 500}
 START_S_MAX = 30.0
 RUN_S_MAX = 120.0
 UNSCORED_SHARE_MAX = 0.01
