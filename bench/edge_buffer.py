@@ -69,7 +69,7 @@ class Cost:
 
 def measure(arguments: argparse.Namespace) -> Report:
     """All of it; with --quick a small part."""
-    share = 20 if arguments.quick else 1
+    share = 200 if arguments.quick else 1
     rows: list[list[Cell]] = []
     numbers: dict[str, Any] = {}
     for stream in (engines(20), pump(6_000)):

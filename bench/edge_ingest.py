@@ -30,10 +30,12 @@ from paho.mqtt.enums import CallbackAPIVersion
 from bench import gateway
 from bench.peers.sensors import MARKER_TOPIC
 from bench.report import Cell, Report, main
-from bench.running import HOST, Broker, Peer, cpu_s, free_port, mosquitto, peak_mb, peer, wait_for
+from bench.running import Peer, cpu_s, mosquitto, peak_mb, peer, wait_for
+from tests.brokers import Broker
+from tests.servers import HOST, free_port
 
 COUNTS = {"fast": 400_000, "gmqtt": 150_000, "paho": 25_000}
-QUICK_COUNTS = {"fast": 30_000, "gmqtt": 10_000, "paho": 3_000}
+QUICK_COUNTS = {"fast": 5_000, "gmqtt": 2_000, "paho": 500}
 START_S_MAX = 30.0
 RUN_S_MAX = 120.0
 UNSCORED_SHARE_MAX = 0.01

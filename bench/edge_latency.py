@@ -20,10 +20,10 @@ WARM_S = 3.0
 
 def measure(arguments: argparse.Namespace) -> Report:
     """p50 and p99 of both ways, after a warm-up."""
-    seconds = 3.0 if arguments.quick else SECONDS
+    seconds = 1.0 if arguments.quick else SECONDS
     with tempfile.TemporaryDirectory() as folder, Plant(Path(folder), listen=True) as plant:
         plant.start_agent()
-        warm = plant.play(RATE, 1.0 if arguments.quick else WARM_S)
+        warm = plant.play(RATE, 0.5 if arguments.quick else WARM_S)
         played = plant.play(RATE, seconds)
         sent = warm["sent"] + played["sent"]
         plant.wait(lambda: plant.rows() >= sent)

@@ -25,7 +25,7 @@ WARM_S, OUTAGE_S, AFTER_S = 5.0, 20.0, 10.0
 
 def measure(arguments: argparse.Namespace) -> Report:
     """Both outages, each on a plant of its own."""
-    share = 0.15 if arguments.quick else 1.0
+    share = 0.05 if arguments.quick else 1.0
     numbers = {"outage": outage(share, crash=False), "crash": outage(share, crash=True)}
     rows: list[list[Cell]] = [[name, *values.values()] for name, values in numbers.items()]
     columns = ["outage", *(key.replace("_", " ") for key in numbers["outage"])]

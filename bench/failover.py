@@ -33,7 +33,7 @@ SLOW_RUNS_MAX = 30
 BRIDGE_RUNS = 3
 DELTA_RUNS = 2
 ALL = (*FAULTS, "lossy", "foreign_only")
-QUICK = ("kill",)
+QUICK = ("kill", "lossy", "foreign_only")  # all of them: tests/faults/test_failover.py
 COLUMNS = (
     "fault",
     "runs",
@@ -59,7 +59,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--bridge-runs", type=int, help=f"runs of each fault with the Mosquitto bridge (default {BRIDGE_RUNS}; --quick: one of one fault)"
     )
     parser.add_argument("--delta-runs", type=int, help=f"runs of each fault with a Delta lake behind (default {DELTA_RUNS}; --quick: none)")
-    parser.add_argument("--faults", default=",".join(ALL), metavar="NAME,…", help=f"of {', '.join(ALL)}")
+    parser.add_argument("--faults", metavar="NAME,…", help=f"of {', '.join(ALL)} (default: all; --quick: {', '.join(QUICK)})")
     parser.add_argument(
         "--broker", choices=["mosquitto", "nats"], default="mosquitto", help="the regions' brokers (nats: the embedded one)"
     )
@@ -78,19 +78,20 @@ class Plan:
 
 
 def plan(arguments: argparse.Namespace) -> Plan:
-    """What the command line asks for; `--quick` is one run of each and of the bridge's quickest."""
-    quick, faults = arguments.quick, [name for name in arguments.faults.split(",") if name]
+    """What the command line asks for; `--quick` is one run of some."""
+    quick = arguments.quick
+    faults = [name for name in arguments.faults.split(",") if name] if arguments.faults else [*(QUICK if quick else ALL)]
     unknown = [name for name in faults if name not in ALL]
     if unknown:
         raise SystemExit(f"no such fault: {', '.join(unknown)}; there are {', '.join(ALL)}")
     runs = _default(arguments.runs, RUNS_QUICK if quick else RUNS)
     slow = _default(arguments.slow_runs, min(runs, SLOW_RUNS_MAX))
-    single, some = [f for f in faults if f in FAULTS], [f for f in faults if f in QUICK or not quick]
+    single = [f for f in faults if f in FAULTS]
     return Plan(
         loaded={f: runs if f in FAULTS else slow for f in faults},
-        idle=dict.fromkeys([f for f in single if f in some], _default(arguments.idle_runs, max(1, runs // 4))),
+        idle=dict.fromkeys(single, _default(arguments.idle_runs, max(1, runs // 4))),
         delta=dict.fromkeys(single, _default(arguments.delta_runs, 0 if quick else DELTA_RUNS)),
-        bridge=dict.fromkeys(some, _default(arguments.bridge_runs, 1 if quick else BRIDGE_RUNS)),
+        bridge=dict.fromkeys(single if quick else faults, _default(arguments.bridge_runs, 1 if quick else BRIDGE_RUNS)),
     )
 
 

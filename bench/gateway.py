@@ -7,9 +7,10 @@ from typing import Any
 
 from bench.peers.sensors import CONTRACT
 from bench.peers.window_model import lay_down
-from bench.running import HOST, Peer, wait_for
+from bench.running import Peer, wait_for
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.status import ask
+from tests.servers import HOST
 
 START_S_MAX = 30.0
 SETTLED_S_MAX = 120.0

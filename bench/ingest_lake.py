@@ -96,9 +96,9 @@ def run(
 def measure(arguments: argparse.Namespace) -> Report:
     """Throughput with large and small blocks, then receipts at a steady rate."""
     quick = arguments.quick
-    large = run(arguments.workers, 20 if quick else 100, 3 if quick else 40, 300, again=AGAIN, bare=True)
-    small = run(arguments.workers, 20 if quick else 200, 10 if quick else 100, 10, again=AGAIN, bare=True)
-    steady = run(arguments.workers, 50 if quick else 1_000, 3 if quick else 20, 10, period_s=1.0)
+    large = run(arguments.workers, 4 if quick else 100, 3 if quick else 40, 300, again=AGAIN, bare=True)
+    small = run(arguments.workers, 4 if quick else 200, 10 if quick else 100, 10, again=AGAIN, bare=True)
+    steady = run(arguments.workers, 10 if quick else 1_000, 2 if quick else 20, 10, period_s=1.0)
     p50, p99 = np.percentile(steady["latency_ms"], [50, 99])
     rows: list[list[Cell]] = []
     for name, found in (("blocks of 300 readings", large), ("blocks of 10 readings", small)):

@@ -41,8 +41,8 @@ from tests.pipelines.lakes import header_of, open_lake, readings, turbofan
 from tests.pipelines.repos import FEAST_SQLITE, SQLITE, TIME, make_repo, redis_store, turbofan_project
 from tests.redis_server import redis_server
 
-ENTITIES, ENTITIES_QUICK = 100_000, 1_000
-BLOCKS, BLOCKS_QUICK = 200, 12
+ENTITIES, ENTITIES_QUICK = 100_000, 200
+BLOCKS, BLOCKS_QUICK = 200, 4
 BLOCK_ROWS = 16
 PACE_S = 0.1
 SAMPLE = 200

@@ -32,7 +32,8 @@ from cloud.ingest_status import read_status
 from cloud.lake import BLOCKS_KEY
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.status import ask
-from tests.brokers import Broker, free_port, mosquitto_broker
+from tests.brokers import Broker, mosquitto_broker
+from tests.servers import free_port
 
 CONTRACTS = Path(__file__).parents[1] / "contracts"
 DEVICE, ZONE, STREAM = "plane-01", "europe", "turbofan"

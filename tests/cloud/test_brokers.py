@@ -13,7 +13,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud import brokers, config
 from cloud.config import Settings
 from edge_agent.contract.topics import DeviceTopics
-from tests.brokers import HOST, Broker, free_port
+from tests.brokers import Broker
+from tests.servers import HOST, free_port
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 10.0

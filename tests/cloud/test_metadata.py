@@ -17,14 +17,14 @@ from cloud.fleet import EVENTS_MAX, Fleet
 from cloud.metadata import Database
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, ZonesRef
-from tests.postgres import Server, postgres
+from tests.postgres import Postgres, postgres
 
 REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
 WRITERS, EACH = 8, 10
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with postgres(tmp_path_factory.mktemp("metadata")) as running:
         yield running
 
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Database:
     if request.param == "sqlite":
         return tmp_path / "state" / "metadata.db"
-    running: Server = request.getfixturevalue("server")
+    running: Postgres = request.getfixturevalue("server")
     running.empty()
     return running.url
 
@@ -139,7 +139,7 @@ def test_rollouts_are_numbered_and_kept(database: Database) -> None:
 
 
 @pytest.mark.needs_postgres
-def test_a_database_that_is_away_is_unavailable_and_used_again_when_it_is_back(server: Server) -> None:
+def test_a_database_that_is_away_is_unavailable_and_used_again_when_it_is_back(server: Postgres) -> None:
     server.empty()
     audit = Audit(server.url)
     audit.add("a", region="eu", subject="", reason="", detail="")

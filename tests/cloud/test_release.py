@@ -21,8 +21,8 @@ from cloud.release import SHA256_TAG, find, publish, refresh, release, released
 from edge_agent.contract.bundle import Bundle, read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
 from edge_agent.contract.state import BundleRef
-from tests.brokers import free_port
 from tests.edge_agent.models import bundle as a_bundle
+from tests.servers import free_port
 
 NOW = datetime.now(UTC)
 

@@ -21,8 +21,9 @@ from cloud.replay import Assignment, SensorBroker, messages, replay
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import Encoding, StreamContract
-from tests.brokers import Broker, User, free_port, nats_broker
+from tests.brokers import Broker, User, nats_broker
 from tests.cloud.test_labels import HOUR_US, PROJECT, START_US, cmapss_line
+from tests.servers import free_port
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent.mqtt.passwords import hash_password
-from tests.brokers import Broker, ServerTls, free_port, mosquitto_broker, nats_broker
+from tests.brokers import Broker, ServerTls, mosquitto_broker, nats_broker
 from tests.edge_agent.gateway import Bench, Cloud, reading, wait_for
 from tests.edge_agent.mqtt.certificates import make
 from tests.edge_agent.mqtt.raw_sensor import connect_packet, publish_packet
 from tests.edge_agent.test_config import write
+from tests.servers import free_port
 
 BROKER = 'url = "mqtt://127.0.0.1:1883"\nsubscribe = "sensors/plane-01/#"'
 TOPIC = "sensors/plane-01/turbofan"

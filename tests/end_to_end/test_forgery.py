@@ -26,10 +26,11 @@ from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.lake import Lake
 from edge_agent.contract.topics import DeviceTopics
-from tests.brokers import HOST, Broker, free_port
+from tests.brokers import Broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
 from tests.cloud.test_ingest import wait_until
 from tests.house import test_deploy as deploy
+from tests.servers import HOST, free_port
 
 PASSWORDS = {"d1": "one", "d2": "two"}
 REGIONS = ("eu", "us")

@@ -17,13 +17,13 @@ from edge_agent.contract.errors import UnavailableError
 from tests.cloud.blocks import block_bytes
 from tests.cloud.test_ingest import Device, broker, device, running, settings, wait_until
 from tests.object_store import credentials_in_environment, object_store_server
-from tests.postgres import Server, postgres
+from tests.postgres import Postgres, postgres
 
 __all__ = ["broker", "device", "settings"]
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path) -> Iterator[Postgres]:
     with postgres(tmp_path) as found:
         yield found
 
@@ -34,7 +34,7 @@ def refuse_one(device: Device, sequence: int) -> None:
 
 @pytest.mark.needs_postgres
 def test_blocks_are_stored_and_receipted_while_the_metadata_database_is_away_and_refusals_are_written_later(
-    settings: Settings, device: Device, server: Server, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, device: Device, server: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refusals, "ALARM_S", 0.5)
     settings = replace(settings, metadata_url=server.url)
@@ -58,7 +58,7 @@ def test_blocks_are_stored_and_receipted_while_the_metadata_database_is_away_and
 
 
 @pytest.mark.needs_postgres
-def test_an_ingest_starts_while_the_metadata_database_is_away(settings: Settings, device: Device, server: Server) -> None:
+def test_an_ingest_starts_while_the_metadata_database_is_away(settings: Settings, device: Device, server: Postgres) -> None:
     server.stop()
     with running(replace(settings, metadata_url=server.url)):
         device.send(block_bytes(1))

@@ -122,7 +122,7 @@ def test_a_thread_started_in_a_place_stays_there_and_the_others_where_they_were(
 
 def test_what_a_killed_process_left_behind_is_removed_by_the_next() -> None:
     script = """
-import os, signal, subprocess
+import subprocess, time
 from tests.faults.network import Network
 network = Network()
 place = network.place("left")
@@ -130,12 +130,14 @@ command = ["ip", "netns", "exec", place.namespace, "sh", "-c", "echo; exec sleep
 child = subprocess.Popen(command, stdout=subprocess.PIPE)
 child.stdout.read(1)
 print(place.namespace, child.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
 """
-    root = Path(__file__).parents[2]
-    out = subprocess.run([sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True, check=False, timeout=20).stdout
-    namespace, child = out.split()
+    owner = subprocess.Popen([sys.executable, "-c", script], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    namespace, child = owner.stdout.readline().split()
     assert Path(f"/run/netns/{namespace}").exists()
+    owner.kill()
+    owner.wait()
     Network().close()
     assert not Path(f"/run/netns/{namespace}").exists()
     for _ in range(100):

@@ -33,7 +33,7 @@ def test_seed(seed):
 MODULE = "import pytest\npytest.importorskip('no_such_module')\ndef test_it():\n    pass\n"
 
 
-def run(folder: Path, **env: str) -> str:
+def run(folder: Path, *options: str, **env: str) -> str:
     """What pytest prints about TESTS and MODULE under a copy of our conftest."""
     folder.mkdir()
     (folder / "conftest.py").write_text(CONFTEST.read_text())
@@ -41,7 +41,8 @@ def run(folder: Path, **env: str) -> str:
     (folder / "test_it.py").write_text(TESTS)
     (folder / "test_module.py").write_text(MODULE)
     clean = {k: v for k, v in os.environ.items() if k not in ("CI", "FENCELINE_SEED")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-s", "--continue-on-collection-errors"]
+    clean["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of our libraries take seconds to load
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "xdist", "-rA", "--continue-on-collection-errors", *options]
     return subprocess.run(command, cwd=folder, env={**clean, **env}, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
@@ -61,3 +62,9 @@ def test_seed_repeats_with_the_seed_of_the_header(tmp_path: Path) -> None:
     first, again, other = (run(tmp_path / str(i), FENCELINE_SEED=s) for i, s in enumerate(("7", "7", "8")))
     assert seed_line(first) == seed_line(again) != seed_line(other)
     assert "seed: 7 (repeat with FENCELINE_SEED=7)" in first
+
+
+def test_processes_that_share_the_tests_have_the_seed_of_the_header(tmp_path: Path) -> None:
+    out = run(tmp_path / "shared", "-n", "2")
+    assert "1 passed, 6 skipped" in out
+    assert f"(repeat with {seed_line(out).split(', from ')[1]})" in out

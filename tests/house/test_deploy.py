@@ -15,7 +15,8 @@ from queue import SimpleQueue
 import paho.mqtt.client as mqtt
 import pytest
 
-from tests.brokers import HOST, Broker, free_port
+from tests.brokers import Broker
+from tests.servers import HOST, free_port
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNIT = DEPLOY / "systemd" / "fenceline-edge-agent.service"

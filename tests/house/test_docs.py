@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted(
-    p
-    for p in ROOT.rglob("*.md")
-    if not any(part.startswith(".venv") or part in (".git", "build", "dist") for part in p.relative_to(ROOT).parts)
-)
-NAMES = [str(p.relative_to(ROOT)) for p in DOCUMENTS]
+OTHERS = re.compile(r"\.(?!github$)|build$|dist$|node_modules$")  # folders that are not ours, or only left behind: .venv is large
+
+
+def documents(folder: Path) -> Iterator[Path]:
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not OTHERS.match(name)]
+        yield from (Path(path) / name for name in files if name.endswith(".md"))
+
+
+NAMES = sorted(str(path.relative_to(ROOT)) for path in documents(ROOT))
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 TARGET = re.compile(r"`(?:sudo )?make ([a-z][a-z-]*)|^(?:sudo )?make ([a-z][a-z-]*)", re.M)
 

@@ -88,4 +88,4 @@ def write_source(project: Path, name: str, batch: pa.RecordBatch) -> None:
 def served(repo: Repo, pumps: Sequence[str], feature: str = "pressure_mean") -> list[Any]:
     """What an application gets."""
     found = repo.store.get_online_features(features=repo.service, entity_rows=[{"pump": p} for p in pumps]).to_dict()
-    return found[feature]
+    return list(found[feature])

@@ -25,7 +25,6 @@ from feast.infra.offline_stores.file_source import SavedDatasetFileStorage
 from feast.types import Float64, String
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
-from pipelines import cluster
 from pipelines.feature_query import Asked, Query, View
 from pipelines.feature_sources import Source
 from pipelines.offline_store import AsOfOfflineStore
@@ -264,16 +263,9 @@ def test_tasks_of_any_number_of_partitions_make_up_the_whole(tmp_path: Path, see
     assert whole.equals(here(query, 0, Deadline(None)))
 
 
-@pytest.fixture(scope="module")
-def ray_head() -> Iterator[None]:
-    with cluster.connected():
-        yield
-
-
+@pytest.mark.usefixtures("ray_head")
 @pytest.mark.parametrize("partitions", [1, 2, 5])
-def test_any_number_of_partitions_on_ray_gives_the_same_answers(
-    tmp_path: Path, ray_head: None, expected: Expected, partitions: int
-) -> None:
+def test_any_number_of_partitions_on_ray_gives_the_same_answers(tmp_path: Path, expected: Expected, partitions: int) -> None:
     for i in range(3):
         part = expected.table.take(list(range(i, expected.table.num_rows, 3)))
         write(tmp_path / f"many/{i}.parquet", {name: part[name] for name in part.column_names})
@@ -283,7 +275,8 @@ def test_any_number_of_partitions_on_ray_gives_the_same_answers(
     assert answers(store, file_source("many"), none)["value"] == [None] * len(none)
 
 
-def test_error_in_a_ray_task_is_the_error_of_the_join(tmp_path: Path, ray_head: None, expected: Expected) -> None:
+@pytest.mark.usefixtures("ray_head")
+def test_error_in_a_ray_task_is_the_error_of_the_join(tmp_path: Path, expected: Expected) -> None:
     write_deltalake(tmp_path / "delta", expected.table)
     store, source = feature_store(tmp_path, partitions=2), file_source(tmp_path / "delta", delta=True)
     for file in (tmp_path / "delta").glob("*.parquet"):

@@ -11,7 +11,6 @@ The trace is simulated, and with FENCELINE_CMAPSS=DIR also NASA's C-MAPSS FD001 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +106,11 @@ class Device:
         self._model.close()
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[None]:
-    with cluster.local_head():
-        yield
-
-
+@pytest.mark.usefixtures("ray_head")
 @pytest.mark.parametrize("kind", SPECS)
 @pytest.mark.parametrize("source", ["simulated", "cmapss"])
 def test_device_ray_and_feast_have_the_same_bits(
-    source: str, kind: str, ray: None, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    source: str, kind: str, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scoring, "PATIENCE_S", 60.0)
     spec = SPECS[kind]

@@ -1,4 +1,7 @@
-"""The whole chain on a small lake: real Ray, DVC, Feast, MLflow on SQLite. The tests build on each other, in this order."""
+"""The whole chain on a small lake: real Ray, DVC, Feast, MLflow on SQLite. The tests build on each other, in this order.
+
+The first training starts a Ray of its own, as it does for a person; the others are given one, as on a cluster.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +47,15 @@ class Project:
     path: Path
     state: Path
 
-    def command(self, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def command(self, module: str, *arguments: str, ray: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """Run a module; `ray` is the environment of a cluster, None lets it start its own."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "FENCELINE_"))}
-        environment["FENCELINE_GIT_COMMIT"] = "c0ffee"
+        environment |= {"FENCELINE_GIT_COMMIT": "c0ffee", **(ray or {})}
         command = [sys.executable, "-m", module, "--project", str(self.path), "--state", str(self.state), "--json", *arguments]
         return subprocess.run(command, cwd=self.path.parent, env=environment, capture_output=True, text=True, timeout=400)
 
-    def train(self, *arguments: str) -> dict[str, Any]:
-        done = self.command("pipelines.run", *arguments)
+    def train(self, *arguments: str, ray: dict[str, str] | None = None) -> dict[str, Any]:
+        done = self.command("pipelines.run", *arguments, ray=ray)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)  # type: ignore[no-any-return]
 
@@ -157,8 +161,10 @@ def test_online_store_has_the_newest_features_of_each_engine(project: Project, t
     assert served["sensor_4_mean"] == [mine["sensor_4_mean"][-1].as_py()]
 
 
-def test_nothing_runs_again_and_no_version_is_added_when_nothing_has_changed(project: Project, trained: dict[str, Any]) -> None:
-    again = project.train()
+def test_nothing_runs_again_and_no_version_is_added_when_nothing_has_changed(
+    project: Project, trained: dict[str, Any], ray_head: dict[str, str]
+) -> None:
+    again = project.train(ray=ray_head)
     assert again["unchanged"]
     assert (again["run_id"], again["model_version"]) == (trained["run_id"], trained["model_version"])
     assert [name for name, seconds in again["stages"].items() if seconds is not None] == ["snapshot"]
@@ -168,9 +174,9 @@ def test_nothing_runs_again_and_no_version_is_added_when_nothing_has_changed(pro
     assert [r.info.run_id for r in parents] == [trained["run_id"]]
 
 
-def test_worse_model_does_not_become_champion(project: Project, trained: dict[str, Any]) -> None:
+def test_worse_model_does_not_become_champion(project: Project, trained: dict[str, Any], ray_head: dict[str, str]) -> None:
     worse = "train.search=[{learning_rate: 0.01, max_iter: 3, max_leaf_nodes: 2, min_samples_leaf: 10, l2_regularization: 0.0}]"
-    second = project.train("--set", worse, "--set", "evaluate.rmse_max=1000")
+    second = project.train("--set", worse, "--set", "evaluate.rmse_max=1000", ray=ray_head)
     assert not second["promoted"]
     assert second["gate"]["champion_rmse"] == pytest.approx(trained["metrics"]["rmse"], rel=0.01)
     assert second["gate"]["challenger_rmse"] > second["gate"]["champion_rmse"]
@@ -194,7 +200,9 @@ def test_data_and_model_of_an_earlier_run_come_back_with_its_dvc_lock(project: P
     assert pq.read_table(project.build / "dataset/dataset.parquet").num_rows
 
 
-def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(
+    project: Project, trained: dict[str, Any], ray_head: dict[str, str], tmp_path: Path
+) -> None:
     data = pack_bundle(bundle_of(project, trained))
     path = tmp_path / "model.bundle"
     path.write_bytes(data)
@@ -211,7 +219,7 @@ def test_cloud_recomputes_the_scores_of_a_device_in_every_bit(project: Project, 
 
     lake = open_lake(project.state / "lake")
     store(lake, "plane-9", table, model=hashlib.sha256(data).hexdigest(), scorer=device)
-    done = project.command("pipelines.score", "--bundle", str(path), "--out", str(tmp_path / "scores.parquet"))
+    done = project.command("pipelines.score", "--bundle", str(path), "--out", str(tmp_path / "scores.parquet"), ray=ray_head)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["max_abs_diff"] == 0.0

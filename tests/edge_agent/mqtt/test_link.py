@@ -13,7 +13,8 @@ import pytest
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.topics import DeviceTopics
 from edge_agent.mqtt.link import Acked, Connected, EndpointConfig, Link, Lost, Message
-from tests.brokers import Broker, User, free_port, nats_broker
+from tests.brokers import Broker, User, nats_broker
+from tests.servers import free_port
 
 TOPICS = DeviceTopics("plane-01")
 DEVICE = User("plane-01", "secret", publish=["fenceline/v1/plane-01/#"], subscribe=["fenceline/v1/plane-01/#"])

@@ -21,8 +21,9 @@ from edge_agent.contract.errors import ConfigError
 from edge_agent.mqtt import frames
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
 from edge_agent.mqtt.source import Source, SourceConfig, SourceStatus
-from tests.brokers import Broker, ServerTls, User, free_port, mosquitto_broker, nats_broker
+from tests.brokers import Broker, ServerTls, User, mosquitto_broker, nats_broker
 from tests.edge_agent.mqtt.certificates import make
+from tests.servers import free_port
 
 WAIT_S = 20.0
 
