@@ -184,16 +184,16 @@ class World:
             link.send_down(lambda link=link: Message(link, DeviceTopics("plane-01").receipts, payload))  # type: ignore[misc]
 
     def _check(self) -> None:
-        plan, outbox, limits = self.uplink._plan, self.uplink._outbox, self.limits
-        connected = self.uplink._connected
+        sending, limits = self.uplink._sending, self.limits
+        plan, outbox, connected = sending.plan, sending.outbox, sending.connected
         for lane, route in plan.routes.items():
             usable = [name for name in self.lanes[lane] if name in connected]
             assert route.endpoint is None or route.endpoint in self.lanes[lane]
             assert route.standby is None or (route.standby in self.lanes[lane] and route.standby != route.endpoint)
             assert route.endpoint is not None or not usable, f"{lane} has no endpoint though {usable} are connected"
-        assert outbox.hedge_bytes - outbox.needed_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * self.uplink._bytes_sent
+        assert outbox.hedging.bytes - outbox.hedging.needed_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * sending.bytes_sent
         for name in self.endpoints:
-            blocks, size = outbox.in_flight(name)
+            blocks, size = outbox.pipes.in_flight(name)
             assert blocks <= limits.inflight_blocks_max + 64
             assert size <= limits.inflight_bytes_max + 1_000_000
 

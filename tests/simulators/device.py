@@ -368,7 +368,7 @@ class Device:
 
     def _forget(self) -> None:
         self.disk.calm()
-        for link in list(self.uplink._links.values()):
+        for link in list(self.uplink._sending.links.values()):
             link.end("the agent is gone")  # type: ignore[attr-defined]
         self.buffer.close()  # into the old folder, which nobody reads any more
         self._close_files()
