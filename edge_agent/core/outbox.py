@@ -8,7 +8,8 @@ A state machine without clock or network: times are arguments (seconds, monotoni
   lake commits at a time or two (`unreceipted_backlog_max`), so that a live block never waits long behind them on the link or in the
   lake's queue. They may be throttled to `replay_bytes_per_s`.
 - A block is under way until a receipt settles it. The endpoint's PUBACK only makes room for the next.
-- A block without a receipt `receipt_timeout_s` after its PUBACK goes again, then with doubled times up to `receipt_timeout_max_s`.
+- A block without a receipt `receipt_timeout_s` after its PUBACK goes again, then with doubled times up to `receipt_timeout_max_s`: so often
+  goes what may be unreceipted while the lake is away, and so long does a block wait at most when it is back.
 - A block without a PUBACK after its deadline also goes to the lane's standby (a hedge), if that one answers and the allowance is not
   used up (core.allowance).
 - Lanes that leave a suspect (core.pipes) take along what it has not acknowledged.
@@ -51,15 +52,16 @@ class OutboxLimits:
     backlog_bytes_min: int = 64 * 1024
     replay_bytes_per_s: float | None = None
     receipt_timeout_s: float = 30.0
-    receipt_timeout_max_s: float = 600.0
+    receipt_timeout_max_s: float = 120.0
     heartbeat_s: float = 1.0
     hedge_share_max: float = 0.05
     hedge_burst_bytes: int = MIB
     deadline: DeadlineLimits = field(default_factory=DeadlineLimits)
 
     def receipt_wait_s(self, attempts: int) -> float:
-        """How long after the PUBACK of its `attempts`-th sending a block waits for its receipt."""
-        return min(self.receipt_timeout_s * 2.0 ** min(attempts - 1, DOUBLINGS_MAX), self.receipt_timeout_max_s)
+        """How long after the PUBACK of its `attempts`-th sending a block waits for its receipt; never less than the first time."""
+        doubled_s = self.receipt_timeout_s * 2.0 ** min(attempts - 1, DOUBLINGS_MAX)
+        return min(doubled_s, max(self.receipt_timeout_s, self.receipt_timeout_max_s))
 
 
 class Hedge(NamedTuple, Generic[B]):

@@ -97,6 +97,11 @@ def test_block_without_receipt_goes_again_with_doubled_waits_until_settled() -> 
     assert outbox.due(99.0, 10) == []
 
 
+def test_wait_for_a_receipt_doubles_up_to_two_minutes_and_is_never_below_what_was_set() -> None:
+    assert [OutboxLimits().receipt_wait_s(n) for n in (1, 2, 3, 4, 1_000_000)] == [30.0, 60.0, 120.0, 120.0, 120.0]
+    assert [OutboxLimits(receipt_timeout_s=300.0).receipt_wait_s(n) for n in (1, 2, 9)] == [300.0, 300.0, 300.0]
+
+
 def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"europe": 60})
