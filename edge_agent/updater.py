@@ -341,11 +341,14 @@ class Updater:
         return self._store / "bundles" / f"{ref.sha256}.bundle"
 
     def _sweep(self) -> None:
-        """Delete bundles that are neither active nor previous."""
+        """Delete bundles that are neither active nor previous. One that the disk does not let go is left for the next time."""
         keep = {self._path(ref) for ref in (self._state.active, self._state.previous) if ref is not None}
-        for path in (self._store / "bundles").iterdir():
-            if path not in keep:
-                path.unlink()
+        try:
+            for path in (self._store / "bundles").iterdir():
+                if path not in keep:
+                    path.unlink()
+        except OSError as e:
+            log.warning("old bundles not deleted error=%s", e)
 
     def _change(self, **changes: object) -> None:
         state = msgspec.structs.replace(self._state, **changes)

@@ -3,7 +3,7 @@
 - A reading is named by the key of its contract. Keys are hashed to 64 bits, whole columns at a time: text by
   BLAKE2b (once per distinct value), then mixed with the bits of numbers by splitmix64 (Steele et al., 2014).
 - The newest `limit` keys are remembered. Two different readings collide with a chance of limit / 2**64 each.
-- `fresh` asks, `remember` tells: only what is safe on disk may be remembered.
+- `remember` asks and tells in one; `fresh` only asks. Who remembers what is not on the disk yet must store it, or end with it.
 """
 
 from __future__ import annotations
