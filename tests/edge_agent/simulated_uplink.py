@@ -168,6 +168,10 @@ class World:
     def waiting(self) -> int:
         return sum(map(len, self.store.blocks.values()))
 
+    def on_links_s(self) -> float:
+        """How long it takes until the links have delivered what they have taken; they took it at the speed that they had then."""
+        return max((link.busy_s for site in self.endpoints.values() for link in site.links), default=0.0)
+
     def arrived(self, lane: str, sequence: int, link: SimLink) -> None:
         """A block has reached a broker; the lake commits it a little later and tells the device over this broker."""
         assert link.name in self.lanes[lane], f"lane {lane} reached {link.name}"
@@ -211,6 +215,10 @@ class SimLink:
     @property
     def name(self) -> str:
         return self.endpoint.name
+
+    @property
+    def busy_s(self) -> float:
+        return max(0.0, self._up_last - self._world.now)
 
     def open(self) -> None:
         world, site = self._world, self._site
