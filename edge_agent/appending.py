@@ -14,8 +14,9 @@ from edge_agent.draft import Draft, Sealed, StoredBlock
 from edge_agent.eviction import Eviction
 from edge_agent.loss_ledger import LossLedger
 from edge_agent.owned_file import OwnedFile
-from edge_agent.room import Room, bytes_on_disk
+from edge_agent.room import Room
 from edge_agent.sealing import Sealer
+from edge_agent.store import bytes_on_disk
 
 
 class Appender:

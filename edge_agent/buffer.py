@@ -3,8 +3,9 @@
 - `append` seals drafts into blocks and returns once they are on disk. Only then may sensor messages be acknowledged.
 - A block leaves when the lake's receipt names it, and no earlier. The newest `history_rows` readings of a stream stay
   even then: after a restart they rebuild the open windows and the filter of redelivered messages.
-- At `bytes_max` (file and log together) history gives way first. Then, with `drop_oldest`, waiting blocks: the lowest priority
-  first, then the oldest, each named in the loss ledger in the same transaction. With `block`, `append` raises BufferFullError.
+- At `bytes_max` (file and log together) history gives way first, but for a quarter of what the file holds (edge_agent.room). Then, with
+  `drop_oldest`, waiting blocks: the lowest priority first, then the oldest, each named in the loss ledger in the same transaction.
+  With `block`, `append` raises BufferFullError.
 - What is older than `age_s_max` goes the same way. Age counts only time that the device saw pass (core.retention.Age).
 - The ledger is a stream of blocks like others, in the lane of what was lost. It is never given up.
 - When the disk has no room, `append` refuses and nothing is dropped; a reserve stays free, so that receipts can be noted.

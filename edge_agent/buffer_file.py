@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import mmap
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.sealed import Keys, is_stored_block, open_stored
 from edge_agent.store import PAGE_BYTES, SETTLED, log_path
+from edge_agent.whole_file import mapped
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class BufferFile:
     def _carve(self, seen: set[tuple[str, str, str, int]]) -> Iterator[Found]:
         """What is still in the pages; whether it was settled nobody can say."""
         damaged: set[bytes] = set()
-        with _mapped(self.path) as file, _mapped(log_path(self.path)) as write_ahead:
+        with mapped(self.path) as file, mapped(log_path(self.path)) as write_ahead:
             for _, stored in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
                 if not is_stored_block(stored):
                     continue
@@ -147,12 +147,3 @@ def _look(db: apsw.Connection) -> None:
 
 def _settled_ids(db: apsw.Connection) -> set[int]:
     return {number for (number,) in db.execute("SELECT id FROM places WHERE settled = ?", (SETTLED,))}
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[bytes | memoryview]:
-    if not path.exists() or path.stat().st_size == 0:
-        yield b""
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-        yield view

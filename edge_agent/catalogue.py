@@ -19,7 +19,7 @@ from operator import attrgetter
 from typing import Any
 
 from edge_agent.core.retention import Age, Place
-from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, Store
+from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, Store, bytes_on_disk
 
 READ_BLOCKS = 512
 _PLACE = "shelf, sequence, id, rows, bytes, last_ordinal, first_us, last_us, stored_us, settled"
@@ -37,6 +37,7 @@ class Shelf:
     waiting_rows: int = 0
     first_waiting: int = 0
     first_settled: int | None = None
+    settled_bytes: int = 0  # on the disk
 
     def count(self, place: Place, sign: int) -> None:
         """Count a waiting block in (+1) or out (-1)."""
@@ -219,6 +220,10 @@ class Catalogue:
         found = [map(_place, self.store.execute(query, (s.number, s.first_settled, limit))) for s in shelves]
         return list(heapq.merge(*found, key=attrgetter("id")))[:limit]
 
+    def settled_bytes(self) -> int:
+        """What settled blocks take on the disk."""
+        return sum(s.settled_bytes for s in self.shelves.values())
+
     def newest(self, stream: str, floor: int) -> list[Place]:
         """Places of a stream whose newest reading is not below `floor`, settled or not, in the order stored."""
         found = [p for p in self.committed() if self.shelves[p.shelf].stream == stream and p.last_ordinal >= floor]
@@ -240,7 +245,9 @@ class Catalogue:
         self.store.execute_many("DELETE FROM blocks WHERE id = ?", [(p.id,) for p in places])
         for place in places:
             shelf = self.shelves[place.shelf]
-            if not place.settled:
+            if place.settled:
+                shelf.settled_bytes -= bytes_on_disk(place.bytes)
+            else:
                 shelf.count(place, -1)
             self.leave(shelf.lane)
 
@@ -254,6 +261,7 @@ class Catalogue:
 
     def _leave_waiting(self, shelf: Shelf, place: Place) -> None:
         shelf.count(place, -1)
+        shelf.settled_bytes += bytes_on_disk(place.bytes)
         shelf.first_settled = place.sequence if shelf.first_settled is None else min(shelf.first_settled, place.sequence)
 
     def write_lanes(self) -> None:

@@ -101,8 +101,9 @@ class BufferSettings(Settings, frozen=True, kw_only=True):
 
     `bytes_max` bounds the file and its log on disk. When it is full, `drop_oldest` gives up waiting blocks (streams of the lowest
     `priority` first, then the oldest) and names them in the loss ledger; `block` holds the sensors instead. `age_s_max` gives up what has
-    waited for longer, counted in time that the device was up. `key_file` (or the systemd credential `buffer.key`) holds the keys
-    under which readings are encrypted at rest, one per line; the first seals.
+    waited for longer, counted in time that the device was up. `history_rows` of each stream stay after the lake has them: windows are
+    rebuilt from them, and readings known that come again after a crash. Of a full buffer they keep at most a quarter. `key_file` (or the
+    systemd credential `buffer.key`) holds the keys under which readings are encrypted at rest, one per line; the first seals.
     """
 
     bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 1024 * MIB

@@ -67,10 +67,7 @@ class ModelWorker:
         self._features, self._limits = features, limits
         self.resident_bytes = 0
         self._asked: _Request | None = None
-        self._peer, other = socket.socketpair()
-        self._peer.setblocking(False)
-        with other:
-            self._process = _start(other)
+        self._peer, self._process = _start()
         payload = self._ask(_Request(b"L", limits.memory_mb.to_bytes(4, "little") + model, b"R", START_TIMEOUT_S, 8), math.inf)
         assert payload is not None
         self.resident_bytes = int.from_bytes(payload, "little")
@@ -211,17 +208,22 @@ class _Request:
         self.timeout_s, self.due = timeout_s, time.monotonic() + timeout_s
 
 
-def _start(stdin: socket.socket) -> subprocess.Popen[bytes]:
+def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """A new process, and our end of the socket to it."""
     try:
-        return subprocess.Popen(
-            [sys.executable, "-P", str(worker.__file__)],  # -P: nothing beside worker.py can shadow a library
-            stdin=stdin.fileno(),
-            stdout=subprocess.DEVNULL,
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # their threads would only take memory
-            start_new_session=True,  # Ctrl-C is for the agent, which then ends its workers
-        )
+        peer, stdin = socket.socketpair()
+        peer.setblocking(False)
+        with stdin:
+            process = subprocess.Popen(
+                [sys.executable, "-P", str(worker.__file__)],  # -P: nothing beside worker.py can shadow a library
+                stdin=stdin.fileno(),
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},  # their threads would only take memory
+                start_new_session=True,  # Ctrl-C is for the agent, which then ends its workers
+            )
     except OSError as e:
         raise WorkerError(Reason.WORKER_DIED, f"worker cannot be started: {e}") from e
+    return peer, process
 
 
 def self_test(bundle: Bundle, functions: Functions = NO_FUNCTIONS) -> None:

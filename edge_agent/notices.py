@@ -58,7 +58,7 @@ class Notices:
         self._in_flight.pop((endpoint, mid), None)
 
     def lost(self, endpoint: str) -> None:
-        """The connection is gone, and what it had not acknowledged waits again."""
+        """The connection is gone, and what it had not acknowledged waits again, in its order."""
         self._reported_to.pop(endpoint, None)
-        for key in [key for key in self._in_flight if key[0] == endpoint]:
+        for key in [key for key in reversed(self._in_flight) if key[0] == endpoint]:
             self._events.appendleft(self._in_flight.pop(key))

@@ -22,14 +22,16 @@ from edge_agent.contract.errors import ContractError
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.retention import Age, Place
 from edge_agent.sealed import Keys, missing_key, open_stored, stored_header
-from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, DamagedError, Store
+from edge_agent.store import BLOCK_PAGES_MORE, PAGE_BYTES, PAGE_PAYLOAD_BYTES, SETTLED, TAIL_BLOCKS_MAX, DamagedError, Store
 
 _NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us")
 _COUNTS = (
     "SELECT shelf, count(*), count(*) FILTER (WHERE settled = 0), count(*) FILTER (WHERE settled = ?),"
     " coalesce(sum(bytes) FILTER (WHERE settled = 0), 0), coalesce(sum(rows) FILTER (WHERE settled = 0), 0),"
     " min(sequence) FILTER (WHERE settled = 0), min(sequence) FILTER (WHERE settled <> 0),"
-    f" {', '.join(f'min({n}), max({n})' for n in _NUMBERS)} FROM places GROUP BY shelf"
+    f" {', '.join(f'min({n}), max({n})' for n in _NUMBERS)},"
+    f" coalesce(sum((bytes / {PAGE_PAYLOAD_BYTES} + {BLOCK_PAGES_MORE}) * {PAGE_BYTES}) FILTER (WHERE settled <> 0), 0)"
+    " FROM places GROUP BY shelf"
 )
 GAPS = "gaps"  # a key of `meta`: where ordinals went on after a salvage
 _EPOCH = re.compile(r"[0-9a-f]{16}")
@@ -126,12 +128,12 @@ def _count_shelf(catalogue: Catalogue, row: Row) -> Shelf:
     shelf = catalogue.shelves.get(number)
     if shelf is None or waiting + settled != blocks:
         raise DamagedError(f"shelf {number}: {blocks} places, {waiting} waiting, {settled} settled")
-    for name, low, high in zip(_NUMBERS, row[8::2], row[9::2], strict=True):
+    for name, low, high in zip(_NUMBERS, row[8:-1:2], row[9:-1:2], strict=True):
         _number(low, 1 if name in ("sequence", "id", "rows", "bytes") else -_INT_MAX)
         _number(high)
     shelf.waiting, shelf.waiting_bytes, shelf.waiting_rows = waiting, size, rows
     shelf.first_waiting = first_waiting or row[9] + 1
-    shelf.first_settled = first_settled
+    shelf.first_settled, shelf.settled_bytes = first_settled, row[-1]
     catalogue.sequences[shelf.lane] = max(catalogue.sequences.get(shelf.lane, 0), row[9])
     catalogue.ordinals[shelf.stream] = max(catalogue.ordinals.get(shelf.stream, 0), row[17] + 1)
     return shelf

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
 from edge_agent.contract.state import ZonesRef
 from edge_agent.core.zones import Zones, parse_zones
 from edge_agent.releases import RefusedError
+from edge_agent.whole_file import replace_whole
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,20 @@ class PolicyStore:
             OSError: the disk does not take it.
         """
         zones = self._parse(document, ref)
-        _write(self.path(ref), document)
-        _write(self._directory / "policy.json", msgspec.json.encode(ref))
+        replace_whole(self.path(ref), document)
+        replace_whole(self._directory / "policy.json", msgspec.json.encode(ref))
         self.ref, self.damaged = ref, False
-        for path in self._directory.glob("*.geojson"):
-            if path != self.path(ref):
-                path.unlink()
+        self._sweep(self.path(ref))
         return zones
+
+    def _sweep(self, keep: Path) -> None:
+        """Delete older documents. One that the disk does not let go holds nothing up."""
+        try:
+            for path in self._directory.glob("*.geojson"):
+                if path != keep:
+                    path.unlink()
+        except OSError as e:
+            log.warning("old policies not deleted error=%s", e)
 
     def _parse(self, document: bytes, ref: ZonesRef) -> Zones:
         if hashlib.sha256(document).hexdigest() != ref.sha256:
@@ -90,18 +97,3 @@ class PolicyStore:
             log.error("name of the stored policy damaged path=%s error=%s", path, e)
             self.damaged = True
             return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Replace a file so that a power cut leaves the old one or the new one, whole."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

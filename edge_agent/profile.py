@@ -44,7 +44,6 @@ STEPS: tuple[tuple[Any, str, str], ...] = (
     (ValueDecoder, "decode", "decode"),
     (SparkplugDecoder, "rows", "decode"),
     (intake, "validate", "validate"),
-    (RecentKeys, "fresh", "redelivery"),
     (RecentKeys, "remember", "redelivery"),
     (Track, "stamp", "zone"),
     (Windows, "push", "windows"),

@@ -1,6 +1,7 @@
 """Is there room? On the disk, and below the buffer's limit: file and log together.
 
-- History gives way first; what waits for a receipt is given up elsewhere (edge_agent.eviction).
+- History gives way first, the oldest of it, and no more of it than is wanted: the newest tells readings that a sensor's broker sends
+  again. The last of it, a part of what the file holds, stays; what waits for a receipt is given up instead (edge_agent.eviction).
 - RESERVE_BYTES of the disk stay free, so that receipts can be noted when nothing else fits.
 - The log is brought into the file when it has become long, or when the disk has no room for it to grow.
 """
@@ -10,13 +11,15 @@ from __future__ import annotations
 import logging
 
 from edge_agent.contract.errors import UnavailableError
+from edge_agent.core.retention import portion
 from edge_agent.owned_file import OwnedFile
-from edge_agent.store import PAGE_BYTES, BufferFullError
+from edge_agent.store import BufferFullError, bytes_on_disk
 
 log = logging.getLogger(__name__)
 
 RESERVE_BYTES = 256 * 1024
-SHED_BLOCKS = 64  # history given up at a time
+SHED_BLOCKS = 64  # history given up at a time, at most
+SPARED_PART = 4  # of what the file holds, this part may be history that does not give way
 
 
 class Room:
@@ -36,7 +39,7 @@ class Room:
             disk = self._disk_lack(size)
             if not disk and self.lack_bytes(size) <= 0:
                 return
-            if not self._shed_history():
+            if not self._shed_history(portion(size if disk else self.lack_bytes(size), self._bytes_max)):
                 break
         if disk:
             raise BufferFullError(disk)
@@ -67,15 +70,19 @@ class Room:
             wanted *= 2
         return f"disk of {self._file.path.parent} has {free} bytes free; {wanted} wanted" if free < wanted else ""
 
-    def _shed_history(self) -> int:
-        """Give up the oldest settled blocks; returns how many."""
+    def _shed_history(self, wanted: int) -> int:
+        """Give up the oldest settled blocks, for `wanted` bytes on the disk if there are so many to spare; returns how many blocks."""
+        catalogue = self._file.catalogue
+        wanted = min(wanted, catalogue.settled_bytes() - self._file.store.used_bytes() // SPARED_PART)
+        if wanted <= 0:
+            return 0
         with self._file.writing():
-            self._file.catalogue.write_tail()
-            settled = self._file.catalogue.settled(SHED_BLOCKS)
-            self._file.catalogue.remove(settled)
-        return len(settled)
-
-
-def bytes_on_disk(size: int) -> int:
-    """Bytes that a block of `size` takes in the file, at most: whole overflow pages, its leaf, its place."""
-    return (size // (PAGE_BYTES - 4) + 3) * PAGE_BYTES
+            catalogue.write_tail()
+            old = []
+            for place in catalogue.settled(SHED_BLOCKS):
+                if wanted <= 0:
+                    break
+                old.append(place)
+                wanted -= bytes_on_disk(place.bytes)
+            catalogue.remove(old)
+        return len(old)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import mmap
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +33,8 @@ from edge_agent.core.ledger import Loss, coalesce
 from edge_agent.marks import Marked
 from edge_agent.opening import GAPS, read_whole
 from edge_agent.sealed import Keys, is_stored_block, sealed_under, stored_header
-from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, sync_directory, translated
+from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, translated
+from edge_agent.whole_file import mapped, sync
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _take_place(path: Path, new_path: Path, aside: Path) -> None:
         if part.exists():
             part.rename(aside.with_name(aside.name + suffix))
     new_path.rename(path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def _build(
@@ -163,7 +163,7 @@ def _build(
 def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, bytes, BlockHeader, int]]:
     """Every whole block of this device in a file and its log: number, stored bytes, header, last ordinal."""
     log_file = log_path(path)
-    with _mapped(path) as file, _mapped(log_file) as write_ahead:
+    with mapped(path) as file, mapped(log_file) as write_ahead:
         page_bytes = page_bytes_of(file, PAGE_BYTES)
         for number, stored in carve(file, write_ahead, page_bytes, 2 * BLOCK_BYTES_MAX):
             if not is_stored_block(stored):
@@ -333,15 +333,6 @@ def _batches(items: Iterator[Any]) -> Iterator[list[Any]]:
             yield batch
             batch = []
     yield batch
-
-
-@contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[bytes | memoryview]:
-    if not path.exists() or path.stat().st_size == 0:
-        yield b""
-        return
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-        yield view
 
 
 def _remove(path: Path) -> None:

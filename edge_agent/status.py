@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 SOCKET = "agent.sock"
 TIMEOUT_S = 5.0
+RETRY_S = 1.0
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
 
 
@@ -31,6 +32,7 @@ class StatusServer:
     def __init__(self, state_dir: Path, describe: Callable[[], dict[str, Any]]) -> None:
         self._path = state_dir / SOCKET
         self._describe = describe
+        self._closing = threading.Event()
         self._path.unlink(missing_ok=True)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _address(state_dir) as address:
@@ -41,6 +43,7 @@ class StatusServer:
         self._thread.start()
 
     def close(self) -> None:
+        self._closing.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -51,8 +54,12 @@ class StatusServer:
         while True:
             try:
                 peer, _ = self._socket.accept()
-            except OSError:  # closed
-                return
+            except OSError as e:
+                if self._closing.is_set():
+                    return
+                log.warning("status not served error=%s retry_s=%s", e, RETRY_S)  # no file descriptors left, for now
+                self._closing.wait(RETRY_S)
+                continue
             with peer:
                 peer.settimeout(TIMEOUT_S)
                 try:

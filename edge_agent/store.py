@@ -31,8 +31,11 @@ from typing import Any
 import apsw
 
 from edge_agent.contract.errors import UnavailableError
+from edge_agent.whole_file import sync
 
 PAGE_BYTES = 512
+PAGE_PAYLOAD_BYTES = PAGE_BYTES - 4  # of an overflow page
+BLOCK_PAGES_MORE = 3  # of a block, beside its full overflow pages
 TAIL_BLOCKS_MAX = 64
 SETTLED = 23_159  # not 1: one flipped bit must not turn a waiting block into a settled one
 LOG_BYTES_MAX = 8 * 1024 * 1024
@@ -154,6 +157,11 @@ class Store:
         return apsw.SQLITE_OK
 
 
+def bytes_on_disk(size: int) -> int:
+    """Bytes that a block of `size` takes in the file, at most: whole overflow pages, its leaf, its place."""
+    return (size // PAGE_PAYLOAD_BYTES + BLOCK_PAGES_MORE) * PAGE_BYTES
+
+
 def log_limit(bytes_max: int) -> int:
     """How large the log of a buffer of `bytes_max` may become."""
     return max(LOG_BYTES_MIN, min(LOG_BYTES_MAX, bytes_max // 32))
@@ -180,7 +188,7 @@ def open_store(
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             path.touch(mode=0o600)  # SQLite gives the files beside it the same mode
-            sync_directory(path.parent)
+            sync(path.parent)
         with path.open("rb") as file:
             head = file.read(20)
         if len(head) == 20 and head[18:20] not in (b"\1\1", b"\2\2"):  # SQLite would call the file read-only
@@ -246,15 +254,6 @@ def _commits_behind(log: bytes, taken: int, page_bytes: int) -> bool:
         whole &= arrived or commits > 0
         commits += ours and any(head[4:8])
     return commits > 1 or (commits == 1 and whole)
-
-
-def sync_directory(directory: Path) -> None:
-    """See to it that names given in a directory survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import queue
 import random
 import re
@@ -35,6 +34,7 @@ from edge_agent.core.functions import Functions
 from edge_agent.inference import WorkerError, self_test
 from edge_agent.policy_updates import PolicyUpdates
 from edge_agent.releases import RefusedError, Repository, RepositoryConfig
+from edge_agent.whole_file import replace_whole, sync
 
 log = logging.getLogger(__name__)
 
@@ -231,8 +231,8 @@ class Updater:
         """One attempt at the wanted bundle: active, rejected, or to be tried again."""
         try:
             bundle = self._check(ref, self._repository.fetch(ref, self._path(ref)))
-            _sync(self._path(ref))
-            _sync(self._path(ref).parent)
+            sync(self._path(ref))
+            sync(self._path(ref).parent)
             self._on_activate(Activation(ref, bundle, on_probation=True))
         except (RefusedError, WorkerError) as e:
             log.warning("bundle rejected target=%s version=%s reason=%s detail=%s", ref.target, self._state.desired_version, e.reason, e)
@@ -341,11 +341,14 @@ class Updater:
         return self._store / "bundles" / f"{ref.sha256}.bundle"
 
     def _sweep(self) -> None:
-        """Delete bundles that are neither active nor previous."""
+        """Delete bundles that are neither active nor previous. One that the disk does not let go is left for the next time."""
         keep = {self._path(ref) for ref in (self._state.active, self._state.previous) if ref is not None}
-        for path in (self._store / "bundles").iterdir():
-            if path not in keep:
-                path.unlink()
+        try:
+            for path in (self._store / "bundles").iterdir():
+                if path not in keep:
+                    path.unlink()
+        except OSError as e:
+            log.warning("old bundles not deleted error=%s", e)
 
     def _change(self, **changes: object) -> None:
         state = msgspec.structs.replace(self._state, **changes)
@@ -358,7 +361,7 @@ class Updater:
         if self._state == self._saved:
             return
         try:
-            _write_state(self._store / "state.json", self._state)
+            replace_whole(self._store / "state.json", msgspec.json.encode(self._state))
         except OSError as e:
             log.error("updater state not stored error=%s retry_s=%s", e, SAVE_RETRY_S)
             return
@@ -399,23 +402,3 @@ def _read_state(path: Path) -> UpdaterState:
         log.error("updater state damaged path=%s error=%s moved_to=%s", path, e, aside)
         path.rename(aside)
         return UpdaterState()
-
-
-def _write_state(path: Path, state: UpdaterState) -> None:
-    """Replace the file so that a power cut leaves the old state or the new one, whole."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        file.write(msgspec.json.encode(state))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a directory, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

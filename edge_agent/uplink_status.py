@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from edge_agent.core.deadline import RoundTrips
+from edge_agent.core.routing import Route
+from edge_agent.sending import Sending
+from edge_agent.uplink_events import UplinkEvents
 
 
 @dataclass(frozen=True)
@@ -61,3 +67,54 @@ class UplinkStatus:
     hedges: int
     hedges_denied: int
     duplicate_bytes: int
+
+
+def describe(
+    sending: Sending, events: UplinkEvents, waiting: Mapping[str, int], *, blocks_settled: int, receipts_refused: int, events_dropped: int
+) -> UplinkStatus:
+    """The status of all endpoints and lanes; `waiting`: the buffer's blocks by lane."""
+    outbox = sending.outbox
+    return UplinkStatus(
+        endpoints={name: _endpoint(sending, events, name) for name in sending.endpoints},
+        lanes={lane: _lane(sending, events, lane, waiting.get(lane, 0)) for lane in sorted({*waiting, *sending.plan.routes})},
+        blocks_sent=sending.blocks_sent,
+        bytes_sent=sending.bytes_sent,
+        blocks_sent_again=outbox.sent_again,
+        blocks_settled=blocks_settled,
+        receipts_refused=receipts_refused,
+        events_dropped=events_dropped,
+        hedges=outbox.hedging.hedges,
+        hedges_denied=outbox.hedging.denied,
+        duplicate_bytes=outbox.duplicate_bytes,
+    )
+
+
+def _endpoint(sending: Sending, events: UplinkEvents, name: str) -> EndpointStatus:
+    return EndpointStatus(
+        name in sending.connected,
+        sending.router.suspected(name),
+        events.failovers[name],
+        *sending.outbox.pipes.in_flight(name),
+        *_times_ms(sending.outbox.pipes.trips(name)),
+        sending.router.reason(name),
+    )
+
+
+def _lane(sending: Sending, events: UplinkEvents, lane: str, waiting: int) -> LaneStatus:
+    route = sending.plan.routes.get(lane, Route(None))
+    times = (None, None) if route.endpoint is None else _times_ms(sending.outbox.pipes.trips(route.endpoint))
+    return LaneStatus(
+        route.endpoint,
+        route.standby,
+        waiting,
+        sending.outbox.unreceipted(lane),
+        str(route.held or ""),
+        *times,
+        events.lane_failovers[lane],
+        events.lane_reasons.get(lane, ""),
+    )
+
+
+def _times_ms(trips: RoundTrips) -> tuple[float | None, float | None]:
+    """Round trip and deadline of an endpoint; None before its first answer."""
+    return (None, None) if trips.srtt_s is None else (round(trips.srtt_s * 1e3, 2), round(trips.deadline_s(0) * 1e3, 2))

@@ -3,7 +3,7 @@
 - A reading is named by the key of its contract. Keys are hashed to 64 bits, whole columns at a time: text by
   BLAKE2b (once per distinct value), then mixed with the bits of numbers by splitmix64 (Steele et al., 2014).
 - The newest `limit` keys are remembered. Two different readings collide with a chance of limit / 2**64 each.
-- `fresh` asks, `remember` tells: only what is safe on disk may be remembered.
+- `remember` asks and tells in one. So what is remembered must be stored next, or the process end without it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,10 @@ class RecentKeys:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def fresh(self, contract: StreamContract, table: Table) -> Mask:
-        """True for each row (rows,) whose key is neither remembered nor that of an earlier row.
-
-        Raises:
-            ContractError: the table lacks a field of the key.
-        """
-        return self._fresh(hash_keys(contract, table))
-
     def remember(self, contract: StreamContract, table: Table) -> Mask:
-        """Remember the keys of these rows, forgetting the oldest beyond the limit; returns what `fresh` would have said.
+        """Remember the keys of these rows, forgetting the oldest beyond the limit.
+
+        Returns True for each row (rows,) whose key was neither remembered nor that of an earlier row.
 
         Raises:
             ContractError: the table lacks a field of the key.

@@ -17,7 +17,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_agent.contract.errors import ContractError
@@ -31,7 +31,6 @@ SESSION_EXPIRY_S_MAX = 0xFFFF_FFFF
 RECEIVE_MAX = 65_535
 
 PINGREQ = b"\xc0\x00"
-_PUBACK = b"\x40\x02"
 
 # MQTT 5 properties that a client may meet.
 _CONNACK_PROPERTIES = wire.ALL_PROPERTIES - {
@@ -182,11 +181,6 @@ def subscribe(version: Version, packet_id: int, topic_filter: str, qos: int = 1)
 def disconnect(version: Version, code: int = 0) -> bytes:
     """DISCONNECT; MQTT 3.1.1 has no code."""
     return b"\xe0\x00" if version == 4 or code == 0 else bytes([0xE0, 1, code])
-
-
-def pubacks(packet_ids: Iterable[int]) -> bytes:
-    """PUBACKs of success, the same in both versions."""
-    return b"".join(_PUBACK + packet_id.to_bytes(2) for packet_id in packet_ids)
 
 
 def refusal(packet: ConnAck | SubAck | Disconnect, version: Version) -> str:

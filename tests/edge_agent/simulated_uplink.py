@@ -168,6 +168,10 @@ class World:
     def waiting(self) -> int:
         return sum(map(len, self.store.blocks.values()))
 
+    def on_links_s(self) -> float:
+        """How long it takes until the links have delivered what they have taken; they took it at the speed that they had then."""
+        return max((link.busy_s for site in self.endpoints.values() for link in site.links), default=0.0)
+
     def arrived(self, lane: str, sequence: int, link: SimLink) -> None:
         """A block has reached a broker; the lake commits it a little later and tells the device over this broker."""
         assert link.name in self.lanes[lane], f"lane {lane} reached {link.name}"
@@ -184,16 +188,16 @@ class World:
             link.send_down(lambda link=link: Message(link, DeviceTopics("plane-01").receipts, payload))  # type: ignore[misc]
 
     def _check(self) -> None:
-        plan, outbox, limits = self.uplink._plan, self.uplink._outbox, self.limits
-        connected = self.uplink._connected
+        sending, limits = self.uplink._sending, self.limits
+        plan, outbox, connected = sending.plan, sending.outbox, sending.connected
         for lane, route in plan.routes.items():
             usable = [name for name in self.lanes[lane] if name in connected]
             assert route.endpoint is None or route.endpoint in self.lanes[lane]
             assert route.standby is None or (route.standby in self.lanes[lane] and route.standby != route.endpoint)
             assert route.endpoint is not None or not usable, f"{lane} has no endpoint though {usable} are connected"
-        assert outbox.hedge_bytes - outbox.needed_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * self.uplink._bytes_sent
+        assert outbox.hedging.bytes - outbox.hedging.needed_bytes <= limits.hedge_burst_bytes + limits.hedge_share_max * sending.bytes_sent
         for name in self.endpoints:
-            blocks, size = outbox.in_flight(name)
+            blocks, size = outbox.pipes.in_flight(name)
             assert blocks <= limits.inflight_blocks_max + 64
             assert size <= limits.inflight_bytes_max + 1_000_000
 
@@ -211,6 +215,10 @@ class SimLink:
     @property
     def name(self) -> str:
         return self.endpoint.name
+
+    @property
+    def busy_s(self) -> float:
+        return max(0.0, self._up_last - self._world.now)
 
     def open(self) -> None:
         world, site = self._world, self._site

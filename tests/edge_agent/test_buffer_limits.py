@@ -16,6 +16,7 @@ from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
+from edge_agent.store import bytes_on_disk
 
 WALL_US = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
@@ -106,6 +107,42 @@ def test_file_and_log_stay_within_a_tenth_of_the_limit(tmp_path: Path) -> None:
             buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=lanes))
     assert largest <= 1.1 * limit
     assert buffer.used_bytes() > 0.8 * limit
+
+
+def test_newest_history_stays_beside_readings_that_wait_for_long(tmp_path: Path) -> None:
+    """Else a crash, and what a sensor's broker sends again because its PUBACK was under way, doubles readings that the lake holds."""
+    buffer = open_buffer(tmp_path, history_rows={"pump": 1_000_000})
+    for number in range(1, 1_001):
+        buffer.append([draft(number, "nowhere"), draft(number)], [], at(number))
+        lane = LaneReceipt(lane="europe", cumulative=number, ranges=[])
+        buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[lane]))
+        newest = buffer.history("pump", "1.0.0") if number % 100 == 0 else None
+        if newest is not None:
+            assert np.isin(noise(number - 5), newest["t"]).all() and np.isin(noise(number), newest["t"]).all()
+    waiting = sum(s.bytes for s in buffer.lanes())
+    before = buffer.state(at(2_000))
+    assert before.lost_blocks["evicted_full"] > 0
+    assert before.history_blocks > 20 and waiting > 0.5 * before.used_bytes
+    assert buffer._file.catalogue.settled_bytes() <= before.used_bytes / 3
+    buffer.close()
+    buffer = open_buffer(tmp_path, history_rows={"pump": 1_000_000})
+    assert buffer.state(at(2_001)).history_blocks == before.history_blocks
+    settled = sum(s.settled_bytes for s in buffer._file.catalogue.shelves.values())
+    assert settled == sum(bytes_on_disk(p.bytes) for p in buffer._file.catalogue.settled(1_000))
+    buffer.close()
+
+
+def test_no_more_history_gives_way_than_is_wanted(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows={"pump": 1_000_000})
+    used = []
+    for number in range(1, 501):
+        buffer.append([draft(number)], [], at(number))
+        lane = LaneReceipt(lane="europe", cumulative=number, ranges=[])
+        buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[lane]))
+        used.append(buffer.used_bytes())
+    assert max(used) < 400_000
+    assert min(used[300:]) > 0.8 * max(used)
+    assert not buffer.lost_blocks
 
 
 def test_streams_of_low_priority_go_first_wherever_they_are(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,6 +60,17 @@ def test_worker_loads_nothing_of_the_agent() -> None:
         assert "onnxruntime" in loaded
         for name in ("msgspec", "zstandard", "apsw", "shapely"):
             assert name not in loaded
+
+
+def test_worker_that_finds_no_file_descriptor_is_a_worker_error() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(WorkerError, match="cannot be started") as caught:
+            worker(models.linear([1.0, 2.0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.reason is Reason.WORKER_DIED
 
 
 def test_features_of_the_wrong_width_never_reach_the_worker() -> None:

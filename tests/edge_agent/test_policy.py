@@ -196,6 +196,13 @@ def test_a_new_policy_does_not_try_a_rejected_bundle_again(device: Device) -> No
     assert not any(".bundle" in path for path in device.repository.requests[requests:])
 
 
+def test_old_document_that_the_disk_does_not_let_go_holds_up_no_policy(device: Device) -> None:
+    (device.folder / "policy" / "old.geojson").mkdir(parents=True)  # nothing that can be unlinked
+    ref = device.repository.add_zones(SECOND, 1)
+    device.desire(ref)
+    assert device.accepted(ref).endpoints("west") == ("us",)
+
+
 def test_the_store_refuses_what_the_name_does_not_say(tmp_path: Path) -> None:
     store = PolicyStore(tmp_path)
     with pytest.raises(RefusedError, match="does not hold"):

@@ -66,7 +66,7 @@ def test_a_step_is_not_charged_for_the_steps_inside_it(monkeypatch: pytest.Monke
 def test_other_threads_are_not_counted_and_the_functions_come_back() -> None:
     before = [getattr(owner, name) for owner, name, _ in STEPS]
     with Profile() as running:
-        thread = threading.Thread(target=lambda: RecentKeys(8).fresh(QUARANTINE, {}))
+        thread = threading.Thread(target=lambda: RecentKeys(8).remember(QUARANTINE, {}))
         thread.start()
         thread.join()
         assert [getattr(owner, name) for owner, name, _ in STEPS] != before

@@ -271,6 +271,16 @@ def test_rollback_activates_the_previous_bundle_without_the_network(device: Devi
     assert device.activations[-1] is None
 
 
+def test_old_bundle_that_the_disk_does_not_let_go_ends_nothing(device: Device) -> None:
+    (device.store / "bundles" / "lost+found").mkdir()  # nothing that can be unlinked
+    first, second = device.repository.add(bundle_of(1)), device.repository.add(bundle_of(2))
+    device.desire(1, first, Phase.PROBATION)
+    device.desire(2, second, Phase.PROBATION)
+    device.updater.rollback(second.sha256, Reason.BAD_SCORES, "score 9999")
+    assert device.until(2, Phase.ROLLED_BACK).active == first
+    assert device.updater.alive
+
+
 def test_model_that_does_not_start_is_rejected(device: Device) -> None:
     first, second = device.repository.add(bundle_of(1)), device.repository.add(bundle_of(2))
     device.desire(1, first, Phase.PROBATION)

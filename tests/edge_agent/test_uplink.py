@@ -204,7 +204,7 @@ def test_frozen_broker_is_left_when_it_does_not_acknowledge(world: World) -> Non
 
 
 def test_operator_is_told_of_failover_failback_and_held_lanes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_agent.uplink.HELD_S", 0.3)
+    monkeypatch.setattr("edge_agent.uplink_events.HELD_S", 0.3)
     told: list[tuple[str, dict[str, str]]] = []
     world.uplink = world.make_uplink(on_event=lambda event, fields: told.append((event, dict(fields))))
     world.uplink.start()

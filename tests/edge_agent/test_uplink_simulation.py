@@ -49,9 +49,9 @@ def _storm(seed: int, turns: int) -> None:
         world.run(rng.choice([0.05, 0.5, 3.0]))
     for site in world.endpoints.values():
         site.mode, site.loss, site.round_trip_s, site.bytes_per_s = Mode.UP, 0.0, 0.002, 10e6
-    world.run(400.0)
+    world.run(400.0 + world.on_links_s())
     assert {lane for lane, blocks in world.store.blocks.items() if blocks} <= {"nowhere"}
-    routes = world.uplink._plan.routes
+    routes = world.uplink._sending.plan.routes
     assert all(routes[lane].endpoint == LANES[lane][0] for lane in routes if LANES[lane])
 
 

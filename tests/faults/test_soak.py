@@ -34,7 +34,7 @@ WARM_SHARE = 0.3
 SAMPLE_S = 2.0
 SLOPE_MB_PER_H_MAX = 1.0
 QUIET_S = 60.0  # longer than a block waits for its receipt before it goes again, the first time
-DRAIN_S_MAX = 1_200.0  # a block that was unlucky several times waits up to 10 minutes (OutboxLimits.receipt_timeout_max_s)
+DRAIN_S_MAX = 600.0  # a block that was unlucky several times waits two minutes each time (OutboxLimits.receipt_timeout_max_s)
 GAP_US = 1_000_000  # readings that are missing further apart are told apart
 
 pytestmark = pytest.mark.needs_mosquitto

@@ -171,8 +171,8 @@ class RecordingBuffer(Buffer):
 class Device:
     """A running agent, or one that has crashed and is started again by `start`."""
 
-    def __init__(self, world: World, folder: Path, disk: QuickDisk, *, bytes_max: int, when_full: Any) -> None:
-        self.world, self.disk, self._home = world, disk, folder
+    def __init__(self, world: World, folder: Path, disk: QuickDisk, *, bytes_max: int, when_full: Any, tight: bool) -> None:
+        self.world, self.disk, self._home, self._tight = world, disk, folder, tight
         self.clock = SimClock(world)
         self.sensors = SensorBroker(world.note_acknowledged)
         self._limits = {"bytes_max": bytes_max, "when_full": when_full}
@@ -181,7 +181,7 @@ class Device:
         self.busy = False
         self.alive = False
         self.turn_at = 0.0
-        self.crashes = self.deferred = self.history_gone = 0
+        self.crashes = self.deferred = 0
 
     def start(self) -> None:
         """A new life. If the disk fails now, it is tried again later."""
@@ -214,7 +214,8 @@ class Device:
             **self._limits,
         )
         self.buffer.world = world
-        self._count_given_way()
+        if self._tight:
+            self._strike_when_history_gives_way()
         fence = Fence(
             Track(world.zones, Rules(max_age_s=30.0, speed_m_s_max=SPEED_M_S), None, self.buffer.fixes()),
             {c.stream: Precision.ZONE_ONLY for c in contracts},
@@ -252,16 +253,17 @@ class Device:
             pause=self._pause,
         )
 
-    def _count_given_way(self) -> None:
-        """History that gave way to waiting blocks is not there to tell a reading that comes again."""
+    def _strike_when_history_gives_way(self) -> None:
+        """History that gave way is not there to tell a reading that comes again: often the agent does not get far after it."""
         shed = self.buffer._room._shed_history
 
-        def counted() -> int:
-            blocks = shed()
-            self.history_gone += blocks
+        def struck(wanted: int) -> int:
+            blocks = shed(wanted)
+            if blocks and self.world.rng.random() < 0.5:
+                self.strike(self.world.rng.randrange(40), power=self.world.rng.random() < 0.5, torn=False)
             return blocks
 
-        self.buffer._room._shed_history = counted  # type: ignore[method-assign]
+        self.buffer._room._shed_history = struck  # type: ignore[method-assign]
 
     def take(self, count: int) -> None:
         """Let the data path take a batch, unless it is at one."""
@@ -363,12 +365,12 @@ class Device:
         self.crashes += 1
         self._forget()
         self._lives += 1
-        self.sensors.lose(acknowledgement_lost=self.world.rng.random() < 0.5)
+        self.sensors.lose(acknowledgement_lost=self._tight or self.world.rng.random() < 0.5)
         self.world.after(self.world.rng.uniform(0.05, 3.0), self._start_again)
 
     def _forget(self) -> None:
         self.disk.calm()
-        for link in list(self.uplink._links.values()):
+        for link in list(self.uplink._sending.links.values()):
             link.end("the agent is gone")  # type: ignore[attr-defined]
         self.buffer.close()  # into the old folder, which nobody reads any more
         self._close_files()

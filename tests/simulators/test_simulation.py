@@ -16,6 +16,7 @@ import pytest
 from tests.simulators.world import World, world
 
 WORLDS, WORLDS_LONG = 50, int(os.environ.get("FENCELINE_RUNS", "1000"))
+TIGHT_WORLDS = 15
 STEPS = 30
 
 
@@ -27,8 +28,8 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def live(seed: int) -> World:
-    with tempfile.TemporaryDirectory(prefix="world-") as folder, world(seed, Path(folder)) as made:
+def live(seed: int, *, tight: bool = False) -> World:
+    with tempfile.TemporaryDirectory(prefix="world-") as folder, world(seed, Path(folder), tight=tight) as made:
         made.live(STEPS)
         made.settle_down()
     return made
@@ -48,6 +49,14 @@ def worlds(seed: int, count: int) -> None:
 @pytest.mark.timeout(600)  # a minute on two free cores
 def test_promises_hold_in_every_world(seed: int) -> None:
     worlds(seed, WORLDS)
+
+
+@pytest.mark.timeout(300)
+def test_history_that_gives_way_leaves_no_reading_to_be_doubled(seed: int) -> None:
+    live(20_604)  # the world in which readings were doubled
+    for number in range(seed, seed + TIGHT_WORLDS):
+        print(f"tight world {number}")
+        live(number, tight=True)
 
 
 @pytest.mark.long

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -41,33 +42,27 @@ def test_only_the_key_counts() -> None:
     recent = RecentKeys(10)
     recent.remember(CONTRACT, table([("a", 1), ("b", 1)], [5.0, 6.0]))
     asked = table([("a", 1), ("a", 2), ("b", 1), ("b", 3)], [7.0, 8.0, 9.0, 1.0])
-    assert recent.fresh(CONTRACT, asked).tolist() == [False, True, False, True]
+    assert recent.remember(CONTRACT, asked).tolist() == [False, True, False, True]
 
 
 def test_a_reading_twice_in_one_batch_is_fresh_once() -> None:
-    assert RecentKeys(10).fresh(CONTRACT, table([("a", 1), ("b", 1), ("a", 1)])).tolist() == [True, True, False]
-
-
-def test_asking_does_not_remember() -> None:
-    recent = RecentKeys(10)
-    assert recent.fresh(CONTRACT, table([("a", 1)])).all()
-    assert recent.fresh(CONTRACT, table([("a", 1)])).all()
+    assert RecentKeys(10).remember(CONTRACT, table([("a", 1), ("b", 1), ("a", 1)])).tolist() == [True, True, False]
 
 
 def test_the_oldest_keys_are_forgotten_first() -> None:
     recent = RecentKeys(3)
     recent.remember(CONTRACT, table([("a", n) for n in range(3)]))
     recent.remember(CONTRACT, table([("a", 3)]))
-    assert recent.fresh(CONTRACT, table([("a", n) for n in range(5)])).tolist() == [True, False, False, False, True]
+    assert copy.deepcopy(recent).remember(CONTRACT, table([("a", n) for n in range(5)])).tolist() == [True, False, False, False, True]
     recent.remember(CONTRACT, table([("a", n) for n in range(10, 20)]))
-    assert recent.fresh(CONTRACT, table([("a", n) for n in range(15, 20)])).tolist() == [True, True, False, False, False]
+    assert recent.remember(CONTRACT, table([("a", n) for n in range(15, 20)])).tolist() == [True, True, False, False, False]
     assert len(recent) == 3
 
 
 def test_other_streams_do_not_collide() -> None:
     recent = RecentKeys(10)
     recent.remember(CONTRACT, table([("a", 1)]))
-    assert recent.fresh(dataclasses.replace(CONTRACT, stream="hall"), table([("a", 1)])).all()
+    assert recent.remember(dataclasses.replace(CONTRACT, stream="hall"), table([("a", 1)])).all()
 
 
 def test_the_dictionary_of_a_column_does_not_matter() -> None:
@@ -106,13 +101,12 @@ def test_no_collisions_among_a_million_neighbours() -> None:
 
 def test_a_table_without_the_key_is_refused() -> None:
     with pytest.raises(ContractError, match="'room'"):
-        RecentKeys(1).fresh(CONTRACT, {"ts": np.array([1], np.int64)})
+        RecentKeys(1).remember(CONTRACT, {"ts": np.array([1], np.int64)})
 
 
 def test_no_rows() -> None:
     recent = RecentKeys(5)
-    assert len(recent.fresh(CONTRACT, table([]))) == 0
-    recent.remember(CONTRACT, table([]))
+    assert len(recent.remember(CONTRACT, table([]))) == 0
     assert len(recent) == 0
 
 
@@ -123,8 +117,7 @@ def test_like_a_plain_ordered_set(limit: int, batches: list[list[Key]]) -> None:
     for batch in batches:
         seen = set(model)
         want = [key not in seen and key not in batch[:i] for i, key in enumerate(batch)]
-        assert recent.fresh(CONTRACT, table(batch)).tolist() == want
-        recent.remember(CONTRACT, table(batch))
+        assert recent.remember(CONTRACT, table(batch)).tolist() == want
         for key, fresh in zip(batch, want, strict=True):
             if fresh:
                 model[key] = None

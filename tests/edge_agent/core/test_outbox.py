@@ -97,6 +97,11 @@ def test_block_without_receipt_goes_again_with_doubled_waits_until_settled() -> 
     assert outbox.due(99.0, 10) == []
 
 
+def test_wait_for_a_receipt_doubles_up_to_two_minutes_and_is_never_below_what_was_set() -> None:
+    assert [OutboxLimits().receipt_wait_s(n) for n in (1, 2, 3, 4, 1_000_000)] == [30.0, 60.0, 120.0, 120.0, 120.0]
+    assert [OutboxLimits(receipt_timeout_s=300.0).receipt_wait_s(n) for n in (1, 2, 9)] == [300.0, 300.0, 300.0]
+
+
 def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     outbox.discover({"europe": 60})
@@ -113,27 +118,27 @@ def test_overdue_blocks_go_even_when_the_window_is_full_of_them() -> None:
 def test_silent_endpoint_is_suspected_only_while_another_answers_and_given_up_later() -> None:
     outbox: Outbox[Block] = Outbox(LIMITS)
     for name in ("eu", "us"):
-        outbox.opened(name, 0.0)
-        outbox.beat(name, 1, 0.0)
+        outbox.pipes.opened(name, 0.0)
+        outbox.pipes.beat(name, 1, 0.0)
         outbox.acked(name, 1, 0.002)
     outbox.offer(Block("europe", 1))
     drain(outbox, EU, 1.0)
-    assert outbox.suspects(2.0) == []
-    assert outbox.beats(1.0) == ["us"]
-    outbox.beat("us", 2, 1.5)
+    assert outbox.pipes.suspects(2.0) == []
+    assert outbox.pipes.beats(1.0) == ["us"]
+    outbox.pipes.beat("us", 2, 1.5)
     outbox.acked("us", 2, 1.51)
-    assert outbox.suspects(1.7) == []
-    assert outbox.suspects(1.75) == ["eu"]
-    assert outbox.dead(3.9) == []
-    assert outbox.dead(4.0) == ["eu"]
+    assert outbox.pipes.suspects(1.7) == []
+    assert outbox.pipes.suspects(1.75) == ["eu"]
+    assert outbox.pipes.dead(3.9) == []
+    assert outbox.pipes.dead(4.0) == ["eu"]
     outbox.acked("eu", 1, 4.5)
-    assert outbox.suspects(4.5) == outbox.dead(4.5) == []
+    assert outbox.pipes.suspects(4.5) == outbox.pipes.dead(4.5) == []
 
 
 def hedge_round(outbox: Outbox[Block], now: float, first: int) -> tuple[int, int]:
     """Five blocks go to eu, which owes all answers; what goes to us too is answered. Returns hedges, and how many were denied."""
     routes = EU
-    denied = outbox.hedges_denied
+    denied = outbox.hedging.denied
     for block in stored("europe", first, first + 4):
         outbox.offer(block)
         drain(outbox, routes, now)
@@ -141,26 +146,26 @@ def hedge_round(outbox: Outbox[Block], now: float, first: int) -> tuple[int, int
     for hedge in hedges:
         outbox.hedged(hedge, 1_000 + hedge.block.sequence, now + 9.0)
         outbox.acked("us", 1_000 + hedge.block.sequence, now + 9.01)
-    return len(hedges), outbox.hedges_denied - denied
+    return len(hedges), outbox.hedging.denied - denied
 
 
 def test_hedges_for_an_endpoint_that_has_failed_do_not_count_and_those_for_a_slow_one_do() -> None:
     limits = replace(LIMITS, hedge_burst_bytes=60, hedge_share_max=0.0)
     failed: Outbox[Block] = Outbox(limits)
     for attempt in range(10):
-        failed.opened("eu", 10.0 * attempt)
-        failed.opened("us", 10.0 * attempt)
+        failed.pipes.opened("eu", 10.0 * attempt)
+        failed.pipes.opened("us", 10.0 * attempt)
         assert hedge_round(failed, 10.0 * attempt, 1 + 10 * attempt) == (5, 0)
         failed.lost("eu")
         failed.settle("europe", SequenceSet(10 * (attempt + 1)))
     slow: Outbox[Block] = Outbox(limits)
-    slow.opened("eu", 0.0)
-    slow.opened("us", 0.0)
+    slow.pipes.opened("eu", 0.0)
+    slow.pipes.opened("us", 0.0)
     assert hedge_round(slow, 0.0, 1) == (5, 0)
     for mid in range(1, 6):
         slow.acked("eu", mid, 2.5)
     slow.lost("eu")  # later: it had answered
-    slow.opened("eu", 10.0)
+    slow.pipes.opened("eu", 10.0)
     slow.settle("europe", SequenceSet(10))
     assert hedge_round(slow, 10.0, 11)[0] == 1
 
@@ -171,8 +176,8 @@ BOTH = {"europe": "us"}
 def warm(outbox: Outbox[Block], now: float = 0.0) -> None:
     """Two endpoints that have answered."""
     for name in ("eu", "us"):
-        outbox.opened(name, now)
-        outbox.beat(name, 0, now)
+        outbox.pipes.opened(name, now)
+        outbox.pipes.beat(name, 0, now)
         outbox.acked(name, 0, now + 0.002)
 
 
@@ -190,7 +195,7 @@ def test_late_block_goes_to_the_standby_too_and_the_first_answer_counts() -> Non
     outbox.acked("us", 77, 1.05)
     outbox.lost("eu")
     assert drain(outbox, BOTH, 1.1) == []
-    assert (outbox.hedges, outbox.duplicate_bytes, outbox.sent_again) == (1, 10, 0)
+    assert (outbox.hedging.hedges, outbox.duplicate_bytes, outbox.sent_again) == (1, 10, 0)
     assert outbox.due(11.05, 10) == [("europe", 1)]
 
 
@@ -218,7 +223,7 @@ def test_copies_stay_within_their_share_and_refusals_are_counted() -> None:
     for mid, hedge in enumerate(hedges, 70):
         outbox.hedged(hedge, mid, 1.1)
     assert outbox.late(BOTH, 1.2) == []
-    assert outbox.hedges_denied >= 2
+    assert outbox.hedging.denied >= 2
     assert outbox.wake_at(1.2) < 1.3
 
 
@@ -227,7 +232,7 @@ def test_nothing_is_hedged_to_a_standby_that_is_late_itself_or_absent() -> None:
     warm(outbox)
     outbox.offer(Block("europe", 1))
     drain(outbox, EU, 1.0)
-    outbox.beat("us", 5, 1.0)
+    outbox.pipes.beat("us", 5, 1.0)
     assert outbox.late(BOTH, 1.1) == outbox.late({}, 1.2) == []
     outbox.acked("us", 5, 1.21)
     assert len(outbox.late(BOTH, 1.3)) == 1
@@ -243,7 +248,7 @@ def test_lane_that_leaves_a_suspect_takes_its_blocks_along_and_a_late_answer_sti
     outbox.leave("eu", "europe")
     outbox.acked("eu", 2, 2.0)
     assert drain(outbox, {"europe": "us", "canada": "eu"}, 2.0) == [("europe", 1)]
-    assert outbox.in_flight("eu")[0] == 2
+    assert outbox.pipes.in_flight("eu")[0] == 2
 
 
 def test_settled_ranges_are_forgotten_whatever_their_order() -> None:
@@ -287,7 +292,7 @@ def test_a_gap_that_is_never_filled_costs_no_memory_for_all_that_follows() -> No
         outbox.acked("eu", sequence, 0.0)
         assert outbox.settle("europe", SequenceSet(0, [(2, sequence)])) == 1
     assert outbox.unreceipted("europe") == 0
-    assert len(outbox._lane("europe").rising) < 2_000
+    assert len(outbox._lane("europe")._rising) < 2_000
 
 
 class OutboxAgainstABuffer(RuleBasedStateMachine):
@@ -380,8 +385,8 @@ class OutboxAgainstABuffer(RuleBasedStateMachine):
     @invariant()
     def limits_hold(self) -> None:
         for endpoint in ("eu", "us"):
-            assert self.outbox.in_flight(endpoint)[0] <= LIMITS.inflight_blocks_max + self.outbox.hedges
-        assert self.outbox.hedge_bytes <= LIMITS.hedge_burst_bytes + LIMITS.hedge_share_max * 10 * self.mid
+            assert self.outbox.pipes.in_flight(endpoint)[0] <= LIMITS.inflight_blocks_max + self.outbox.hedging.hedges
+        assert self.outbox.hedging.bytes <= LIMITS.hedge_burst_bytes + LIMITS.hedge_share_max * 10 * self.mid
         assert self.outbox.wake_at(self.now) > self.now
         for lane in ("canada", "europe"):
             assert self.outbox.unreceipted(lane) <= LIMITS.unreceipted_blocks_max

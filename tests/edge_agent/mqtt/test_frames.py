@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from edge_agent.contract.errors import ContractError
 from edge_agent.mqtt import frames
 from edge_agent.mqtt.frames import ConnAck, Decoder, Disconnect, Frames, PingResp, SubAck, Version
+from tests.edge_agent.mqtt.packets import pubacks
 
 CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
 VERSIONS: list[Version] = [4, 5]
@@ -73,7 +74,7 @@ def test_any_cut_of_the_stream_gives_the_same_packets(
     got = drain(connected(version), pieces, packets_max)
     assert got.topics == [topic for topic, *_ in sent]
     assert got.payloads == [payload for _, payload, *_ in sent]
-    assert got.acks == frames.pubacks(i for _, _, i, _ in sent if i is not None)
+    assert got.acks == pubacks(i for _, _, i, _ in sent if i is not None)
     assert got.packets == [PingResp()]
 
 
@@ -83,7 +84,7 @@ def test_byte_by_byte_at_every_width_of_the_length(version: Version, size: int) 
     raw = publish(version, "t", b"x" * size)
     step = 1 if size < 1_000 else 997
     got = drain(connected(version, 4_000_000), [raw[:1], *(raw[i : i + step] for i in range(1, len(raw), step))])
-    assert got.payloads == [b"x" * size] and got.acks == frames.pubacks([1])
+    assert got.payloads == [b"x" * size] and got.acks == pubacks([1])
 
 
 @given(versions, st.booleans(), st.lists(st.binary(max_size=60), max_size=6))
@@ -209,7 +210,7 @@ def test_an_oversize_publish_is_cut_and_the_stream_goes_on(version: Version, siz
     got = drain(connected(version, 1_024), [stream[a:b] for a, b in pairwise(edges)])
     assert got.topics == ["big", "small"] and got.payloads[1] == b"s"
     assert 1_000 <= len(got.payloads[0]) <= 1_024 and big.startswith(got.payloads[0])
-    assert got.acks == frames.pubacks([8] if qos_0 else [7, 8])
+    assert got.acks == pubacks([8] if qos_0 else [7, 8])
 
 
 def test_an_endless_publish_holds_no_memory() -> None:
@@ -277,7 +278,7 @@ class TestAgainstAnIndependentCodec:
         assert got.max_packet_size is None and got.will is None
         got, _ = codec.read(memoryview(frames.subscribe(5, 9, "sensors/x/#")))
         assert (got.packet_id, got.topic_filters[0].pattern, got.topic_filters[0].max_qos) == (9, "sensors/x/#", codec.QoS.AT_LEAST_ONCE)
-        got, _ = codec.read(memoryview(frames.pubacks([513])))
+        got, _ = codec.read(memoryview(pubacks([513])))
         assert (got.packet_id, got.reason_code) == (513, codec.PubAckReasonCode.SUCCESS)
         assert isinstance(codec.read(memoryview(frames.PINGREQ))[0], codec.PingReqPacket)
         assert codec.read(memoryview(frames.disconnect(5)))[0].reason_code == codec.DisconnectReasonCode.NORMAL_DISCONNECTION
@@ -318,7 +319,7 @@ class TestAgainstAnIndependentCodec:
         )
         got = drain(connected(5), [raw[: len(raw) // 2], raw[len(raw) // 2 :]])
         assert list(zip(got.topics, got.payloads, strict=True)) == [(topic, payload) for topic, payload, *_ in sent]
-        assert got.acks == frames.pubacks(i for _, _, i, _ in sent if i is not None)
+        assert got.acks == pubacks(i for _, _, i, _ in sent if i is not None)
 
     def test_we_read_its_answers(self, codec: Any) -> None:
         answers = [

@@ -24,6 +24,7 @@ import pytest
 from edge_agent.contract.errors import ContractError
 from edge_agent.mqtt import cutter, frames, server_frames
 from edge_agent.mqtt.wire import Version, sized, write_text
+from tests.edge_agent.mqtt.packets import pubacks
 
 PACKETS, PACKETS_LONG = 60_000, 1_000_000
 PACKET_BYTES_MAX = 4_096
@@ -130,7 +131,7 @@ class Maker:
         topic, payload = self.text(), rng.randbytes(rng.choice((0, 5, 90, 200)))
         packet_id = rng.randrange(1, 65_536) if rng.random() < 0.7 else None
         stream.published.append((topic, payload))
-        stream.acks += frames.pubacks([] if packet_id is None else [packet_id])
+        stream.acks += pubacks([] if packet_id is None else [packet_id])
         again = packet_id is not None and rng.random() < 0.2
         if self._version == 4:
             head = 0x30 | (packet_id is not None) << 1 | again << 3 | (rng.random() < 0.2)

@@ -23,6 +23,7 @@ from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
 from edge_agent.mqtt.source import Source, SourceConfig, SourceStatus
 from tests.brokers import Broker, ServerTls, User, mosquitto_broker, nats_broker
 from tests.edge_agent.mqtt.certificates import make
+from tests.edge_agent.mqtt.packets import pubacks
 from tests.servers import free_port
 
 WAIT_S = 20.0
@@ -397,7 +398,7 @@ def test_releasing_twice_or_late_sends_one_acknowledgement() -> None:
             until(lambda: len(received) >= 3)
         batch.release()
         until(lambda: received[-1].endswith(b"\xe0\x00"), lambda: received)
-        assert b"".join(received[2:]) == frames.pubacks([1, 2, 3]) + frames.disconnect(4)
+        assert b"".join(received[2:]) == pubacks([1, 2, 3]) + frames.disconnect(4)
 
 
 def test_a_broker_that_reads_no_acknowledgements_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,7 +424,7 @@ def test_a_broker_that_reads_no_acknowledgements_is_left(monkeypatch: pytest.Mon
             assert batch._release is not None
             send = batch._release.func  # type: ignore[attr-defined]
             for _ in range(200):
-                send(frames.pubacks([1]) * 20_000)
+                send(pubacks([1]) * 20_000)
                 time.sleep(0.002)
             until(lambda: "takes no acknowledgements" in source.status.error, lambda: source.status)
         stuck.set()

@@ -1,0 +1,55 @@
+"""Files that are read whole and replaced whole: a power cut leaves the old one or the new one.
+
+replace_whole(path, data)
+with mapped(path) as view: ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def replace_whole(path: Path, data: bytes) -> None:
+    """Put a file with `data` in the place of the one at `path`; on return it is on the disk.
+
+    Raises:
+        OSError: the disk does not take it; the old file is as it was.
+    """
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """See to it that a file, or the names in a directory, survive a power cut.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, read as they are needed; none if it is not there.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        yield b""
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
+        yield view

@@ -1,0 +1,44 @@
+"""The status socket and systemd's, when they cannot do what they are there for."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from edge_agent import status, systemd
+from edge_agent.status import SOCKET, StatusServer, ask
+
+
+def test_status_is_served_again_after_file_descriptors_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(status, "RETRY_S", 0.05)
+    server = StatusServer(tmp_path, lambda: {"device": "plane-01"})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asker:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                asker.connect(str(tmp_path / SOCKET))  # still served: the kernel took the descriptor when the server began to wait
+                deadline = time.monotonic() + 10.0
+                while "status not served" not in caplog.text and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert "status not served" in caplog.text
+        assert ask(tmp_path) == {"device": "plane-01"}
+    finally:
+        server.close()
+    assert not server._thread.is_alive()
+
+
+def test_notify_socket_on_which_nobody_listens_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
+    systemd.notify("WATCHDOG=1")
+    assert "systemd not told state=WATCHDOG=1" in caplog.text
