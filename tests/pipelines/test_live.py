@@ -20,6 +20,7 @@ from cloud.follow import Follower
 from cloud.lake import Lake
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from pipelines.arrival import ARRIVED, Known
 from pipelines.features import windows_of
@@ -237,6 +238,15 @@ def follow_the_page(project: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(snippet.replace('"feature_repo")', f'"{project}/feature_repo")'), names)
     return names
+
+
+def test_windows_that_close_are_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    project = turbofan_project(tmp_path / "project")
+    params = project / "pipelines/params.yaml"
+    params.write_text(params.read_text().replace("windows: trailing", "windows: tumbling"))
+    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n[[regions]]\nname = 'eu'\nport = 1883\n")
+    with pytest.raises(ConfigError, match=r"features\.windows is tumbling, .* fenceline features materialise"):
+        build(load_context(project, tmp_path / "state"))
 
 
 def ingesting(settings: Settings, stop: threading.Event) -> list[threading.Thread]:
