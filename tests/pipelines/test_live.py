@@ -244,7 +244,7 @@ def test_windows_that_close_are_refused_with_what_to_do_instead(tmp_path: Path) 
     project = turbofan_project(tmp_path / "project")
     params = project / "pipelines/params.yaml"
     params.write_text(params.read_text().replace("windows: trailing", "windows: tumbling"))
-    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n[[regions]]\nname = 'eu'\nport = 1883\n")
+    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n[[regions]]\nname = 'eu'\nport = 18831\n")
     with pytest.raises(ConfigError, match=r"features\.windows is tumbling, .* fenceline features materialise"):
         build(load_context(project, tmp_path / "state"))
 
