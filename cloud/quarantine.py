@@ -159,7 +159,7 @@ class CheckedLake:
         taken = {i: set(broken[i].rows.tolist()) for i in new}
         for i in (set(broken) | before) - new - set(refused):
             taken[i] = self._rows_held(i, unique[i][0].stream)
-        for i in new:
+        for i in done.committed:
             self._found += _summary(unique[i][0], broken[i])
         return taken, refused
 
