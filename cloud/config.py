@@ -83,12 +83,14 @@ class Address:
 
 
 class IngestLimits(msgspec.Struct, frozen=True):
-    """One commit holds at most this many blocks and bytes, and waits at most `linger_ms` for more, or until the commit before it is done.
-    A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes of a region in the stack.
+    """One commit holds at most this many blocks, bytes and rows (the last block may pass the limit), and waits at most `linger_ms` for
+    more, or until the commit before it is done. A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes
+    of a region in the stack.
     """
 
-    batch_blocks_max: int = 512
+    batch_blocks_max: int = 2_048
     batch_bytes_max: int = 32 * 1024 * 1024
+    batch_rows_max: int = 262_144
     linger_ms: int = 5
     receipt_interval_ms: int = 50
     workers: int = 1
@@ -380,7 +382,8 @@ def _check(settings: Settings, origin: str) -> None:
         raise ConfigError(f"{origin}: two parts share a port: {ports}")
     limits = settings.ingest
     times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
-    if min(limits.batch_blocks_max, limits.batch_bytes_max, times_ms + 1, settings.small_files_max) < 1:
+    batch = min(limits.batch_blocks_max, limits.batch_bytes_max, limits.batch_rows_max)
+    if min(batch, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
     query, quality = settings.query, settings.quality
     if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:

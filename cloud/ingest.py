@@ -35,16 +35,15 @@ from cloud import brokers, config
 from cloud.audit import Audit
 from cloud.broker_log import BrokerLog, Denial
 from cloud.config import IngestLimits, Region, Settings
-from cloud.gate import Gate, PolicyWatch, Refusal, load_contracts, load_zones
+from cloud.gate import Gate, PolicyWatch, Refusal, Sealed, load_contracts, load_zones
 from cloud.ingest_status import Status, status_path, write_status
 from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
 from cloud.quarantine import CheckedLake
 from cloud.receipts import Receipts
 from cloud.refusals import DENIED, QUARANTINED, REFUSED, Entry, Kind, Refusals
+from cloud.stacks import Stack
 from cloud.workers import NAME, ONE, Worker, end_unused
-from edge_agent.contract.block import BlockHeader
-from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt, encode_receipt
 from edge_agent.contract.topics import DeviceTopics, check_name, parse
@@ -55,23 +54,28 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.1, 5.0)  # the first and the longest wait while the lake is away
 IDLE_S = 0.25
 STATUS_S = 0.5
+UNSEAL_BLOCKS = 256
+"""Decoded at once; more of them are not faster."""
 UPKEEP_S = 60.0  # the longest time without upkeep under load
 
 
 @dataclass
 class Batch:
-    """Messages that are acknowledged together, and their blocks, which the gate let pass."""
+    """Messages that are acknowledged together, and their blocks, which the gate let pass: still sealed, or as stacks."""
 
     messages: list[Received] = field(default_factory=list)
-    blocks: list[tuple[BlockHeader, Table]] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     size_bytes: int = 0
+    rows: int = 0
     began: float = 0.0
 
-    def add(self, message: Received, block: tuple[BlockHeader, Table], now: float) -> None:
+    def add(self, message: Received, block: Sealed, now: float) -> None:
         self.began = self.began if self.messages else now
         self.messages.append(message)
-        self.blocks.append(block)
+        self.sealed.append(block)
         self.size_bytes += len(message.payload)
+        self.rows += block.header.rows
 
 
 @dataclass
@@ -125,7 +129,7 @@ class Ingest:
             message = self._message(self._wait_s(time.monotonic()))
             if message is None:
                 return
-            found = self.gate.inspect(message.topic, message.payload)
+            found = self.gate.admit(message.topic, message.payload)
             if isinstance(found, Refusal):
                 self._refuse(found)
                 self.intake.release([message])
@@ -133,8 +137,19 @@ class Ingest:
                 self._next.add(message, found, time.monotonic())
             self.status.messages += 1
             self.status.bytes += len(message.payload)
+            if len(self._next.sealed) >= UNSEAL_BLOCKS:
+                self._unseal()
+        self._unseal()
         if self._work is not None:  # no room for more before it is done
             wait([self._work], self._wait_s(time.monotonic()))
+
+    def _unseal(self) -> None:
+        """Read the columns of the next batch's blocks, many at once, while the lake's thread writes the batch before it."""
+        stacks, refused = self.gate.unseal(self._next.sealed)
+        self._next.sealed.clear()
+        self._next.stacks += stacks
+        for refusal in refused:
+            self._refuse(refusal)
 
     def _message(self, wait_s: float) -> Received | None:
         """The next message; None after `wait_s`, or when the lake's thread is done."""
@@ -145,7 +160,12 @@ class Ingest:
 
     @property
     def _full(self) -> bool:
-        return len(self._next.messages) >= self.limits.batch_blocks_max or self._next.size_bytes >= self.limits.batch_bytes_max
+        batch, limits = self._next, self.limits
+        return (
+            len(batch.messages) >= limits.batch_blocks_max
+            or batch.size_bytes >= limits.batch_bytes_max
+            or batch.rows >= limits.batch_rows_max
+        )
 
     def _wait_s(self, now: float) -> float:
         """How long nothing else has to be done."""
@@ -162,9 +182,10 @@ class Ingest:
             return
         lingered = now >= self._next.began + self.limits.linger_ms / 1_000
         if not self._committing.messages and self._next.messages and (lingered or self._full):
+            self._unseal()
             self._committing, self._next = self._next, Batch()
         if self._committing.messages:
-            self._start(self.lake.append, self.gate.region, self._committing.blocks)
+            self._start(self.lake.append, self.gate.region, self._committing.stacks)
         elif now >= self._upkept_at + (UPKEEP_S if self._next.messages else IDLE_S):
             self._upkept_at = now
             self._start(self._upkeep)
@@ -205,11 +226,11 @@ class Ingest:
         self.status.receipts += self.intake.publish(DeviceTopics(receipt.device).receipts, encode_receipt(receipt))
 
     def _count(self, batch: Batch, settled: Settled) -> None:
-        rows = {h.identity: h.rows for h, _ in batch.blocks}
+        rows = {header.identity: header.rows for stack in batch.stacks for header in stack.headers}
         status = self.status
         status.blocks += len(settled.committed)
         status.rows += sum(rows[i] for i in settled.committed)
-        status.duplicates += len(batch.blocks) - len(settled.committed) - len(settled.refused)
+        status.duplicates += sum(len(stack.headers) for stack in batch.stacks) - len(settled.committed) - len(settled.refused)
         status.commits += bool(settled.committed)
 
     # Refusals, policy, status

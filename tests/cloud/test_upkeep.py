@@ -79,7 +79,7 @@ def test_one_commit_makes_one_file_a_date_however_many_blocks_it_holds(tmp_path:
 
 
 def test_blocks_on_many_dates_are_stored_in_commits_of_few_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloud.lake.DATES_PER_COMMIT", 4)
+    monkeypatch.setattr("cloud.portions.DATES_PER_COMMIT", 4)
     lake = open_lake(tmp_path)
     assert len(lake.append("eu", [on(n, n % 10, n % 10 + 1) for n in range(1, 21)]).committed) == 20
     assert lake.versions("pump") == {"europe": 4} and lake.read("pump").num_rows == 40
@@ -236,7 +236,7 @@ def test_more_text_than_one_column_can_sort_is_read_in_parts(tmp_path: Path, mon
     lake = open_lake(tmp_path)
     lake.append("eu", [on(n, 0, 1) for n in range(1, 9)])
     whole = lake.read("pump")
-    monkeypatch.setattr("cloud.lake.TAKE_BYTES_MAX", 40)
+    monkeypatch.setattr("cloud.reading.TAKE_BYTES_MAX", 40)
     parts = lake.read("pump")
     assert parts.equals(whole) and parts.schema.equals(whole.schema) and parts["device"].num_chunks > 4
 

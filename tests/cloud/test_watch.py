@@ -12,9 +12,9 @@ import pytest
 from cloud import cli, config
 from cloud.audit import Audit
 from cloud.config import Settings
-from cloud.enforcement import Block
 from cloud.fleet import Fleet
 from cloud.lake import Lake
+from cloud.stacks import Block
 from cloud.status import collect, exposition
 from cloud.watch import Watch, open_lake, read_quality
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block
