@@ -26,6 +26,8 @@ HOST = "127.0.0.1"
 MARKERS = (Path("pipelines/dvc.yaml"), Path("fenceline.toml"))
 PASSWORD_VARIABLE = "FENCELINE_METADATA_PASSWORD"
 WORKERS_MAX = 32
+VACUUM_HOURS_MIN = 7 * 24
+"""Readers and writers that are at work now need files that were replaced a moment ago. Delta's own default."""
 SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
 
 
@@ -129,6 +131,7 @@ class Settings:
     lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
+    vacuum_hours: int = VACUUM_HOURS_MIN
     query: QueryLimits = field(default_factory=QueryLimits)
     quality: QualityLimits = field(default_factory=QualityLimits)
     metadata_url: str | None = None
@@ -256,6 +259,7 @@ class _Lake(msgspec.Struct, frozen=True):
     zones: dict[str, str] = {}
     buckets: dict[str, Bucket] = {}
     small_files_max: int = 200
+    vacuum_hours: int = VACUUM_HOURS_MIN
 
 
 class _Features(msgspec.Struct, frozen=True):
@@ -308,6 +312,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
+        vacuum_hours=read.lake.vacuum_hours,
         query=read.query,
         quality=read.quality,
         metadata_url=_metadata_url(read.metadata, root, str(path)),
@@ -385,6 +390,8 @@ def _check(settings: Settings, origin: str) -> None:
     batch = min(limits.batch_blocks_max, limits.batch_bytes_max, limits.batch_rows_max)
     if min(batch, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
+    if settings.vacuum_hours and settings.vacuum_hours < VACUUM_HOURS_MIN:
+        raise ConfigError(f"{origin}: lake.vacuum_hours {settings.vacuum_hours} must be at least {VACUUM_HOURS_MIN}, or 0: no vacuum")
     query, quality = settings.query, settings.quality
     if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:
         raise ConfigError(f"{origin}: limits of [query] and [quality] must be positive")

@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
@@ -89,6 +90,7 @@ class Ingest:
     limits: IngestLimits
     status_file: Path
     small_files_max: int
+    vacuum_hours: int
     broker_log: BrokerLog | None = None
     policy: Callable[[], Zones | None] = lambda: None
     stop: bool = False
@@ -196,6 +198,8 @@ class Ingest:
 
     def _upkeep(self) -> None:
         self.lake.compact(self.small_files_max)
+        if self.vacuum_hours:
+            self.lake.vacuum(self.vacuum_hours)
         self.lake.correct_clocks()
 
     def _finish(self, now: float, last: bool = False) -> None:
@@ -304,6 +308,7 @@ def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
         limits=settings.ingest,
         status_file=status_path(settings, region.name, worker.name),
         small_files_max=settings.small_files_max,
+        vacuum_hours=settings.vacuum_hours,
         broker_log=BrokerLog(_broker_log_path(settings, region), place) if worker.first else None,
         policy=PolicyWatch(settings, zones).changed,
     )
@@ -323,6 +328,7 @@ def serve(settings: Settings, region: str, worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: now, not while blocks wait
+    gc.freeze()  # what is loaded stays: the garbage of blocks is found without a look at it
     if worker.first:
         end_unused(settings, settings.region(region), worker)
     ingest.intake.open()

@@ -91,6 +91,7 @@ class Lake:
         self._lanes_seen: set[str] = set()
         self._refresh_due: dict[str, float] = {}
         self._clocks = Clocks()
+        self._vacuum_due: dict[Place, float] = {}
 
     # Writing
 
@@ -338,6 +339,26 @@ class Lake:
             self._forget(crowded.stream, crowded.lane)
             return {}
         return {f"{crowded.lane}/{crowded.stream}": done.removed}
+
+    def vacuum(self, hours: int) -> dict[str, int]:
+        """Remove files that no version of the last `hours` needs; how many, by table.
+
+        One call looks at one table, and at each that this object has seen once in VACUUM_EVERY_S. It can always wait: a table that does not
+        answer is logged, and its turn comes again after that time.
+        """
+        now = time.monotonic()
+        place = min(self._handles, key=lambda place: self._vacuum_due.get(place, 0.0), default=None)
+        if place is None or self._vacuum_due.get(place, 0.0) > now:
+            return {}
+        handle, self._vacuum_due[place] = self._handles[place], now + upkeep.VACUUM_EVERY_S
+        try:
+            gone = upkeep.vacuum(handle.table, hours, dry_run=False)
+            self._sync_or_forget(handle)
+        except UnavailableError as e:
+            log.warning("vacuum put off table=%s reason=%s", handle.table.table_uri, e)
+            self._forget(*place)
+            return {}
+        return {f"{handle.lane}/{handle.stream}": len(gone)}
 
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.

@@ -123,6 +123,10 @@ class CheckedLake:
         """`Lake.compact` of both; names of the quarantine's tables begin with its folder's."""
         return {**self.lake.compact(small_files_max), **{f"{FOLDER}/{t}": n for t, n in self.held.compact(small_files_max).items()}}
 
+    def vacuum(self, hours: int) -> dict[str, int]:
+        """`Lake.vacuum` of both."""
+        return {**self.lake.vacuum(hours), **{f"{FOLDER}/{t}": n for t, n in self.held.vacuum(hours).items()}}
+
     def correct_clocks(self) -> dict[str, int]:
         """`Lake.correct_clocks` of both."""
         return {**self.lake.correct_clocks(), **{f"{FOLDER}/{t}": n for t, n in self.held.correct_clocks().items()}}

@@ -37,7 +37,7 @@ _INTEGER, _DECIMAL, _BITS = range(3)
 _FORMS = np.zeros(128, np.int64)  # _INTEGER, but for these
 _FORMS[[ord("d"), ord("r")]] = _DECIMAL, _BITS
 _POWERS = 10.0 ** np.arange(SCALE_MAX + 1)
-_decode_specs = msgspec.msgpack.Decoder(list[tuple[str, str, int, int, int, bool, list[str]]]).decode
+_decode_specs = msgspec.msgpack.Decoder(list[tuple[str, str, int, int, int, bool, tuple[str, ...]]]).decode
 
 
 class Layout(NamedTuple):
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
     orders: tuple[int, ...]
     widths: tuple[int, ...]
     missing: tuple[bool, ...]
-    texts: tuple[list[str], ...]
+    texts: tuple[tuple[str, ...], ...]
 
 
 def read_layout(data: bytes, rows: int) -> Layout:
