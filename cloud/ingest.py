@@ -4,7 +4,7 @@
   broker or by the device, and stored once. A receipt may wait for the next one to the same device, and then comes after the PUBACK: that
   too costs one more sending at most.
 - While one batch is committed the next is collected and checked. So a batch is what came during the commit before it: one block when it
-  is quiet, `batch_blocks_max` under load.
+  is quiet, `batch_blocks_max` under load. Headers are checked as they come, columns many at once (`cloud.stacks`).
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
 - Rows that break their contract go to the lake's quarantine, the rest of their block to its stream (`cloud.quarantine`); that too is told.
