@@ -1,10 +1,10 @@
 """Devices of `bench.ingest_lake` on one connection: blocks go out, receipts come back. A process of its own, with a light hand.
 
-`python -m bench.block_sender --port N --devices D --blocks B --rows R --out FILE [--period S] [--again SHARE]`
+`python -m bench.block_sender --port N --devices D --blocks B --rows R --out FILE [--warm N] [--period S] [--again SHARE]`
 
 Blocks are of the turbofan contract, scored, sealed beforehand. With `--period` each device sends a block every S seconds, all devices
-spread over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. FILE gets the times
-(s, monotonic).
+spread over it; without, all go as fast as the broker takes them. `--again` sends that share of the blocks twice. The first `--warm` blocks
+of each device go ahead, and what is timed begins when they have their receipts: the tables are there then. FILE gets what was timed.
 """
 
 from __future__ import annotations
@@ -93,12 +93,12 @@ class Wire:
         self._decoder = frames.Decoder(4)
         self._decoder.feed(b"\x20\x02\x00\x00")
         self._down.sendall(frames.subscribe(4, 1, f"{PREFIX}/+/{Kind.RECEIPTS}", 0))
-        self.acked = self.sent = 0
+        self.acked = self.sent = 0  # packets; their ids go round
         self._rest = b""
 
-    def send(self, packets: list[bytes]) -> None:
-        self._up.sendall(b"".join(packets))
-        self.sent += len(packets)
+    def send(self, fleet: Fleet, blocks: list[tuple[int, int]]) -> None:
+        self._up.sendall(b"".join([fleet.packet(*block, (self.sent + i) % 65_535 + 1) for i, block in enumerate(blocks)]))
+        self.sent += len(blocks)
 
     def hear(self, wait_s: float) -> list[bytes]:
         """The receipts that come within `wait_s`; PUBACKs are counted."""
@@ -143,7 +143,7 @@ def play(
         room = min(UNACKED_MAX - (wire.sent - wire.acked), UNRECEIPTED_MAX - (len(sent) - len(settled)))
         batch = order[next_ : min(due, next_ + max(0, min(room, 64)))]
         if batch:
-            wire.send([fleet.packet(*block, (next_ + i) % 65_535 + 1) for i, block in enumerate(batch)])
+            wire.send(fleet, batch)
             for block in batch:
                 if block not in sent:
                     sent[block] = now
@@ -163,15 +163,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name in ("port", "devices", "blocks", "rows"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--warm", type=int, default=0)
     parser.add_argument("--period", type=float, default=0.0)
     parser.add_argument("--again", type=float, default=0.0)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     fleet = Fleet(given.devices, given.blocks, given.rows)
-    order, chance = list(fleet.blocks), random.Random(1)
+    wire, warm = Wire(given.port), [block for block in fleet.blocks if block[1] <= given.warm]
+    if len(play(fleet, wire, warm, 0.0)[1]) < len(warm):
+        raise TimeoutError(f"not all of the first {len(warm)} blocks have a receipt after {GIVE_UP_S:.0f} s")
+    order, chance = [block for block in fleet.blocks if block[1] > given.warm], random.Random(1)
     if given.again:
         order += [block for block in order if chance.random() < given.again]
-    sent, settled = play(fleet, Wire(given.port), order, given.period)
+    sent, settled = play(fleet, wire, order, given.period)
     latency = sorted(settled[block] - sent[block] for block in settled)
     document = {
         "sent": len(sent),

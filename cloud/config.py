@@ -26,6 +26,10 @@ HOST = "127.0.0.1"
 MARKERS = (Path("pipelines/dvc.yaml"), Path("fenceline.toml"))
 PASSWORD_VARIABLE = "FENCELINE_METADATA_PASSWORD"
 WORKERS_MAX = 32
+VACUUM_HOURS_MIN = 7 * 24
+VACUUM_HOURS = 30 * 24
+"""As long as Delta keeps its log: what a version needs does not go before the version itself."""
+"""Readers and writers that are at work now need files that were replaced a moment ago. Delta's own default."""
 SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
 
 
@@ -83,13 +87,14 @@ class Address:
 
 
 class IngestLimits(msgspec.Struct, frozen=True):
-    """One commit holds at most this many blocks, and bytes (as they came and decoded), and waits at most `linger_ms` for more, or until the
-    commit before it is done. A device gets at most one receipt in `receipt_interval_ms`. `workers` are the processes of a region in the
-    stack.
+    """One commit holds at most this many blocks, bytes (as they came, and unpacked) and rows (the last block may pass it), and waits at
+    most `linger_ms` for more, or until the commit before it is done. A device gets at most one receipt in `receipt_interval_ms`. `workers`
+    are the processes of a region in the stack.
     """
 
-    batch_blocks_max: int = 512
+    batch_blocks_max: int = 2_048
     batch_bytes_max: int = 64 * 1024 * 1024
+    batch_rows_max: int = 262_144
     linger_ms: int = 5
     receipt_interval_ms: int = 50
     workers: int = 1
@@ -128,6 +133,7 @@ class Settings:
     lake: Roots
     ingest: IngestLimits = field(default_factory=IngestLimits)
     small_files_max: int = 200
+    vacuum_hours: int = VACUUM_HOURS
     query: QueryLimits = field(default_factory=QueryLimits)
     quality: QualityLimits = field(default_factory=QualityLimits)
     metadata_url: str | None = None
@@ -255,6 +261,7 @@ class _Lake(msgspec.Struct, frozen=True):
     zones: dict[str, str] = {}
     buckets: dict[str, Bucket] = {}
     small_files_max: int = 200
+    vacuum_hours: int = VACUUM_HOURS
 
 
 class _Features(msgspec.Struct, frozen=True):
@@ -307,6 +314,7 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
         lake=parse_roots(read.lake.root or str(chosen.absolute() / "lake"), read.lake.zones, read.lake.buckets, root, str(path)),
         ingest=read.ingest,
         small_files_max=read.lake.small_files_max,
+        vacuum_hours=read.lake.vacuum_hours,
         query=read.query,
         quality=read.quality,
         metadata_url=_metadata_url(read.metadata, root, str(path)),
@@ -381,8 +389,11 @@ def _check(settings: Settings, origin: str) -> None:
         raise ConfigError(f"{origin}: two parts share a port: {ports}")
     limits = settings.ingest
     times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
-    if min(limits.batch_blocks_max, limits.batch_bytes_max, times_ms + 1, settings.small_files_max) < 1:
+    batch = min(limits.batch_blocks_max, limits.batch_bytes_max, limits.batch_rows_max)
+    if min(batch, times_ms + 1, settings.small_files_max) < 1:
         raise ConfigError(f"{origin}: limits of [ingest] and [lake] must be positive")
+    if settings.vacuum_hours and settings.vacuum_hours < VACUUM_HOURS_MIN:
+        raise ConfigError(f"{origin}: lake.vacuum_hours {settings.vacuum_hours} must be at least {VACUUM_HOURS_MIN}, or 0: no vacuum")
     query, quality = settings.query, settings.quality
     if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:
         raise ConfigError(f"{origin}: limits of [query] and [quality] must be positive")

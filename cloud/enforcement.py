@@ -6,20 +6,19 @@
 - A block that names other units than its contract has breaks it in every row: nobody can tell which value is meant how.
 - A row that breaks several rules is given the first, in the contract's order of fields, units before all.
 
-Clean blocks are the rule: those of one contract are stacked and looked at together, one pass for the lowest and highest value of each
-field; only where that fails are blocks parted until the ones to blame are found.
+Clean blocks are the rule: those of one contract are looked at together, one pass for the lowest and highest value of each field; only where
+that fails is it asked which rows are to blame, and only their blocks are looked at by themselves.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.block import BlockHeader
+from cloud.stacks import Stack
 from edge_agent.contract.columns import Column, Ints, Strings, Table
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.privacy import PiiKind, is_hashed, off_step
@@ -30,7 +29,6 @@ from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
 US_PER_S = 1e6
 FLOAT_MAX = sys.float_info.max
 
-Block = tuple[BlockHeader, Table]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -56,14 +54,12 @@ class Violations:
         return Strings(self.broken.astype(np.int32), tuple(str(getattr(rule, name)) for rule in self.rules))
 
 
-def violations(contract: StreamContract, blocks: Sequence[Block]) -> dict[int, Violations]:
-    """Which of these blocks, all of `contract`, hold rows that break it, by their place in `blocks`."""
+def violations(contract: StreamContract, stack: Stack) -> dict[int, Violations]:
+    """Which of these blocks, all of `contract`, hold rows that break it, by their place in the stack."""
     if contract in AGENT_STREAMS:
         return {}
-    found = {}
-    for place in _suspects(contract, [table for _, table in blocks], 0):
-        found[place] = check(contract, blocks[place][1])
-    for place, (header, _) in enumerate(blocks):
+    found = {place: check(contract, stack.block(place)[1]) for place in _suspects(contract, stack)}
+    for place, header in enumerate(stack.headers):
         if header.units and header.units != contract.units:
             detail = f"the block's units are {header.units!r}, those of version {contract.version} {contract.units!r}"
             rule = Rule(Reason.WRONG_UNIT, "", detail)
@@ -96,35 +92,27 @@ def allowed(field: Field) -> str:
     return f"{field.minimum:g} to {field.maximum:g}{unit} allowed"
 
 
-def _suspects(contract: StreamContract, tables: Sequence[Table], start: int) -> list[int]:
-    """The places, counted from `start`, of tables that may hold a row to blame."""
-    if not tables or all(_clean(field, [table[field.name] for table in tables]) for field in contract.fields):
-        return []
-    if len(tables) == 1:
-        return [start]
-    half = len(tables) // 2
-    return _suspects(contract, tables[:half], start) + _suspects(contract, tables[half:], start + half)
+def _suspects(contract: StreamContract, stack: Stack) -> list[int]:
+    """The places of blocks that hold a row to blame."""
+    odd = np.zeros(int(stack.counts.sum()), np.bool_)
+    for field in contract.fields:
+        if not _clean(field, stack.table[field.name]):
+            for _, bad in _broken(field, stack.table[field.name]):
+                odd |= bad
+    return np.unique(np.searchsorted(stack.starts, np.flatnonzero(odd), "right") - 1).tolist()
 
 
-def _clean(field: Field, columns: Sequence[Column]) -> bool:
+def _clean(field: Field, column: Column) -> bool:
     """Whether nothing in a field can be wrong; False: look closer."""
     tag = field.pii.kind if field.pii else None
-    numbers: list[npt.NDArray[np.float64] | Ints] = []
-    for column in columns:
-        if isinstance(column, Strings):
-            if not all(_text_fits(text, tag) for text in column.values):
-                return False
-        else:
-            numbers.append(column)
-    if not numbers:
-        return True
-    values = numbers[0] if len(numbers) == 1 else np.concatenate(numbers)
-    if field.pii and (off_step(values.astype(np.float64, copy=False), field.pii.step) if field.pii.step else ~np.isnan(values)).any():
+    if isinstance(column, Strings):
+        return all(_text_fits(text, tag) for text in column.values)
+    if field.pii and (off_step(column.astype(np.float64, copy=False), field.pii.step) if field.pii.step else ~np.isnan(column)).any():
         return False
     low, high = _limits(field)
     if field.required:  # NaN is the lowest and the highest there, and not in range
-        return bool(values.min() >= low and values.max() <= high)
-    return bool(np.fmin.reduce(values, initial=np.inf) >= low and np.fmax.reduce(values, initial=-np.inf) <= high)
+        return bool(column.min() >= low and column.max() <= high)
+    return bool(np.fmin.reduce(column, initial=np.inf) >= low and np.fmax.reduce(column, initial=-np.inf) <= high)
 
 
 def _limits(field: Field) -> tuple[float, float]:

@@ -1,26 +1,34 @@
 """The gate of a region: which blocks may be stored here.
 
 - The device is not trusted. Its header must say what the topic says; the broker lets a device publish under its own name only.
-- The contract must be known, and the columns be the contract's.
+- The contract must be known, and the columns be the contract's. Headers are looked at one by one; the columns of many blocks are decoded at
+  once.
 - This region must be one that every zone of the block's lane allows by the policy in force here, whatever policy the device sealed it
   under.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
+
+import zstandard
 
 from cloud.config import Settings
 from cloud.rows import Contracts, check_columns
 from cloud.settled import Identity
-from edge_agent.contract.block import BlockHeader, decode_block
-from edge_agent.contract.columns import Table
+from cloud.stacks import Block, Stack
+from edge_agent.contract.block import RAW_BYTES_MAX, BlockHeader, open_block, unpack
+from edge_agent.contract.columns import Table, decode_columns
 from edge_agent.contract.errors import ConfigError, ContractError, Reason
 from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.stacked import Layout, decode_stacked, read_layout
 from edge_agent.contract.stream import StreamContract
 from edge_agent.contract.topics import Kind, Topic, parse
 from edge_agent.core.zones import Zones, parse_zones
@@ -45,6 +53,19 @@ class Refusal:
     block: Identity | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A block that may be stored here by its topic and header; `packed` are its columns."""
+
+    where: Topic
+    header: BlockHeader
+    packed: bytes
+
+
+_Unpacked = tuple[Sealed, bytes, Layout | None]
+"""A block, its columns unpacked, and how they lie, if that is of the usual form."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """Decides what this region may store."""
@@ -53,40 +74,119 @@ class Gate:
     contracts: Contracts
     zones: Zones
 
-    def inspect(self, topic: str, payload: bytes) -> tuple[BlockHeader, Table] | Refusal:
-        """The block in a message, or why it is refused."""
+    def admit(self, topic: str, payload: bytes) -> Sealed | Refusal:
+        """The block in a message, its columns unread, or why it is refused."""
         try:
             where = parse(topic)
         except ContractError as e:
             return Refusal("", "", "", Reason.UNKNOWN_TOPIC, str(e))
-        try:
-            header, table = decode_block(payload)
-            contract = self.contracts.get(header)
-            problem = self._problem(where, header, contract)
-            if contract is not None and problem is None:
-                check_columns(contract, header, table)
-                return header, table
-        except ContractError as e:
-            problem = Reason.CORRUPT, str(e)
-        except Exception as e:  # bytes from outside: whatever they do to the decoder, ingest goes on
-            log.exception("block decode failed topic=%s bytes=%d", topic, len(payload))
-            problem = Reason.CORRUPT, f"{type(e).__name__}: {e}"
-        reason, detail = problem or (Reason.UNKNOWN_STREAM, "no contract")
-        return Refusal(where.device, where.lane, where.stream, reason, detail)
+        return _attempt(where, partial(self._opened, where, payload))
 
-    def _problem(self, where: Topic, header: BlockHeader, contract: StreamContract | None) -> tuple[Reason, str] | None:
+    def unseal(self, sealed: Iterable[Sealed]) -> tuple[list[Stack], list[Refusal]]:
+        """The columns of admitted blocks, stacked, and the blocks whose columns are not what their contract says.
+
+        At most RAW_BYTES_MAX are unpacked beyond what is decoded.
+        """
+        stacks: list[Stack] = []
+        refused: list[Refusal] = []
+        alike: defaultdict[tuple[object, ...], list[_Unpacked]] = defaultdict(list)
+        waiting = 0
+        decompressor = zstandard.ZstdDecompressor()
+        for one in sealed:
+            header, layout = one.header, None
+            raw = _attempt(one.where, partial(unpack, header, one.packed, decompressor))
+            if isinstance(raw, Refusal):
+                refused.append(raw)
+                continue
+            with contextlib.suppress(ContractError):  # of another form, or damaged: it is decoded by itself
+                layout = read_layout(raw, header.rows)
+            key = header.stream, header.lane, header.contract_version, layout.shape if layout else header.identity
+            alike[key].append((one, raw, layout))
+            waiting += len(raw)
+            if waiting > RAW_BYTES_MAX:
+                self._decode_all(alike, stacks, refused)
+                waiting = 0
+        self._decode_all(alike, stacks, refused)
+        return stacks, refused
+
+    def inspect(self, topic: str, payload: bytes) -> Block | Refusal:
+        """The block in a message, or why it is refused."""
+        sealed = self.admit(topic, payload)
+        if isinstance(sealed, Refusal):
+            return sealed
+        stacks, refused = self.unseal([sealed])
+        return refused[0] if refused else stacks[0].block(0)
+
+    def _decode_all(self, alike: defaultdict[tuple[object, ...], list[_Unpacked]], stacks: list[Stack], refused: list[Refusal]) -> None:
+        for group in alike.values():
+            self._decode(group, stacks, refused)
+        alike.clear()
+
+    def _decode(self, group: Sequence[_Unpacked], stacks: list[Stack], refused: list[Refusal]) -> None:
+        """Decode blocks that are alike; where that fails they are parted until those to blame are found."""
+        found = _attempt(group[0][0].where, partial(self._decoded, group))
+        if isinstance(found, Stack):
+            stacks.append(found)
+        elif len(group) == 1:
+            refused.append(found)
+        else:
+            half = len(group) // 2
+            self._decode(group[:half], stacks, refused)
+            self._decode(group[half:], stacks, refused)
+
+    def _decoded(self, group: Sequence[_Unpacked]) -> Stack:
+        stack = Stack([one.header for one, _, _ in group], _columns(group))
+        check_columns(self._contract(stack.headers[0]), stack)
+        return stack
+
+    def _opened(self, where: Topic, payload: bytes) -> Sealed | Refusal:
+        header, packed = open_block(payload)
+        problem = self._problem(where, header)
+        return Sealed(where, header, packed) if problem is None else _refusal(where, *problem)
+
+    def _contract(self, header: BlockHeader) -> StreamContract:
+        contract = self.contracts.get(header)
+        if contract is None:
+            raise ContractError(f"no contract for stream {header.stream!r} version {header.contract_version!r}")
+        return contract
+
+    def _problem(self, where: Topic, header: BlockHeader) -> tuple[Reason, str] | None:
         told = (header.device, header.lane, header.stream)
         if where.kind is not Kind.UP or told != (where.device, where.lane, where.stream):
             return Reason.WRONG_DEVICE, f"header says {'/'.join(told)}, topic says {where.device}/{where.lane}/{where.stream}"
         numbers = {"sequence": header.sequence, "sealed_us": header.sealed_us, "monotonic_us": header.monotonic_us}
         if huge := {name: number for name, number in numbers.items() if number not in INT64}:
             return Reason.CORRUPT, f"header numbers that do not fit 64 bits: {huge}"
-        if contract is None:
+        if self.contracts.get(header) is None:
             return Reason.UNKNOWN_STREAM, f"no contract for stream {header.stream!r} version {header.contract_version!r}"
         allowed = self.zones.endpoints(header.lane)
         if self.region not in allowed:
             return Reason.WRONG_REGION, f"region {self.region!r} may not hold {header.lane!r}, which allows {', '.join(allowed) or 'none'}"
         return None
+
+
+def _columns(group: Sequence[_Unpacked]) -> Table:
+    """The columns of blocks that are alike, one block's rows after the other's."""
+    layouts = [layout for _, _, layout in group if layout is not None]
+    if len(group) == 1:  # the decoder of single blocks knows every form, and says what is wrong
+        one, raw, _ = group[0]
+        return decode_columns(raw, one.header.rows)
+    return decode_stacked(layouts)
+
+
+def _attempt(where: Topic, work: Callable[[], T]) -> T | Refusal:
+    """What `work` on bytes from outside gives, or the refusal: whatever they do to a decoder, ingest goes on."""
+    try:
+        return work()
+    except ContractError as e:
+        return _refusal(where, Reason.CORRUPT, str(e))
+    except Exception as e:
+        log.exception("block decode failed device=%s lane=%s stream=%s", where.device, where.lane, where.stream)
+        return _refusal(where, Reason.CORRUPT, f"{type(e).__name__}: {e}")
+
+
+def _refusal(where: Topic, reason: Reason, detail: str) -> Refusal:
+    return Refusal(where.device, where.lane, where.stream, reason, detail)
 
 
 def load_contracts(settings: Settings) -> Contracts:

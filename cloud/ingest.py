@@ -4,7 +4,8 @@
   broker or by the device, and stored once. A receipt may wait for the next one to the same device, and then comes after the PUBACK: that
   too costs one more sending at most.
 - While one batch is committed the next is collected and checked. So a batch is what came during the commit before it: one block when it
-  is quiet, `batch_blocks_max` under load. Its size is what it takes in memory: a few bytes on the wire may decode to many.
+  is quiet, `batch_blocks_max` under load. Its size is what it takes in memory: a few bytes on the wire may unpack to many. Headers are
+  checked as they come, columns many at once (`cloud.stacks`).
 - What the gate refuses is counted, written to the audit trail, raised as an alarm on the device's events topic, and acknowledged to
   the broker without a receipt: the device keeps it.
 - Rows that break their contract go to the lake's quarantine, the rest of their block to its stream (`cloud.quarantine`); that too is told.
@@ -18,11 +19,11 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import queue
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -31,21 +32,22 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import zstandard
 
 from cloud import brokers, config
 from cloud.audit import Audit
 from cloud.broker_log import BrokerLog, Denial
 from cloud.config import IngestLimits, Region, Settings
-from cloud.gate import Gate, PolicyWatch, Refusal, load_contracts, load_zones
+from cloud.gate import Gate, PolicyWatch, Refusal, Sealed, load_contracts, load_zones
 from cloud.ingest_status import Status, status_path, write_status
 from cloud.intake import Intake, Received
 from cloud.lake import Lake, Settled
 from cloud.quarantine import CheckedLake
 from cloud.receipts import Receipts
 from cloud.refusals import DENIED, QUARANTINED, REFUSED, Entry, Kind, Refusals
+from cloud.stacks import Stack
 from cloud.workers import NAME, ONE, Worker, end_unused
-from edge_agent.contract.block import BlockHeader
-from edge_agent.contract.columns import Strings, Table
+from edge_agent.contract.block import RAW_BYTES_MAX
 from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt, encode_receipt
 from edge_agent.contract.topics import DeviceTopics, check_name, parse
@@ -56,23 +58,28 @@ log = logging.getLogger(__name__)
 RETRY_S = (0.1, 5.0)  # the first and the longest wait while the lake is away
 IDLE_S = 0.25
 STATUS_S = 0.5
+UNSEAL_BLOCKS = 256
+"""Decoded at once; more of them are not faster."""
 UPKEEP_S = 60.0  # the longest time without upkeep under load
 
 
 @dataclass
 class Batch:
-    """Messages that are acknowledged together, and their blocks, which the gate let pass."""
+    """Messages that are acknowledged together, and their blocks, which the gate let pass: still sealed, or as stacks."""
 
     messages: list[Received] = field(default_factory=list)
-    blocks: list[tuple[BlockHeader, Table]] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    stacks: list[Stack] = field(default_factory=list)
     size_bytes: int = 0
+    rows: int = 0
     began: float = 0.0
 
-    def add(self, message: Received, block: tuple[BlockHeader, Table], now: float) -> None:
+    def add(self, message: Received, block: Sealed, now: float) -> None:
         self.began = self.began if self.messages else now
         self.messages.append(message)
-        self.blocks.append(block)
-        self.size_bytes += len(message.payload) + _memory_bytes(block[1])
+        self.sealed.append(block)
+        self.size_bytes += len(message.payload) + _unpacked_bytes(block)
+        self.rows += block.header.rows
 
 
 @dataclass
@@ -86,6 +93,7 @@ class Ingest:
     limits: IngestLimits
     status_file: Path
     small_files_max: int
+    vacuum_hours: int
     broker_log: BrokerLog | None = None
     policy: Callable[[], Zones | None] = lambda: None
     stop: bool = False
@@ -129,7 +137,7 @@ class Ingest:
             message = self._message(self._wait_s(now))
             if message is None:
                 return
-            found = self.gate.inspect(message.topic, message.payload)
+            found = self.gate.admit(message.topic, message.payload)
             if isinstance(found, Refusal):
                 self._refuse(found)
                 self.intake.release([message])
@@ -137,8 +145,19 @@ class Ingest:
                 self._next.add(message, found, time.monotonic())
             self.status.messages += 1
             self.status.bytes += len(message.payload)
+            if len(self._next.sealed) >= UNSEAL_BLOCKS:
+                self._unseal()
+        self._unseal()
         if self._work is not None and self._full:  # no room for more before it is done
             wait([self._work], self._wait_s(time.monotonic()))
+
+    def _unseal(self) -> None:
+        """Read the columns of the next batch's blocks, many at once, while the lake's thread writes the batch before it."""
+        stacks, refused = self.gate.unseal(self._next.sealed)
+        self._next.sealed.clear()
+        self._next.stacks += stacks
+        for refusal in refused:
+            self._refuse(refusal)
 
     def _message(self, wait_s: float) -> Received | None:
         """The next message; None after `wait_s`, or when the lake's thread is done."""
@@ -149,7 +168,12 @@ class Ingest:
 
     @property
     def _full(self) -> bool:
-        return len(self._next.messages) >= self.limits.batch_blocks_max or self._next.size_bytes >= self.limits.batch_bytes_max
+        batch, limits = self._next, self.limits
+        return (
+            len(batch.messages) >= limits.batch_blocks_max
+            or batch.size_bytes >= limits.batch_bytes_max
+            or batch.rows >= limits.batch_rows_max
+        )
 
     def _wait_s(self, now: float) -> float:
         """How long nothing else has to be done."""
@@ -166,9 +190,10 @@ class Ingest:
             return
         lingered = now >= self._next.began + self.limits.linger_ms / 1_000
         if not self._committing.messages and self._next.messages and (lingered or self._full):
+            self._unseal()
             self._committing, self._next = self._next, Batch()
         if self._committing.messages:
-            self._start(self.lake.append, self.gate.region, self._committing.blocks)
+            self._start(self.lake.append, self.gate.region, self._committing.stacks)
         elif now >= self._upkept_at + (UPKEEP_S if self._next.messages else IDLE_S):
             self._upkept_at = now
             self._start(self._upkeep)
@@ -179,6 +204,8 @@ class Ingest:
 
     def _upkeep(self) -> None:
         self.lake.compact(self.small_files_max)
+        if self.vacuum_hours:
+            self.lake.vacuum(self.vacuum_hours)
         self.lake.correct_clocks()
 
     def _finish(self, now: float, last: bool = False) -> None:
@@ -209,11 +236,11 @@ class Ingest:
         self.status.receipts += self.intake.publish(DeviceTopics(receipt.device).receipts, encode_receipt(receipt))
 
     def _count(self, batch: Batch, settled: Settled) -> None:
-        rows = {h.identity: h.rows for h, _ in batch.blocks}
+        rows = {header.identity: header.rows for stack in batch.stacks for header in stack.headers}
         status = self.status
         status.blocks += len(settled.committed)
         status.rows += sum(rows[i] for i in settled.committed)
-        status.duplicates += len(batch.blocks) - len(settled.committed) - len(settled.refused)
+        status.duplicates += sum(len(stack.headers) for stack in batch.stacks) - len(settled.committed) - len(settled.refused)
         status.commits += bool(settled.committed)
 
     # Refusals, policy, status
@@ -263,12 +290,10 @@ class Ingest:
             self.intake.publish(DeviceTopics(kind.device).events, msgspec.json.encode(event))
 
 
-def _memory_bytes(table: Table) -> int:
-    """What the columns of a block take in memory."""
-    size = 0
-    for column in table.values():
-        size += column.codes.nbytes + sum(map(sys.getsizeof, column.values)) if isinstance(column, Strings) else column.nbytes
-    return size
+def _unpacked_bytes(block: Sealed) -> int:
+    """What the columns of a block are before they are packed; a pack that does not say counts as the largest."""
+    size = zstandard.frame_content_size(block.packed)
+    return size if size >= 0 else RAW_BYTES_MAX
 
 
 def _is_device(name: str) -> bool:
@@ -295,6 +320,7 @@ def build(settings: Settings, region_name: str, worker: Worker = ONE) -> Ingest:
         limits=settings.ingest,
         status_file=status_path(settings, region.name, worker.name),
         small_files_max=settings.small_files_max,
+        vacuum_hours=settings.vacuum_hours,
         broker_log=BrokerLog(_broker_log_path(settings, region), place) if worker.first else None,
         policy=PolicyWatch(settings, zones).changed,
     )
@@ -314,6 +340,7 @@ def serve(settings: Settings, region: str, worker: Worker) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     pa.array([0.0], from_pandas=True)  # Arrow imports pandas at its first array: now, not while blocks wait
+    gc.freeze()  # what is loaded stays: the garbage of blocks is found without a look at it
     if worker.first:
         end_unused(settings, settings.region(region), worker)
     ingest.intake.open()

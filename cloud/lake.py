@@ -19,9 +19,8 @@ import json
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import date, timedelta
 from pathlib import Path
 
 import pyarrow as pa
@@ -31,28 +30,16 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from cloud import upkeep
 from cloud.clocks import Boot, Clocks, Place, correct
-from cloud.evolution import StoredContract, disagreement
+from cloud.evolution import disagreement
 from cloud.gate import Refusal
+from cloud.portions import portions
+from cloud.reading import read_rows
 from cloud.roots import Roots
-from cloud.rows import (
-    DAYS,
-    EVENT_DATE,
-    ORDER,
-    TEXT_BYTES_MAX,
-    TIME,
-    Contracts,
-    Shifted,
-    date_span,
-    event_dates,
-    stamped,
-    text_bytes,
-    text_bytes_bound,
-    to_rows,
-)
+from cloud.rows import EVENT_DATE, Contracts, stamped, to_rows
 from cloud.settled import LEDGER_COLUMNS, Identity, SettledIndex
+from cloud.stacks import Block, Stack, stacked
 from cloud.tables import LABELS, Tables, contract_of, is_table, open_table, read_table
 from edge_agent.contract.block import BlockHeader
-from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError, Reason, UnavailableError
 from edge_agent.contract.receipt import Receipt
 from edge_agent.contract.stream import AGENT_STREAMS, LOSSES, StreamContract
@@ -61,15 +48,9 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 20
 BLOCKS_KEY = "fenceline.blocks"
-DATES_PER_COMMIT = 64
-"""Each date of a commit is a file; blocks that together have more dates are stored in several commits."""
 PARQUET = WriterProperties(compression="ZSTD")
 REFRESH_S = 5.0
 """How often a lane is read again for what others committed to it, while its receipts are cut off."""
-TAKE_BYTES_MAX = 2**30
-"""Of one text column that is sorted as it is; Arrow counts them in 31 bits."""
-
-Blocks = list[tuple[BlockHeader, Table]]
 
 
 @dataclass(frozen=True)
@@ -110,6 +91,7 @@ class Lake:
         self._lanes_seen: set[str] = set()
         self._refresh_due: dict[str, float] = {}
         self._clocks = Clocks()
+        self._vacuum_due: dict[Place, float] = {}
 
     def beside(self, where: Roots, contracts: Contracts) -> Lake:
         """A lake of the same devices: what one learns of their clocks the other knows too."""
@@ -119,7 +101,7 @@ class Lake:
 
     # Writing
 
-    def append(self, region: str, blocks: Sequence[tuple[BlockHeader, Table]], elsewhere: Sequence[Identity] = ()) -> Settled:
+    def append(self, region: str, found: Iterable[Block | Stack], elsewhere: Sequence[Identity] = ()) -> Settled:
         """Store checked blocks that `region` received; blocks that are settled already are left out.
 
         `elsewhere` names blocks that came too and are stored in another place: they are settled as well, and the receipts say so.
@@ -129,20 +111,21 @@ class Lake:
             ConfigError: tables lie elsewhere than the settings say.
         """
         arrived_us = time.time_ns() // 1_000
-        unique = {header.identity: (header, table) for header, table in blocks}
-        groups: defaultdict[tuple[str, str], Blocks] = defaultdict(list)
-        for header, table in unique.values():
-            groups[header.stream, header.lane].append((header, table))
+        stacks = stacked(found)
+        groups: defaultdict[tuple[str, str], list[Stack]] = defaultdict(list)
+        for stack in stacks:
+            groups[stack.headers[0].stream, stack.headers[0].lane].append(stack)
+        came = [header for stack in stacks for header in stack.headers]
         committed: list[Identity] = []
         refused: dict[Identity, Refusal] = {}
-        self._clocks.learn(header for header, _ in unique.values())
+        self._clocks.learn(came)
         for (stream, lane), group in groups.items():
             fit = self._admit(stream, lane, group, refused)
-            for part in _portions(fit, self._contract):
+            for part in portions(fit, self._contract):
                 committed += self._append_group(region, stream, lane, part, arrived_us)
         self.settle(elsewhere)
         added = set(committed)
-        known = [i for i in unique if i not in refused]
+        known = [header.identity for header in came if header.identity not in refused]
         named = [*known, *elsewhere]
         for lane in self._settled.cut(named):
             self._refresh(lane)
@@ -163,20 +146,24 @@ class Lake:
             self._open_lane(identity[2])
         return identity in self._settled
 
-    def _admit(self, stream: str, lane: str, group: Blocks, refused: dict[Identity, Refusal]) -> Blocks:
-        """The blocks of a group that may be stored; the others go to `refused`, with the reason."""
-        try:
-            self.roots.of(lane)
-        except ConfigError as e:
-            problems = {header.identity: (Reason.NO_ROOT, str(e)) for header, _ in group}
-        else:
-            self._open_lane(lane)
-            handle = self._handle(stream, lane, group[0][0])
-            verdicts = {header.identity: self._verdict(handle, header) for header, _ in group}
-            problems = {identity: (Reason.CONTRACT_BROKEN, why) for identity, why in verdicts.items() if why is not None}
-        for identity, (reason, detail) in problems.items():
-            refused[identity] = Refusal(identity[0], lane, stream, reason, detail, identity)
-        return [(header, table) for header, table in group if header.identity not in problems]
+    def _admit(self, stream: str, lane: str, group: list[Stack], refused: dict[Identity, Refusal]) -> list[Stack]:
+        """The stacks of a group that may be stored; the blocks of the others go to `refused`, with the reason."""
+        problem: tuple[Reason, str] | None
+        fit = []
+        for stack in group:
+            try:
+                self.roots.of(lane)
+            except ConfigError as e:
+                problem = Reason.NO_ROOT, str(e)
+            else:
+                self._open_lane(lane)
+                why = self._verdict(self._handle(stream, lane, stack.headers[0]), stack.headers[0])
+                problem = None if why is None else (Reason.CONTRACT_BROKEN, why)
+            if problem is None:
+                fit.append(stack)
+            else:
+                refused |= {h.identity: Refusal(h.device, lane, stream, *problem, h.identity) for h in stack.headers}
+        return fit
 
     def _verdict(self, handle: _Handle, header: BlockHeader) -> str | None:
         """Why a block's contract does not fit its table; None if it does."""
@@ -185,30 +172,32 @@ class Lake:
             handle.verdicts[version] = disagreement(contract_of(handle.table), self._contract(header))
         return handle.verdicts[version]
 
-    def _append_group(self, region: str, stream: str, lane: str, group: Blocks, arrived_us: int) -> list[Identity]:
+    def _append_group(self, region: str, stream: str, lane: str, group: list[Stack], arrived_us: int) -> list[Identity]:
         for attempt in range(ATTEMPTS_MAX):
             try:
-                handle = self._handle(stream, lane, group[0][0])
+                handle = self._handle(stream, lane, group[0].headers[0])
                 if attempt:
                     self._sync(handle)
-                fresh = [(h, t) for h, t in group if h.identity not in self._settled]
+                fresh = [new for stack in group if (new := stack.only(lambda header: header.identity not in self._settled)) is not None]
+                headers = [header for stack in fresh for header in stack.headers]
                 if fresh:
-                    self._commit(handle, self._rows(region, fresh, arrived_us), [h for h, _ in fresh])
-                return [h.identity for h, _ in fresh]
+                    self._commit(handle, self._rows(region, fresh, arrived_us), headers)
+                return [header.identity for header in headers]
             except CommitFailedError as e:
                 log.info("commit repeated stream=%s lane=%s attempt=%d reason=%s", stream, lane, attempt + 1, e)
             except (DeltaError, OSError) as e:
                 self._forget(stream, lane)  # whether it landed is read from the table, next time
-                raise UnavailableError(f"lake {lane}/{stream} did not commit {len(group)} blocks: {e}") from e
+                blocks = sum(len(stack.headers) for stack in group)
+                raise UnavailableError(f"lake {lane}/{stream} did not commit {blocks} blocks: {e}") from e
         raise UnavailableError(f"lake {lane}/{stream}: {ATTEMPTS_MAX} commits in a row met others; too many writers for one lane")
 
-    def _rows(self, region: str, blocks: Blocks, arrived_us: int) -> pa.Table:
-        """The rows of blocks of one stream; those of one contract version are built together."""
-        versions: defaultdict[str, list[Shifted]] = defaultdict(list)
-        for header, table in blocks:
-            versions[header.contract_version].append((header, table, self._clocks.shift(header)))
-        contracts = [self._contract(group[0][0]) for group in versions.values()]
-        parts = [to_rows(c, region, group, arrived_us) for c, group in zip(contracts, versions.values(), strict=True)]
+    def _rows(self, region: str, stacks: list[Stack], arrived_us: int) -> pa.Table:
+        """The rows of stacks of one stream."""
+        contracts = [self._contract(stack.headers[0]) for stack in stacks]
+        parts = [
+            to_rows(contract, region, stack, [self._clocks.shift(header) for header in stack.headers], arrived_us)
+            for contract, stack in zip(contracts, stacks, strict=True)
+        ]
         if len(parts) == 1:
             return parts[0]
         whole = pa.concat_tables(parts, promote_options="default")
@@ -362,6 +351,26 @@ class Lake:
             return {}
         return {f"{crowded.lane}/{crowded.stream}": done.removed}
 
+    def vacuum(self, hours: int) -> dict[str, int]:
+        """Remove files that no version of the last `hours` needs; how many, by table.
+
+        One call looks at one table, and at each that this object has seen once in VACUUM_EVERY_S. It can always wait: a table that does not
+        answer is logged, and its turn comes again after that time.
+        """
+        now = time.monotonic()
+        place = min(self._handles, key=lambda place: self._vacuum_due.get(place, 0.0), default=None)
+        if place is None or self._vacuum_due.get(place, 0.0) > now:
+            return {}
+        handle, self._vacuum_due[place] = self._handles[place], now + upkeep.VACUUM_EVERY_S
+        try:
+            gone = upkeep.vacuum(handle.table, hours, dry_run=False)
+            self._sync_or_forget(handle)
+        except UnavailableError as e:
+            log.warning("vacuum put off table=%s reason=%s", handle.table.table_uri, e)
+            self._forget(*place)
+            return {}
+        return {f"{handle.lane}/{handle.stream}": len(gone)}
+
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """Give the rows of boots whose clock was set later their true times; corrected rows by table.
 
@@ -463,16 +472,7 @@ class Lake:
         """
         pinned = dict(versions or {})
         chosen = list(lanes) if lanes is not None else sorted(pinned) or self.lanes(stream)
-        wanted = None if columns is None else list(dict.fromkeys([*columns, *ORDER]))
-        parts = []
-        for lane in chosen:
-            table = self.table(stream, lane, pinned.get(lane))
-            within = None if during_us is None else during(contract_of(table), *during_us)
-            parts.append(read_table(table, columns=wanted, filter=within))
-        if not parts:
-            return pa.table({})
-        whole = _ordered(pa.concat_tables(parts, promote_options="default"))
-        return whole if columns is None else whole.select(list(columns))
+        return read_rows([self.table(stream, lane, pinned.get(lane)) for lane in chosen], columns, during_us)
 
     # Labels: `cloud.labels` adds them
 
@@ -487,64 +487,6 @@ class Lake:
         return open_table(root.path(LABELS, stream), root).version() if is_table(root, LABELS, stream) else None
 
 
-def during(contract: StoredContract, from_us: int, to_us: int) -> pc.Expression:
-    """Rows whose event time is at least `from_us` and less than `to_us`; rows that have no date are looked at too."""
-    first, last = (min(max(us // 86_400_000_000, DAYS.start), DAYS.stop - 1) for us in (from_us, to_us - 1))
-    epoch, day = date(1970, 1, 1), pc.field(EVENT_DATE)
-    dates = (day >= epoch + timedelta(first)) & (day <= epoch + timedelta(last))
-    times = pc.field(contract.event_time)
-    return (dates | day.is_null()) & (times >= pa.scalar(from_us, TIME)) & (times < pa.scalar(to_us, TIME))
-
-
-def _ordered(table: pa.Table) -> pa.Table:
-    """Rows sorted by ORDER. Columns with more text than Arrow can sort at once are sorted with wide offsets."""
-    index = pc.sort_indices(table.select(ORDER), [(name, "ascending") for name in ORDER])
-    if max(map(_text_bytes, table.columns)) <= TAKE_BYTES_MAX:
-        return table.take(index)
-    wide = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in table.schema])
-    return pa.concat_tables(_narrowed(table.cast(wide).take(index), table.schema))
-
-
-def _narrowed(wide: pa.Table, narrow: pa.Schema) -> Iterator[pa.Table]:
-    """The table in parts whose texts fit usual columns."""
-    if wide.num_rows > 1 and max(map(_text_bytes, wide.columns)) > TAKE_BYTES_MAX:
-        half = wide.num_rows // 2
-        yield from _narrowed(wide.slice(0, half), narrow)
-        yield from _narrowed(wide.slice(half), narrow)
-    else:
-        yield wide.cast(narrow)
-
-
-def _text_bytes(column: pa.ChunkedArray) -> int:
-    return int(column.nbytes) if pa.types.is_string(column.type) or pa.types.is_large_string(column.type) else 0
-
-
 def _new_handle(stream: str, lane: str, table: DeltaTable, seen: int) -> _Handle:
     files = len(table.file_uris()) if seen >= 0 else 0
     return _Handle(stream, lane, table, seen, files, frozenset(f.name for f in table.schema().fields))
-
-
-def _portions(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> Iterator[Blocks]:
-    """Blocks whose rows fit one commit: their texts, and the dates that they lie in."""
-    if not group or _fits(group, contract_of_block):
-        yield from [group] if group else []
-        return
-    dates = {header.identity: event_dates(contract_of_block(header), table) for header, table in group}
-    portion: Blocks = []
-    size, joined = 0, set[int]()
-    for header, table in sorted(group, key=lambda found: min(dates[found[0].identity])):
-        more, own = text_bytes(header, table), dates[header.identity]
-        if portion and (size + more > TEXT_BYTES_MAX or len(joined | own) > DATES_PER_COMMIT):
-            yield portion
-            portion, size, joined = [], 0, set()
-        portion.append((header, table))
-        size, joined = size + more, joined | own
-    yield portion
-
-
-def _fits(group: Blocks, contract_of_block: Callable[[BlockHeader], StreamContract]) -> bool:
-    """Whether all of it surely fits one commit: the usual case, without a look at each block."""
-    if sum(text_bytes_bound(header, table) for header, table in group) > TEXT_BYTES_MAX:
-        return False
-    first, last = date_span([table[contract_of_block(header).event_time] for header, table in group])
-    return last - first < DATES_PER_COMMIT

@@ -17,8 +17,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -26,12 +26,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cloud.enforcement import Block, Violations, violations
+from cloud.enforcement import Violations, violations
 from cloud.gate import Refusal
 from cloud.lake import Lake, Settled
 from cloud.roots import Root, Roots
 from cloud.rows import ROW, Contracts
 from cloud.settled import Identity
+from cloud.stacks import Block, Stack, stacked
 from cloud.tables import read_table, text_field
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Strings, Table, take
@@ -86,23 +87,25 @@ class CheckedLake:
         self._lanes_seen: set[str] = set()
         self._found: list[Found] = []
 
-    def append(self, region: str, blocks: Sequence[Block]) -> Settled:
+    def append(self, region: str, found: Iterable[Block | Stack]) -> Settled:
         """Store checked blocks that `region` received: good rows in their streams, the others in quarantine.
 
         Raises:
             UnavailableError: one of the two could not commit; append again.
         """
-        unique = {header.identity: (header, table) for header, table in blocks}
-        self._open({header.lane for header, _ in unique.values()})
-        broken = {i: v for i, v in self._violations(list(unique.values())).items() if not self.lake.holds(i)}
-        before = {i for i in unique if self.held.holds(i) and not self.lake.holds(i)}
+        stacks = stacked(found)
+        self._open({stack.headers[0].lane for stack in stacks})
+        broken = {i: v for i, v in self._violations(stacks).items() if not self.lake.holds(i)}
+        before = {h.identity for s in stacks for h in s.headers if self.held.holds(h.identity) and not self.lake.holds(h.identity)}
         if not broken and not before:
-            return self.lake.append(region, list(unique.values()))
-        taken, refused = self._hold(region, unique, broken, before)
-        kept = {i: block for i, block in unique.items() if i not in refused}
+            return self.lake.append(region, stacks)
+        apart = dict(_blocks(stacks, broken.keys() | before))
+        clean = [left for s in stacks if (left := s.only(lambda header: header.identity not in apart)) is not None]
+        taken, refused = self._hold(region, apart, broken, before)
+        kept = {i: block for i, block in apart.items() if i not in refused}
         good = [part for i, block in kept.items() if (part := _without(block, taken.get(i))) is not None]
         whole = [i for i in taken if i in kept and len(taken[i]) == kept[i][0].rows]
-        settled = self.lake.append(region, good, whole)
+        settled = self.lake.append(region, [*clean, *good], whole)
         new = [i for i in whole if i in broken and i not in before]
         return replace(
             settled,
@@ -120,6 +123,10 @@ class CheckedLake:
         """`Lake.compact` of both; names of the quarantine's tables begin with its folder's."""
         return {**self.lake.compact(small_files_max), **{f"{FOLDER}/{t}": n for t, n in self.held.compact(small_files_max).items()}}
 
+    def vacuum(self, hours: int) -> dict[str, int]:
+        """`Lake.vacuum` of both."""
+        return {**self.lake.vacuum(hours), **{f"{FOLDER}/{t}": n for t, n in self.held.vacuum(hours).items()}}
+
     def correct_clocks(self, everywhere: bool = False) -> dict[str, int]:
         """`Lake.correct_clocks` of both; each may know the clock that rows of the other wait for."""
         if everywhere:
@@ -136,15 +143,12 @@ class CheckedLake:
                 continue
             self._lanes_seen.add(lane)
 
-    def _violations(self, blocks: list[Block]) -> dict[Identity, Violations]:
-        groups: defaultdict[tuple[str, str], list[Block]] = defaultdict(list)
-        for header, table in blocks:
-            groups[header.stream, header.contract_version].append((header, table))
+    def _violations(self, stacks: Sequence[Stack]) -> dict[Identity, Violations]:
         found: dict[Identity, Violations] = {}
-        for group in groups.values():
-            contract = self.lake.contracts.get(group[0][0])
+        for stack in stacks:
+            contract = self.lake.contracts.get(stack.headers[0])
             if contract is not None:
-                found |= {group[place][0].identity: hit for place, hit in violations(contract, group).items()}
+                found |= {stack.headers[place].identity: hit for place, hit in violations(contract, stack).items()}
         return found
 
     def _hold(
@@ -177,6 +181,13 @@ def whole_blocks(held: Lake, lane: str) -> Iterator[Identity]:
         whole = found.filter(pc.equal(found["block_rows"], found["count_all"]))
         for device, epoch, sequence in zip(*(whole[name].to_pylist() for name in _IDENTITY), strict=True):
             yield device, epoch, lane, sequence
+
+
+def _blocks(stacks: Sequence[Stack], wanted: Set[Identity]) -> Iterator[tuple[Identity, Block]]:
+    for stack in stacks:
+        for place, header in enumerate(stack.headers):
+            if header.identity in wanted:
+                yield header.identity, stack.block(place)
 
 
 def _without(block: Block, rows: set[int] | None) -> Block | None:

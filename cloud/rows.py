@@ -24,6 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cloud.evolution import check_versions
+from cloud.stacks import Stack
 from edge_agent.contract.block import LATITUDE, LONGITUDE, ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.errors import ContractError
@@ -75,9 +76,6 @@ _META = pa.schema(
 Days = npt.NDArray[np.int64]
 NO_DAY = np.iinfo(np.int32).min
 
-Shifted = tuple[BlockHeader, Table, int | None]
-"""A block, and the correction of its device's clock, if that is known."""
-
 
 class Contracts:
     """The contracts of all streams, by stream and version; the quarantine is always one of them.
@@ -101,8 +99,9 @@ def schema(contract: StreamContract) -> pa.Schema:
     return pa.schema([*((f.name, _ARROW[f.type]) for f in contract.fields), *_META])
 
 
-def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -> None:
-    """Raise ContractError unless the block has the columns of its contract, in type and number."""
+def check_columns(contract: StreamContract, stack: Stack) -> None:
+    """Raise ContractError unless blocks of one shape have the columns of their contract, in type and number, and no more text than fits."""
+    table, name_of = stack.table, stack.headers[0].identity
     wanted = {f.name: _KINDS[f.type] for f in contract.fields} | {ORDINAL: "int64"}
     if SCORE in table:
         wanted[SCORE] = "float64"
@@ -110,23 +109,22 @@ def check_columns(contract: StreamContract, header: BlockHeader, table: Table) -
         wanted |= {LATITUDE: "float64", LONGITUDE: "float64"}
     missing, unknown = sorted(set(wanted) - set(table)), sorted(set(table) - set(wanted))
     if missing or unknown:
-        raise ContractError(f"block {header.identity}: missing columns {missing}, unknown columns {unknown}")
+        raise ContractError(f"block {name_of}: missing columns {missing}, unknown columns {unknown}")
     for name, kind in wanted.items():
         if _kind(table[name]) != kind:
-            raise ContractError(f"block {header.identity}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
-    bound = text_bytes_bound(header, table)
+            raise ContractError(f"block {name_of}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
+    bound = text_bytes_bound(stack)
     if bound > 4 * TEXT_CHARACTERS_MAX and (longest := _longest(table)) > TEXT_CHARACTERS_MAX:
-        raise ContractError(f"block {header.identity}: a text of {longest} characters; at most {TEXT_CHARACTERS_MAX}")
-    if bound > TEXT_BYTES_MAX and (size := text_bytes(header, table)) > TEXT_BYTES_MAX:
-        raise ContractError(f"block {header.identity}: {size} bytes of text in its rows; at most {TEXT_BYTES_MAX}")
+        raise ContractError(f"block {name_of}: a text of {longest} characters; at most {TEXT_CHARACTERS_MAX}")
+    for header, own in stack.blocks() if bound > TEXT_BYTES_MAX else ():
+        if (size := text_bytes(header, own)) > TEXT_BYTES_MAX:
+            raise ContractError(f"block {header.identity}: {size} bytes of text in its rows; at most {TEXT_BYTES_MAX}")
 
 
-def text_bytes_bound(header: BlockHeader, table: Table) -> int:
-    """What `text_bytes` is at most, without a look at the rows: UTF-8 takes four bytes for a character at most."""
-    each = len(header.device) + len(header.epoch) + len(header.lane) + len(header.contract_version) + len(header.model or "")
-    each += len(header.policy) + len(header.boot)
-    each += sum(max(map(len, column.values), default=0) for column in table.values() if isinstance(column, Strings))
-    return 4 * each * header.rows
+def text_bytes_bound(stack: Stack) -> int:
+    """What the `text_bytes` of all its blocks are at most, without a look at the rows: UTF-8 takes four bytes for a character."""
+    each = sum(max((len(text) for text in column.values), default=0) for column in stack.table.values() if isinstance(column, Strings))
+    return 4 * sum(h.rows * (each + sum(map(len, _texts(h)))) for h in stack.headers)
 
 
 def _longest(table: Table) -> int:
@@ -135,12 +133,16 @@ def _longest(table: Table) -> int:
 
 def text_bytes(header: BlockHeader, table: Table) -> int:
     """The bytes of text in the rows of a block."""
-    each = (header.device, header.epoch, header.lane, header.contract_version, header.model or "", header.policy, header.boot)
-    size = header.rows * sum(len(text.encode()) for text in each)
+    size = header.rows * sum(len(text.encode()) for text in _texts(header))
     for column in table.values():
         if isinstance(column, Strings):
             size += int(np.array([len(text.encode()) for text in column.values], np.int64)[column.codes].sum())
     return size
+
+
+def _texts(header: BlockHeader) -> tuple[str, ...]:
+    """What a header adds to each row."""
+    return header.device, header.epoch, header.lane, header.contract_version, header.model or "", header.policy, header.boot
 
 
 def stamped(contract: StreamContract) -> tuple[str, ...]:
@@ -148,32 +150,34 @@ def stamped(contract: StreamContract) -> tuple[str, ...]:
     return (contract.event_time,) if contract in AGENT_STREAMS else ()
 
 
-def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], arrived_us: int) -> pa.Table:
-    """The rows of checked blocks of one stream and version that `region` received at `arrived_us`, sorted by entity and event time.
+def to_rows(contract: StreamContract, region: str, stack: Stack, shifts: Sequence[int | None], arrived_us: int) -> pa.Table:
+    """The rows of checked blocks of one contract that `region` received at `arrived_us`, sorted by entity and event time.
 
-    They are built together: a table of its own for each block would cost a millisecond each.
+    `shifts` are the corrections of the devices' clocks, one for each block, if they are known.
     """
-    headers, counts = [h for h, _, _ in blocks], [h.rows for h, _, _ in blocks]
-    tables = [_corrected(contract, table, shift_us) for _, table, shift_us in blocks]
-    stacked = {name: _stack([t[name] for t in tables]) for name in (*(f.name for f in contract.fields), ORDINAL)}
-    dates = _event_days(stacked[contract.event_time], counts)
-    order = _sorted(stacked[contract.entity], stacked[contract.event_time], dates)
-    owner = np.repeat(np.arange(len(blocks)), counts)[order]
-    owners = pa.array(owner)
-    rows = np.concatenate([table.get(ROW, np.arange(n, dtype=np.int64)) for table, n in zip(tables, counts, strict=True)])[order]
+    headers, table = stack.headers, _corrected(contract, stack, shifts)
+    dates = _event_days(table[contract.event_time], stack.counts)
+    order = _sorted(table[contract.entity], table[contract.event_time], dates)
+    owner = pa.array(stack.each(range(len(headers)))[order])
+    rows = table.get(ROW, np.arange(len(order)) - stack.each(stack.starts))
+    shifted = list(zip(headers, shifts, strict=True))
 
     def each(values: Iterable[object], kind: pa.DataType) -> pa.Array:
-        return pa.array(list(values), kind).take(owners)
+        found = list(values)
+        if len(set(found)) == 1:
+            return pa.repeat(pa.scalar(found[0], kind), len(owner))
+        return pa.array(found, kind).take(owner)
 
-    columns = {f.name: _array(stacked[f.name][order], f.type) for f in contract.fields}
+    columns = {f.name: _array(table[f.name][order], f.type) for f in contract.fields}
     meta = {
-        **{name: _optional(tables, name, counts, order) for name in (SCORE, LATITUDE, LONGITUDE)},
+        **{name: _array(table[name][order], FieldType.NUMBER) for name in (SCORE, LATITUDE, LONGITUDE) if name in table},
+        **{name: pa.nulls(len(order), pa.float64()) for name in (SCORE, LATITUDE, LONGITUDE) if name not in table},
         "device": each((h.device for h in headers), pa.string()),
         "epoch": each((h.epoch for h in headers), pa.string()),
         "lane": each((h.lane for h in headers), pa.string()),
         "sequence": each((h.sequence for h in headers), pa.int64()),
-        "row": pa.array(rows),
-        ORDINAL: _array(stacked[ORDINAL][order], FieldType.INTEGER),
+        "row": _array(rows[order], FieldType.INTEGER),
+        ORDINAL: _array(table[ORDINAL][order], FieldType.INTEGER),
         "contract_version": each((h.contract_version for h in headers), pa.string()),
         "model": each((h.model for h in headers), pa.string()),
         "policy": each((h.policy for h in headers), pa.string()),
@@ -181,37 +185,35 @@ def to_rows(contract: StreamContract, region: str, blocks: Sequence[Shifted], ar
         "region": each((region for _ in headers), pa.string()),
         "boot": each((h.boot for h in headers), pa.string()),
         "monotonic_us": each((h.monotonic_us for h in headers), pa.int64()),
-        "clock_synced": each((h.clock_synced or shift_us is not None for h, _, shift_us in blocks), pa.bool_()),
-        "clock_shift_us": each((shift_us for _, _, shift_us in blocks), pa.int64()),
-        "sealed_at": each((h.sealed_us + (shift_us or 0) for h, _, shift_us in blocks), TIME),
+        "clock_synced": each((h.clock_synced or shift_us is not None for h, shift_us in shifted), pa.bool_()),
+        "clock_shift_us": each(shifts, pa.int64()),
+        "sealed_at": each((h.sealed_us + (shift_us or 0) for h, shift_us in shifted), TIME),
         "arrived_at": each((arrived_us for _ in headers), TIME),
         EVENT_DATE: pa.array(dates[order].astype(np.int32), mask=dates[order] == NO_DAY).cast(pa.date32()),
     }
     return pa.table({**columns, **meta}, schema=schema(contract))
 
 
-def date_span(times: Sequence[Column]) -> tuple[int, int]:
-    """The first and the last event date of blocks, in days since 1970."""
-    whole = _stack(times)
-    assert not isinstance(whole, Strings)
-    return int(whole.min()) // DAY_US, int(whole.max()) // DAY_US
+def date_span(contract: StreamContract, table: Table) -> tuple[int, int]:
+    """The first and the last event date of rows, in days since 1970."""
+    times = table[contract.event_time]
+    assert not isinstance(times, Strings)
+    return int(times.min()) // DAY_US, int(times.max()) // DAY_US
 
 
 def event_dates(contract: StreamContract, table: Table) -> set[int]:
     """The event dates of a block's rows."""
-    times = table[contract.event_time]
-    assert not isinstance(times, Strings)
-    first, last = int(times.min()) // DAY_US, int(times.max()) // DAY_US
-    return {first} if first == last else set(np.unique(_event_days(times, [len(times)])).tolist())
+    first, last = date_span(contract, table)
+    return {first} if first == last else set(np.unique(_event_days(table[contract.event_time], [len(table[ORDINAL])])).tolist())
 
 
-def _event_days(times: Column, counts: Sequence[int]) -> Days:
+def _event_days(times: Column, counts: Sequence[int] | Days) -> Days:
     """The event date of each row of blocks, in days since 1970; NO_DAY for rows that lie apart."""
     assert not isinstance(times, Strings)
     days: Days = times.astype(np.int64) // DAY_US
     days[(days < DAYS.start) | (days >= DAYS.stop)] = NO_DAY
     end = 0
-    for count in counts:
+    for count in counts if days.max() - days.min() >= DATES_MAX else ():
         end += count
         if count > DATES_MAX and len(np.unique(days[end - count : end])) > DATES_MAX:
             days[end - count : end] = NO_DAY
@@ -226,29 +228,18 @@ def _sorted(entity: Column, times: Column, days: Days) -> Days:
     return np.lexsort((times, rank[entity.codes], days))
 
 
-def _corrected(contract: StreamContract, table: Table, shift_us: int | None) -> Table:
-    if shift_us is None:
-        return table
-    return {**table, **{name: _shifted(table[name], shift_us) for name in stamped(contract)}}
+def _corrected(contract: StreamContract, stack: Stack, shifts: Sequence[int | None]) -> Table:
+    if not any(shifts) or not stamped(contract):
+        return stack.table
+    shift = stack.each([shift_us or 0 for shift_us in shifts])
+    return {**stack.table, **{name: _shifted(stack.table[name], shift) for name in stamped(contract)}}
 
 
-def _shifted(column: Column, shift_us: int) -> Column:
+def _shifted(column: Column, shift: Days) -> Column:
     """The times moved. Those that have no date say nothing anyway and stay: at the edge of 64 bits they would come round."""
     assert not isinstance(column, Strings)
     dated = (column >= DATED_US.start) & (column < DATED_US.stop)
-    return np.where(dated, column + shift_us, column)
-
-
-def _stack(parts: Sequence[Column]) -> Column:
-    """The columns of blocks as one; texts keep one dictionary, so that it costs nothing per row."""
-    if len(parts) == 1:
-        return parts[0]
-    texts = [part for part in parts if isinstance(part, Strings)]
-    if not texts:
-        return np.concatenate(parts)  # type: ignore[arg-type]
-    index: dict[str, int] = {}
-    codes = [np.array([index.setdefault(text, len(index)) for text in part.values], np.int32)[part.codes] for part in texts]
-    return Strings(np.concatenate(codes), tuple(index))
+    return np.where(dated, column + shift, column)
 
 
 _KINDS = {FieldType.STRING: "text", FieldType.INTEGER: "int64", FieldType.NUMBER: "float64", FieldType.TIMESTAMP: "int64"}
@@ -267,12 +258,5 @@ def _array(column: Column, kind: FieldType) -> pa.Array:
         return pa.DictionaryArray.from_arrays(pa.array(column.codes), pa.array(list(column.values), pa.string())).cast(pa.string())
     if kind is FieldType.TIMESTAMP:
         return pa.array(column).cast(TIME)
-    return pa.array(column, from_pandas=True)
-
-
-def _optional(tables: Sequence[Table], name: str, counts: Sequence[int], order: Days) -> pa.Array:
-    """A column that blocks may leave out."""
-    if not any(name in table for table in tables):
-        return pa.nulls(sum(counts), pa.float64())
-    parts = [table[name] if name in table else np.full(n, np.nan) for table, n in zip(tables, counts, strict=True)]
-    return _array(_stack(parts)[order], FieldType.NUMBER)
+    missing = np.isnan(column)
+    return pa.array(column, mask=missing) if missing.any() else pa.array(column)

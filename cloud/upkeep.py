@@ -26,6 +26,7 @@ from deltalake import DeltaTable, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from cloud.clocks import TIME_SQL
+from cloud.config import VACUUM_HOURS_MIN
 from cloud.rows import EVENT_DATE
 from cloud.tables import contract_of
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -39,8 +40,8 @@ QUIET_S = 3_600.0
 SORT_ROWS_MAX = 1_000_000
 MERGE_ROWS_MAX = 4_000_000
 """What one date may cost a call that must not take long."""
-VACUUM_HOURS_MIN = 7 * 24
-"""Readers and writers that are at work now need files that were replaced a moment ago."""
+VACUUM_EVERY_S = 86_400.0
+"""How often ingest vacuums a table."""
 PARQUET = WriterProperties(compression="ZSTD")
 
 

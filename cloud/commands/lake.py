@@ -1,4 +1,4 @@
-"""`fenceline lake show|compact|vacuum|probe`: what lies where in the lake, and its upkeep."""
+"""`fenceline lake show|compact|vacuum|probe`: what lies where in the lake and in its quarantine, and their upkeep."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ def _which(command: argparse.ArgumentParser) -> None:
 
 
 def _tables(args: argparse.Namespace) -> Iterator[tuple[str, str, DeltaTable]]:
-    lake = _lake(args)
-    for stream in lake.streams():
-        for lane in lake.lanes(stream):
-            if args.stream in (None, stream) and args.lane in (None, lane):
-                yield stream, lane, lake.table(stream, lane)
+    """Stream, lane and table; the lanes of the quarantine's tables begin with its folder."""
+    from cloud.quarantine import FOLDER, CheckedLake
+
+    checked = CheckedLake(_lake(args))
+    for lake, before in ((checked.lake, ""), (checked.held, f"{FOLDER}/")):
+        for stream in lake.streams():
+            for lane in lake.lanes(stream):
+                if args.stream in (None, stream) and args.lane in (None, lane):
+                    yield stream, before + lane, lake.table(stream, lane)
 
 
 def _lake(args: argparse.Namespace) -> Lake:

@@ -134,16 +134,33 @@ def decode_block(block: bytes, only: str | None = None) -> tuple[BlockHeader, Ta
     Raises:
         ContractError: the bytes are not a whole block of format 1.
     """
+    header, packed = open_block(block)
+    return header, decode_columns(unpack(header, packed), header.rows, only)
+
+
+def open_block(block: bytes) -> tuple[BlockHeader, bytes]:
+    """Header and packed columns of a block whose CRC is right.
+
+    Raises:
+        ContractError: the bytes are not a whole block of format 1.
+    """
     header, start = _split(block)
-    packed = block[start:-4]
+    return header, block[start:-4]
+
+
+def unpack(header: BlockHeader, packed: bytes, decompressor: zstandard.ZstdDecompressor | None = None) -> bytes:
+    """The columns of a block, for `columns.decode_columns`. Who unpacks many does it with one decompressor, in one thread.
+
+    Raises:
+        ContractError: they do not decompress, or to more than RAW_BYTES_MAX.
+    """
     try:
         size = zstandard.frame_content_size(packed)  # -1: not said
         if size > RAW_BYTES_MAX:  # zstd would prefer the frame's own word to the limit
             raise ContractError(f"block {header.identity}: {size} raw bytes; at most {RAW_BYTES_MAX}")
-        raw = zstandard.ZstdDecompressor().decompress(packed, max_output_size=RAW_BYTES_MAX)
+        return (decompressor or zstandard.ZstdDecompressor()).decompress(packed, max_output_size=RAW_BYTES_MAX)
     except zstandard.ZstdError as e:
         raise ContractError(f"block {header.identity}: columns do not decompress: {e}") from e
-    return header, decode_columns(raw, header.rows, only)
 
 
 def _encode_header(header: BlockHeader) -> bytes:

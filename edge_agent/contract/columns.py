@@ -59,7 +59,7 @@ class Strings:
 Column = Floats | Ints | Strings
 Table = dict[str, Column]
 
-_SCALE_MAX = 9
+SCALE_MAX = 9
 _EXACT_MAX = float(2**53)
 _NAN_BITS = np.array([np.nan]).view(np.int64)[0]
 
@@ -175,7 +175,7 @@ def _as_decimal(values: Floats) -> tuple[Ints, int] | None:
         return None
     step = max(1, len(values) // 16)
     sample = values[::step]
-    for scale in range(_SCALE_MAX + 1):
+    for scale in range(SCALE_MAX + 1):
         if (step == 1 or _decimal(sample, scale) is not None) and (integers := _decimal(values, scale)) is not None:
             return integers, scale
     return None
@@ -227,7 +227,7 @@ class _Part(NamedTuple):
 def _part(spec: _Spec, data: bytes, start: int, rows: int) -> _Part:
     if spec.kind not in ("d", "i", "r", "s"):
         raise ContractError(f"column {spec.name!r}: unknown kind {spec.kind!r}")
-    if not (0 <= spec.width <= 8 and 0 <= spec.scale <= _SCALE_MAX and 0 <= spec.order <= 2):
+    if not (0 <= spec.width <= 8 and 0 <= spec.scale <= SCALE_MAX and 0 <= spec.order <= 2):
         raise ContractError(f"column {spec.name!r}: width {spec.width}, scale {spec.scale} or order {spec.order} is out of bounds")
     if spec.missing and spec.kind != "d":
         raise ContractError(f"column {spec.name!r}: only decimal columns have gaps, this one is of kind {spec.kind!r}")

@@ -14,10 +14,10 @@ import pytest
 from cloud import lake as lake_module
 from cloud.cli import main
 from cloud.clocks import TIMES_US
-from cloud.enforcement import Block
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
 from cloud.rows import DATED_US, DATES_MAX, DAY_US, Contracts
+from cloud.stacks import Block
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings
 from tests.cloud.blocks import block, contract

@@ -48,6 +48,8 @@ def test_the_file_in_the_repository_says_what_the_defaults_are() -> None:
         ("regions = []", "at least one"),
         ("[[regions]]\nname = 'EU'\nport = 1", "region 'EU'"),
         ("[ingest]\nbatch_blocks_max = 0", "must be positive"),
+        ("[ingest]\nbatch_rows_max = 0", "must be positive"),
+        ("[lake]\nvacuum_hours = 24", "lake.vacuum_hours 24 must be at least 168, or 0"),
         ("[ingest]\nworkers = 0", "ingest.workers 0 is not between 1 and 32"),
         ("[metadata]\nurl = 'mysql://x/y'", "must be postgresql://USER@HOST:PORT/DATABASE"),
         ("[metadata]\nurl = 'postgresql://me:secret@h/d'", "holds a password; put it in a file"),

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cloud.enforcement import Block, check, violations
+from cloud.enforcement import check, violations
+from cloud.stacks import Block, Stack, stacked
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import Reason
@@ -82,7 +83,8 @@ def columns(rows: list[dict[str, Any]]) -> Table:
 @given(st.lists(st.lists(ROW, min_size=1, max_size=6), min_size=1, max_size=7))
 def test_exactly_the_rows_that_break_a_rule_are_found_with_the_first_rule_they_break(batches: list[list[dict[str, Any]]]) -> None:
     blocks: list[Block] = [(block(i + 1, rows=len(rows))[0], columns(rows)) for i, rows in enumerate(batches)]
-    found = violations(CONTRACT, blocks)
+    (stack,) = stacked(blocks)
+    found = violations(CONTRACT, stack)
     for place, rows in enumerate(batches):
         wanted = {i: said for i, row in enumerate(rows) if (said := oracle(row)) is not None}
         hit = found.get(place)
@@ -97,7 +99,7 @@ def test_other_units_under_the_same_version_condemn_every_row() -> None:
     header, table = block(1)
     assert metric.units and not contract().units
     for units, bad in (("", 0), (metric.units, 0), ("deadbeef", 3)):
-        hit = violations(metric, [(msgspec.structs.replace(header, units=units), table)]).get(0)
+        hit = violations(metric, Stack([msgspec.structs.replace(header, units=units)], table)).get(0)
         assert (0 if hit is None else len(hit.rows)) == bad
         assert hit is None or hit.texts("reason").tolist() == [Reason.WRONG_UNIT] * 3
 
@@ -111,4 +113,4 @@ def test_what_the_device_treats_passes_here() -> None:
 
 @pytest.mark.parametrize("stream", [QUARANTINE])
 def test_the_streams_of_the_agent_have_no_rules(stream: StreamContract) -> None:
-    assert violations(stream, [(block(1)[0], {ORDINAL: np.arange(3)})]) == {}
+    assert violations(stream, Stack([block(1)[0]], {ORDINAL: np.arange(3)})) == {}

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cloud.gate import Gate, Refusal
+from cloud.gate import Gate, Refusal, Sealed
 from cloud.rows import TEXT_CHARACTERS_MAX, Contracts
 from edge_agent.contract.block import ORDINAL, decode_block, encode_block
 from edge_agent.contract.columns import Strings
@@ -146,3 +146,22 @@ def test_the_quarantine_needs_no_contract_of_the_project(gate: Gate) -> None:
     payload = encode_block(header, table)
     assert decode_block(payload)[0] == header
     assert isinstance(gate.inspect(up(stream="quarantine"), payload), tuple)
+
+
+def test_a_block_that_does_not_decode_is_refused_alone_and_the_others_of_its_batch_pass(gate: Gate) -> None:
+    header, table = block(5, lane="canada")
+    wrong_type = encode_block(header, {**table, "pressure": np.arange(3, dtype=np.int64)})
+    missing = encode_block(msgspec.structs.replace(header, sequence=6), {k: v for k, v in table.items() if k != "pressure"})
+    longer = block_bytes(7, lane="canada", rows=4)
+    unscored = encode_block(msgspec.structs.replace(header, sequence=8), {k: v for k, v in table.items() if k != "score"})
+    whole = [block_bytes(n, lane="canada") for n in range(10, 40)]
+    batch = [*whole[:7], wrong_type, *whole[7:9], missing, longer, *whole[9:], unscored]
+    sealed = [gate.admit(up(), data) for data in batch]
+    stacks, refused = gate.unseal(one for one in sealed if isinstance(one, Sealed))
+    assert {(r.reason, r.device, r.lane) for r in refused} == {(Reason.CORRUPT, "d1", "canada")} and len(refused) == 2
+    passed = {h.identity: t for stack in stacks for h, t in stack.blocks()}
+    assert {identity[3] for identity in passed} == {7, 8, *range(10, 40)}
+    for data in [*whole, longer, unscored]:
+        wanted, columns = decode_block(data)
+        for name, column in columns.items():
+            np.testing.assert_array_equal(passed[wanted.identity][name].tolist(), column.tolist())

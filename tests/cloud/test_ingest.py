@@ -24,6 +24,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from cloud import brokers, config, ingest, intake
 from cloud.audit import Audit
 from cloud.config import IngestLimits, Settings
+from cloud.gate import Sealed
 from cloud.ingest_status import read_status, read_worker, status_path
 from cloud.intake import Received
 from cloud.lake import Lake
@@ -246,16 +247,19 @@ def test_a_flood_of_refused_messages_keeps_nobody_s_blocks_waiting_nor_a_stop(se
         thread.join()
 
 
-def test_a_batch_is_as_large_as_what_its_blocks_decode_to(settings: Settings) -> None:
+def test_a_batch_is_as_large_as_what_its_blocks_unpack_to(settings: Settings) -> None:
     header, table = block(1, rows=2_000)
     texts = Strings(np.arange(2_000, dtype=np.int32), tuple(f"{n:01000}" for n in range(2_000)))
+    payload = encode_block(header, {**table, "pump": texts})
+    message = Received("fenceline/v1/d1/up/europe/pump", payload, 1, 1, False)
+    sealed = ingest.build(settings, "eu").gate.admit(message.topic, payload)
+    assert isinstance(sealed, Sealed)
     batch = ingest.Batch()
-    message = Received("", b"12345", 1, 1, False)
-    batch.add(message, (header, {**table, "pump": texts}), 0.0)
-    assert 2_000 * (1_000 + 8 * 5) < batch.size_bytes < 1.2 * 2_000 * (1_000 + 8 * 5), "five numbers and a text in each row"
+    batch.add(message, sealed, 0.0)
+    assert 20 * len(payload) < 2_000 * 1_000 < batch.size_bytes < 1.2 * 2_000 * 1_000 and batch.rows == 2_000, "a text in each row"
 
 
-def test_small_messages_that_decode_to_much_are_committed_few_at_a_time(settings: Settings) -> None:
+def test_small_messages_that_unpack_to_much_are_committed_few_at_a_time(settings: Settings) -> None:
     work = ingest.build(replace(settings, ingest=IngestLimits(batch_bytes_max=3 * 1024 * 1024)), "eu")
     for sequence in range(1, 9):
         header, table = block(sequence, rows=1)

@@ -44,7 +44,7 @@ def test_a_block_that_comes_twice_is_one_block(tmp_path: Path) -> None:
 
 
 def test_blocks_whose_rows_share_long_texts_are_stored_in_commits_of_limited_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloud.lake.TEXT_BYTES_MAX", 1_000)
+    monkeypatch.setattr("cloud.portions.TEXT_BYTES_MAX", 1_000)
     lake = open_lake(tmp_path)
     long = {**block(1)[1], "pump": Strings(np.zeros(3, np.int32), ("x" * 200,))}
     blocks = [(block(n)[0], long) for n in range(1, 5)]

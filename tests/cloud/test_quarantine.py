@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from cloud import lake as lake_module
-from cloud.enforcement import Block
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
 from cloud.rows import Contracts
+from cloud.stacks import Block
 from edge_agent.contract.errors import Reason, UnavailableError
 from edge_agent.contract.stream import Field, FieldType, StreamContract
 from tests.cloud.blocks import block, contract

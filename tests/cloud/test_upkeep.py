@@ -17,13 +17,15 @@ import cloud.lake
 from cloud import cli, upkeep
 from cloud.lake import Lake
 from cloud.probe import probe
+from cloud.quarantine import CheckedLake
 from cloud.roots import Root
-from cloud.rows import DATES_MAX, DAY_US
+from cloud.rows import DATES_MAX, DAY_US, Contracts
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import ConfigError
-from tests.cloud.blocks import block
+from tests.cloud.blocks import block, contract
 from tests.cloud.test_lake import counts, open_lake
+from tests.cloud.test_quarantine import bad
 
 DAY0 = 20_000
 """2024-10-04"""
@@ -79,7 +81,7 @@ def test_one_commit_makes_one_file_a_date_however_many_blocks_it_holds(tmp_path:
 
 
 def test_blocks_on_many_dates_are_stored_in_commits_of_few_dates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cloud.lake.DATES_PER_COMMIT", 4)
+    monkeypatch.setattr("cloud.portions.DATES_PER_COMMIT", 4)
     lake = open_lake(tmp_path)
     assert len(lake.append("eu", [on(n, n % 10, n % 10 + 1) for n in range(1, 21)]).committed) == 20
     assert lake.versions("pump") == {"europe": 4} and lake.read("pump").num_rows == 40
@@ -273,7 +275,7 @@ def test_more_text_than_one_column_can_sort_is_read_in_parts(tmp_path: Path, mon
     lake = open_lake(tmp_path)
     lake.append("eu", [on(n, 0, 1) for n in range(1, 9)])
     whole = lake.read("pump")
-    monkeypatch.setattr("cloud.lake.TAKE_BYTES_MAX", 40)
+    monkeypatch.setattr("cloud.reading.TAKE_BYTES_MAX", 40)
     parts = lake.read("pump")
     assert parts.equals(whole) and parts.schema.equals(whole.schema) and parts["device"].num_chunks > 4
 
@@ -322,6 +324,63 @@ def test_vacuum_removes_what_no_version_of_its_hours_needs(tmp_path: Path) -> No
     assert len(upkeep.vacuum(table, 168, dry_run=False)) == 1 and not orphan.exists()
     assert len(list(folder.iterdir())) == 4 and lake.read("pump").num_rows == 3  # what was merged a moment ago stays
     assert open_lake(tmp_path).append("eu", [on(3, 0), on(4, 0)]).committed == [("d1", "e1", "europe", 4)]
+
+
+def orphans(root: Path, *tables: str) -> list[Path]:
+    """A file of a month ago in each table, that no version needs."""
+    found = [root / table / "event_date=2024-10-04/part-00000-nobody-needs-it.parquet" for table in tables]
+    for path in found:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - 30 * 86_400,) * 2)
+    return found
+
+
+def test_ingest_vacuums_one_table_a_call_each_once_a_day_and_goes_on_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = open_lake(tmp_path)
+    lake.append("eu", [on(1, 0), on(1, 0, lane="canada")])
+    made = orphans(tmp_path, "europe/pump", "canada/pump")
+    assert [lake.vacuum(168) for _ in range(3)] == [{"europe/pump": 1}, {"canada/pump": 1}, {}]
+    assert not any(path.exists() for path in made)
+    assert lake.append("eu", [on(1, 0), on(2, 0)]).committed == [("d1", "e1", "europe", 2)]
+    orphans(tmp_path, "europe/pump")
+    assert lake.vacuum(168) == {}  # its day is not over
+    monkeypatch.setattr("cloud.upkeep.VACUUM_EVERY_S", 0.0)
+    again = open_lake(tmp_path)
+    assert again.append("eu", [on(2, 0), on(3, 0, lane="canada")]).committed == [("d1", "e1", "canada", 3)]
+    assert [again.vacuum(168) for _ in range(3)] == [{"europe/pump": 1}, {"canada/pump": 0}, {"europe/pump": 0}]
+    assert again.read("pump").num_rows == 4
+
+
+def test_a_vacuum_that_fails_is_put_off_and_appends_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = open_lake(tmp_path)
+    lake.append("eu", [on(1, 0)])
+    with monkeypatch.context() as patch:
+
+        def away(*_: object, **__: object) -> list[str]:
+            raise OSError("storage is away")
+
+        patch.setattr("cloud.upkeep.DeltaTable.vacuum", away)
+        assert lake.vacuum(168) == {}
+    assert lake.append("eu", [on(1, 0), on(2, 0)]).committed == [("d1", "e1", "europe", 2)]
+    assert lake.vacuum(168) == {}
+
+
+def test_commands_cover_the_quarantine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fenceline.toml").write_text("")
+    lake = CheckedLake(Lake(tmp_path / "state/lake", Contracts([contract()])))
+    for n in (1, 2):
+        lake.append("eu", [bad(n, [1])])
+    tables = ("europe/pump", "_quarantine/europe/pump")
+    orphans(tmp_path / "state/lake", *tables)
+    assert [set(lake.vacuum(168)) for _ in range(2)] == [set(tables), set()]
+    orphans(tmp_path / "state/lake", *tables)
+    for words, key, each in ((("show",), "files", 2), (("compact",), "removed", 2), (("vacuum", "--hours", "168"), "files", None)):
+        assert cli.main(["--project", str(tmp_path), "--state", str(tmp_path / "state"), "lake", *words, "--json"]) == 0
+        found = {f"{t['lane']}/{t['stream']}": t[key] for t in json.loads(capsys.readouterr().out)}
+        assert set(found) == set(tables)
+        assert all(number == each if each else len(number) == 1 for number in found.values())
+    assert lake.append("eu", [bad(2, [1]), bad(3, [1])]).committed == [("d1", "e1", "europe", 3)]
 
 
 def test_a_file_system_that_lets_one_writer_win_passes_the_probe(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from cloud.audit import Audit
 from cloud.block_index import BlockIndex
 from cloud.completeness import examine
 from cloud.config import Settings
-from cloud.enforcement import Block
 from cloud.fleet import Fleet
 from cloud.lake import Lake
 from cloud.levels import breaches
+from cloud.stacks import Block
 from cloud.status import collect, exposition
 from cloud.watch import Watch, open_lake, read_quality
 from edge_agent.contract.errors import UnavailableError
