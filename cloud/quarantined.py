@@ -28,12 +28,14 @@ from cloud.lake import Lake
 from cloud.quarantine import CheckedLake, rows_of
 from cloud.rows import Contracts
 from cloud.tables import is_table, open_table, read_table, text_field
+from cloud.viewers import ALL, may_see
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.sensor_topics import parse_shape
 from edge_agent.contract.stream import QUARANTINE, StreamContract
 
 RELEASED = "_released"
 NAME = ("device", "epoch", "sequence", "row")
+NUMBERS_END = 2**63
 
 
 class Origin(StrEnum):
@@ -64,6 +66,12 @@ class Selection:
     device: str | None = None
     reason: str | None = None
     name: RowName | None = None
+    zones: tuple[str, ...] = (ALL,)
+    """Those that the caller may see, of `cloud.viewers.rights`."""
+
+    def meets(self, lane: str) -> bool:
+        """Whether rows of a lane may be meant."""
+        return may_see(lane, self.zones) and (self.name is None or self.name.lane == lane)
 
 
 @dataclass(frozen=True)
@@ -100,7 +108,7 @@ def parse_name(text: str) -> RowName:
         ConfigError: it is none.
     """
     parts = text.split("/")
-    if len(parts) != 5 or not (parts[3].isdigit() and parts[4].isdigit()):
+    if len(parts) != 5 or not all(part.isdecimal() and int(part) < NUMBERS_END for part in parts[3:]):
         raise ConfigError(f"{text!r} names no row; DEVICE/EPOCH/LANE/SEQUENCE/ROW does, as fenceline quarantine show prints it")
     return RowName(parts[0], parts[1], parts[2], int(parts[3]), int(parts[4]))
 
@@ -115,14 +123,14 @@ def shelves(lake: CheckedLake, wanted: Selection) -> Iterator[Shelf]:
         yield from _refused_payloads(lake, lane, wanted)
     for stream in lake.held.streams():
         for lane in lake.held.lanes(stream):
-            if wanted.stream in (None, stream) and (wanted.name is None or wanted.name.lane == lane):
+            if wanted.stream in (None, stream) and wanted.meets(lane):
                 table = read_table(lake.held.table(stream, lane), filter=_filter(wanted, "violation"))
                 if table.num_rows:
                     yield Shelf(Origin.INGEST, stream, lane, _marked(lake.held, lane, table))
 
 
 def _refused_payloads(lake: CheckedLake, lane: str, wanted: Selection) -> Iterator[Shelf]:
-    if wanted.name is not None and wanted.name.lane != lane:
+    if not wanted.meets(lane):
         return
     table = read_table(lake.lake.table(QUARANTINE.stream, lane), filter=_filter(wanted, "reason"))
     if not table.num_rows:
@@ -184,13 +192,13 @@ def _marked(held: Lake, lane: str, table: pa.Table) -> pa.Table:
     return table.append_column("released", joined["released_at_min"])
 
 
-def listing(lake: CheckedLake) -> list[dict[str, Any]]:
-    """How many rows lie where, and why: by origin, stream, device, lane and reason.
+def listing(lake: CheckedLake, zones: tuple[str, ...] = (ALL,)) -> list[dict[str, Any]]:
+    """How many rows of `zones` lie where, and why: by origin, stream, device, lane and reason.
 
     Keys of each: origin, stream, device, lane, reason, rows, released, first_at, last_at (when they came to the lake), detail (of one).
     """
     groups = []
-    for shelf in shelves(lake, Selection()):
+    for shelf in shelves(lake, Selection(zones=zones)):
         facts = pa.table(
             {
                 "device": shelf.table["device"],

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, add_group, print_json, print_table
+from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from deltalake import DeltaTable
 
     from cloud.lake import Lake
@@ -38,12 +37,27 @@ def _which(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lane", help="only this lane (default: all)")
 
 
-def _tables(args: argparse.Namespace) -> Iterator[tuple[str, str, DeltaTable]]:
+def _tables(args: argparse.Namespace, *, labels: bool) -> list[tuple[str, str, DeltaTable]]:
+    """The tables that are meant, by stream and lane; with `labels` theirs too, whose lane is `_labels`.
+
+    Raises:
+        ConfigError: there is none by such a name.
+    """
+    from cloud.tables import LABELS
+    from cloud.upkeep import labels_tables
+    from edge_agent.core.settings import nearest
+
     lake = _lake(args)
-    for stream in lake.streams():
-        for lane in lake.lanes(stream):
-            if args.stream in (None, stream) and args.lane in (None, lane):
-                yield stream, lane, lake.table(stream, lane)
+    learned = labels_tables(lake.roots) if labels else {}
+    places = [(stream, lane) for stream in lake.streams() for lane in lake.lanes(stream)]
+    places += [(stream, LABELS) for stream in learned]
+    for what, name, known in (("stream", args.stream, {s for s, _ in places}), ("lane", args.lane, {lane for _, lane in places})):
+        if name is not None and name not in known:
+            raise ConfigError(f"the lake has no {what} {name!r}{nearest(name, known) if known else ': it holds nothing yet'}")
+    found = [(stream, lane) for stream, lane in places if args.stream in (None, stream) and args.lane in (None, lane)]
+    if places and not found:
+        raise ConfigError(f"stream {args.stream!r} has no rows in lane {args.lane!r}; fenceline lake show says what lies where")
+    return [(stream, lane, learned[stream] if lane == LABELS else lake.table(stream, lane)) for stream, lane in found]
 
 
 def _lake(args: argparse.Namespace) -> Lake:
@@ -55,7 +69,7 @@ def _lake(args: argparse.Namespace) -> Lake:
 def _show(args: argparse.Namespace) -> int:
     from cloud.upkeep import summary
 
-    found = [{"lane": lane, "stream": stream, **summary(table)} for stream, lane, table in _tables(args)]
+    found = [{"lane": lane, "stream": stream, **summary(table)} for stream, lane, table in _tables(args, labels=True)]
     if args.json:
         print_json(found)
     else:
@@ -67,7 +81,7 @@ def _show(args: argparse.Namespace) -> int:
 def _compact(args: argparse.Namespace) -> int:
     from cloud.upkeep import compact
 
-    done = [(stream, lane, compact(table, 0, dates_max=None)) for stream, lane, table in _tables(args)]
+    done = [(stream, lane, compact(table, 0, dates_max=None)) for stream, lane, table in _tables(args, labels=False)]
     if args.json:
         print_json([{"lane": lane, "stream": s, "removed": d.removed, "added": d.added, "sorted": d.sorted_dates} for s, lane, d in done])
     else:
@@ -79,7 +93,7 @@ def _compact(args: argparse.Namespace) -> int:
 def _vacuum(args: argparse.Namespace) -> int:
     from cloud.upkeep import vacuum
 
-    done = [(stream, lane, vacuum(table, args.hours, args.dry_run)) for stream, lane, table in _tables(args)]
+    done = [(stream, lane, vacuum(table, args.hours, args.dry_run)) for stream, lane, table in _tables(args, labels=True)]
     if args.json:
         print_json([{"lane": lane, "stream": stream, "files": files, "dry_run": args.dry_run} for stream, lane, files in done])
     else:
