@@ -35,6 +35,8 @@ def _query(args: argparse.Namespace) -> int:
     from cloud.viewers import rights
     from cloud.watch import open_lake
 
+    if args.csv and args.json:
+        raise ConfigError("--csv and --json exclude each other: the answer is one document")
     settings = config.load(args.project, args.state)
     zones = rights(settings, args.zones)
     with Query(open_lake(settings), zones, settings.query) as query:

@@ -139,6 +139,7 @@ def test_times_that_python_has_no_object_for_are_text(shell: Shell) -> None:
     ("words", "says"),
     [
         (["query", "SELECT error('x') FROM pump"], "x"),
+        (["query", "--csv", "--json", "SELECT 1"], "exclude each other"),
         (["query", "--csv", "SELECT [1] AS l"], "cast that column to text"),
         (["query", "--parquet", "/nonexistent/x.parquet", "SELECT 1"], "/nonexistent/x.parquet cannot be written: No such file"),
         (["query", "--parquet", "{tmp}/i.parquet", "SELECT interval 1 day AS i"], "cast that column to text"),
@@ -188,17 +189,11 @@ def test_an_argument_that_makes_no_sense_is_said_so(shell: Shell, words: list[st
 
 @pytest.mark.parametrize("form", ["--csv", "--json", None])
 def test_a_reader_that_has_seen_enough_ends_it_quietly(project: Path, form: str | None) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "cloud.cli",
-        "--project",
-        str(project),
-        "query",
-        "SELECT range, repeat('x', 60) AS a, repeat('y', 60) AS b FROM range(100000)",
-    ]
+    wide = ", ".join(f"repeat('x', 60) AS c{n}" for n in range(10))  # a thousand rows are more than any pipe holds
+    command = [sys.executable, "-m", "cloud.cli", "--project", str(project), "query", f"SELECT {wide} FROM range(10000)"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # with it, Python drops what a write did not take, and says nothing
     with subprocess.Popen(
-        [*command, *filter(None, [form])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+        [*command, *filter(None, [form])], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     ) as running:
         assert running.stdout is not None and running.stderr is not None
         running.stdout.readline()
