@@ -2,18 +2,31 @@
 
 Exit codes: 0 done, 1 it failed or a promise is broken, 2 a setting or the command line has to change. What reports something takes
 `--json`: one document on stdout, everything else on stderr. Heavy modules are imported by the command that needs them.
+
+What may go wrong is one line on stderr: our own errors, and what the operating system says of a file. Anything else is a mistake of
+ours, and shows where (a traceback); `--log-level debug` shows where for the others too.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from cloud.commands import data, features, fleet, ingest, lake, models, policy, quality, stack
-from edge_agent.contract.errors import ConfigError, FencelineError
+from cloud.commands import data, features, fleet, ingest, lake, models, policy, quality, query, stack
+from cloud.commands.output import say
+from edge_agent.contract.errors import ConfigError, ContractError, FencelineError
+
+log = logging.getLogger(__name__)
+
+STOPPED = 128
+"""With the number of a signal: what a shell says of a command that it ended."""
+A_PERSONS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What the operating system says of a name that a person gave, or of rights that he lacks."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,16 +36,28 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return int(args.command(args))
-    except ConfigError as e:
-        print(f"fenceline: {e}", file=sys.stderr)
-        return 2
-    except FencelineError as e:
-        print(f"fenceline: {e}", file=sys.stderr)
-        return 1
+        code = int(args.command(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has seen enough: `fenceline query … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
+        return STOPPED + signal.SIGPIPE
     except KeyboardInterrupt:
-        print("fenceline: stopped", file=sys.stderr)
-        return 130
+        say("fenceline: stopped")
+        return STOPPED + signal.SIGINT
+    except FencelineError as e:
+        _tell(str(e), e)
+        return 2 if isinstance(e, (ConfigError, ContractError)) else 1
+    except OSError as e:
+        if e.errno is None or e.filename is None:
+            raise
+        _tell(f"{e.filename}: {e.strerror}", e)
+        return 2 if isinstance(e, A_PERSONS) else 1
+
+
+def _tell(text: str, error: Exception) -> None:
+    say(f"fenceline: {text}")
+    log.debug("command failed", exc_info=error)
 
 
 def _parser(with_demo: bool) -> argparse.ArgumentParser:
@@ -41,7 +66,7 @@ def _parser(with_demo: bool) -> argparse.ArgumentParser:
     parser.add_argument("--state", type=Path, help="state directory (default: FENCELINE_STATE, then fenceline.toml)")
     parser.add_argument("--log-level", default="warning", choices=["debug", "info", "warning", "error"])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (stack, ingest, data, lake, quality, features, models, fleet, policy):
+    for group in (stack, ingest, data, lake, quality, query, features, models, fleet, policy):
         group.declare(commands)
     _add_demo(commands, with_demo)
     return parser

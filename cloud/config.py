@@ -18,7 +18,7 @@ from urllib.parse import quote
 import msgspec
 
 from cloud.roots import Bucket, Roots, parse_roots
-from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.errors import UNREADABLE, ConfigError, ContractError
 from edge_agent.contract.topics import check_name
 from edge_agent.core.settings import parse_settings
 
@@ -101,7 +101,7 @@ class IngestLimits(msgspec.Struct, frozen=True):
 
 
 class QueryLimits(msgspec.Struct, frozen=True):
-    """What one query may take, and which zones each user of this machine may see (`cloud.query`)."""
+    """What one query may take, and which zones each user of this machine may see (`cloud.viewers`)."""
 
     memory_mib_max: int = 1_024
     time_s_max: float = 60.0
@@ -268,6 +268,13 @@ class _Features(msgspec.Struct, frozen=True):
     live: bool = False
 
 
+class _StackFile(msgspec.Struct, frozen=True):
+    """What of stack.json must be there."""
+
+    pid: int
+    ports: dict[str, int]
+
+
 class _File(msgspec.Struct, frozen=True):
     """fenceline.toml."""
 
@@ -299,8 +306,10 @@ def load(project: Path | None = None, state: Path | None = None) -> Settings:
     """
     root = find_project(project)
     path = root / "fenceline.toml"
-    read = parse_settings(path.read_text(), _File, str(path)) if path.exists() else _File()
+    read = parse_settings(read_text(path), _File, str(path)) if path.exists() else _File()
     chosen = state or Path(os.environ.get("FENCELINE_STATE") or root / read.state)
+    if chosen.is_file():
+        raise ConfigError(f"the state directory {chosen} is a file; give another --state, FENCELINE_STATE or `state` in {path}")
     settings = Settings(
         project=root,
         state_dir=chosen.absolute(),
@@ -337,17 +346,28 @@ def _metadata_url(read: _Metadata, root: Path, origin: str) -> str | None:
         return None
     scheme, _, rest = read.url.partition("://")
     user, at, where = rest.rpartition("@")
-    if scheme != "postgresql" or not where:
-        raise ConfigError(f"{origin}: metadata.url {read.url!r} must be postgresql://USER@HOST:PORT/DATABASE, or be left out for SQLite")
-    if ":" in user:
+    if scheme != "postgresql" or not where:  # the URL is not repeated: it may hold a password
+        raise ConfigError(f"{origin}: metadata.url must be postgresql://USER@HOST:PORT/DATABASE, or be left out for SQLite")
+    if ":" in user or "password=" in read.url.lower():
         raise ConfigError(f"{origin}: metadata.url holds a password; put it in a file (metadata.password_file) or in {PASSWORD_VARIABLE}")
     password = os.environ.get(PASSWORD_VARIABLE)
     if password is None and read.password_file is not None:
-        try:
-            password = (root / read.password_file).read_text().strip()
-        except OSError as e:
-            raise ConfigError(f"{origin}: metadata.password_file {read.password_file}: {e.strerror}") from e
+        password = read_text(root / read.password_file, f"{origin}: metadata.password_file ").strip()
     return f"{scheme}://{user}{':' + quote(password, safe='') if password else ''}{at}{where}"
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """The text of a file that a person wrote; `what` stands before its name in the message.
+
+    Raises:
+        ConfigError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text("utf-8")
+    except OSError as e:
+        raise ConfigError(f"{what}{path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{what}{path} is not UTF-8 at byte {e.start}; save it as UTF-8") from e
 
 
 def find_project(project: Path | None = None) -> Path:
@@ -365,14 +385,22 @@ def find_project(project: Path | None = None) -> Path:
 
 
 def running_stack(settings: Settings) -> dict[str, Any] | None:
-    """What `stack.json` says, if the process that wrote it lives; keys: pid, ports, addresses, pids, ready."""
+    """What `stack.json` says, if the process that wrote it lives; keys: pid, ports, addresses, pids, ready.
+
+    None, too, for a user to whom the state directory is closed: what listens there is not for him, and he may need no more than the lake.
+
+    Raises:
+        ConfigError: the file is not a stack's.
+    """
+    path = settings.stack_path
     try:
-        stack: dict[str, Any] = msgspec.json.decode(settings.stack_path.read_bytes())
-    except FileNotFoundError:
+        stack: dict[str, Any] = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        running = msgspec.convert(stack, _StackFile)
+    except (FileNotFoundError, PermissionError):
         return None
-    except msgspec.DecodeError as e:
-        raise ConfigError(f"{settings.stack_path}: not JSON ({e}); delete it if no stack runs") from e
-    return stack if Path(f"/proc/{stack['pid']}").exists() else None
+    except UNREADABLE as e:
+        raise ConfigError(f"{path} was not written by a stack ({e}); delete it if no stack runs") from e
+    return stack if Path(f"/proc/{running.pid}").exists() else None
 
 
 def _check(settings: Settings, origin: str) -> None:

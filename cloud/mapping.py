@@ -40,6 +40,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 
+from cloud.config import read_text
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.decode import EVENT_S_END
@@ -106,7 +107,7 @@ def load_mapping(name: str, project: Path) -> ColumnMapping:
     path = Path(name) if name.endswith(".toml") or "/" in name else folder / f"{name}.toml"
     if not path.is_file():
         raise ConfigError(f"no mapping {name!r} at {path}{nearest(name, [p.stem for p in folder.glob('*.toml')])}")
-    return parse_mapping(path.read_text(), str(path))
+    return parse_mapping(read_text(path), str(path))
 
 
 def parse_mapping(document: str, origin: str = "mapping") -> ColumnMapping:

@@ -121,4 +121,5 @@ def _begin_sqlite(db: Connection) -> None:
 
 
 def _shown(database: Database) -> str:
-    return str(database) if isinstance(database, Path) else database.rpartition("@")[2]
+    """A database in a message: without user and password, and without options, which could hold another."""
+    return str(database) if isinstance(database, Path) else database.partition("?")[0].rpartition("@")[2]

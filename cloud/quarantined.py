@@ -27,6 +27,7 @@ from cloud.enforcement import broken_fields
 from cloud.evolution import order
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake, rows_of
+from cloud.roots import ALL, may_see
 from cloud.rows import Contracts
 from cloud.tables import is_table, open_table, read_table, text_field
 from edge_agent.contract.errors import ConfigError
@@ -66,6 +67,12 @@ class Selection:
     device: str | None = None
     reason: str | None = None
     name: RowName | None = None
+    zones: tuple[str, ...] = (ALL,)
+    """Those that the caller may see, of `cloud.viewers.rights`."""
+
+    def meets(self, lane: str) -> bool:
+        """Whether rows of a lane may be meant."""
+        return may_see(lane, self.zones) and (self.name is None or self.name.lane == lane)
 
 
 @dataclass(frozen=True)
@@ -117,14 +124,14 @@ def shelves(lake: CheckedLake, wanted: Selection) -> Iterator[Shelf]:
         yield from _refused_payloads(lake, lane, wanted)
     for stream in lake.held.streams():
         for lane in lake.held.lanes(stream):
-            if wanted.stream in (None, stream) and (wanted.name is None or wanted.name.lane == lane):
+            if wanted.stream in (None, stream) and wanted.meets(lane):
                 table = read_table(lake.held.table(stream, lane), filter=_filter(wanted, "violation"))
                 if table.num_rows:
                     yield Shelf(Origin.INGEST, stream, lane, _marked(lake.held, lane, table))
 
 
 def _refused_payloads(lake: CheckedLake, lane: str, wanted: Selection) -> Iterator[Shelf]:
-    if wanted.name is not None and wanted.name.lane != lane:
+    if not wanted.meets(lane):
         return
     table = read_table(lake.lake.table(QUARANTINE.stream, lane), filter=_filter(wanted, "reason"))
     if not table.num_rows:
@@ -186,13 +193,13 @@ def _marked(held: Lake, lane: str, table: pa.Table) -> pa.Table:
     return table.append_column("released", joined["released_at_min"])
 
 
-def listing(lake: CheckedLake) -> list[dict[str, Any]]:
-    """How many rows lie where, and why: by origin, stream, device, lane and reason.
+def listing(lake: CheckedLake, zones: tuple[str, ...] = (ALL,)) -> list[dict[str, Any]]:
+    """How many rows of `zones` lie where, and why: by origin, stream, device, lane and reason.
 
     Keys of each: origin, stream, device, lane, reason, rows, released, first_at, last_at (when they came to the lake), detail (of one).
     """
     groups = []
-    for shelf in shelves(lake, Selection()):
+    for shelf in shelves(lake, Selection(zones=zones)):
         facts = pa.table(
             {
                 "device": shelf.table["device"],

@@ -5,9 +5,10 @@
 - DuckDB runs in memory, with the tables registered and then everything locked: no file, no network, no extension, no setting can be
   reached from SQL. Tables of other lanes are not hidden, they are not there.
 - One SELECT at a time, with limits of memory, time and rows. Nothing can be written to the lake.
-- Rights: `[query.users]` of fenceline.toml lists the zones of each user of this machine (`"*"`: all). Without that section only
-  the owner of the state directory may ask, and sees all: the files are his anyway. It is a fence for tools; who can read the files can
-  read the files.
+- DuckDB holds the whole answer before any of it is given away: its memory limit counts all of it, and an error in the last row is an
+  error. To be handed over it is copied once, so a query takes up to twice its limit.
+- Columns of one name are told apart as DuckDB does it: `a`, `a_1`.
+- `cloud.viewers` says which zones the caller may see.
 
     with Query(lake, zones=["europe"]) as query:
         query.run('SELECT engine, avg(sensor_2) FROM turbofan GROUP BY engine').read_all()
@@ -15,8 +16,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,45 +24,26 @@ from types import TracebackType
 import duckdb
 import pyarrow as pa
 
-from cloud.config import QueryLimits, Settings
+from cloud.config import QueryLimits
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
-from cloud.roots import ALL
 from cloud.tables import query_dataset
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.core.settings import nearest
 
+ANSWER = "@answer"
+"""No stream has such a name."""
+BATCH_ROWS = 10_000
+UNREAD = "reading the stream registered as"
+"""What DuckDB says when the files of a table are the cause."""
 _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "python_enable_replacements": "false",
+    "temp_directory": "",  # DuckDB leaves it open to SQL
     "max_temp_directory_size": "0KB",
 }
 _LOCKS = ("SET enable_external_access = false", "SET lock_configuration = true")
-
-
-def rights(settings: Settings, wanted: Sequence[str] = ()) -> tuple[str, ...]:
-    """The zones that this process's user may see; of these only `wanted`, if any are named. `*` stands for all.
-
-    Raises:
-        ConfigError: he may see none, or not all that are wanted.
-    """
-    user = pwd.getpwuid(os.geteuid()).pw_name
-    users = settings.query.users
-    if users:
-        granted = tuple(users.get(user, ()))
-        if not granted:
-            raise ConfigError(f"user {user!r} may query no zone; [query.users] of fenceline.toml names {', '.join(sorted(users))}")
-    else:
-        owner = settings.state_dir.stat().st_uid
-        if owner != os.geteuid():
-            raise ConfigError(
-                f"user {user!r} does not own {settings.state_dir}, and fenceline.toml has no [query.users] that lets others query the lake"
-            )
-        granted = (ALL,)
-    if refused := [zone for zone in wanted if ALL not in granted and zone not in granted]:
-        raise ConfigError(f"user {user!r} may not query {', '.join(refused)}; only {', '.join(granted)}")
-    return tuple(wanted) or granted
 
 
 class Query:
@@ -89,11 +69,11 @@ class Query:
         self._db.close()
 
     def run(self, sql: str) -> pa.Table:
-        """The answer to one SELECT.
+        """The answer to one SELECT; no two columns have one name.
 
         Raises:
             ConfigError: it is no single SELECT, or asks for what is not there; the message says what is.
-            UnavailableError: it takes more memory, time or rows than allowed.
+            UnavailableError: it takes more memory, time or rows than allowed, or the lake does not read.
         """
         self._check(sql)
         alarm = threading.Timer(self._limits.time_s_max, self._db.interrupt)
@@ -112,6 +92,8 @@ class Query:
         except duckdb.PermissionException as e:
             raise ConfigError(f"a query reads the streams of the lake and nothing else: {_first_line(e)}") from e
         except duckdb.Error as e:
+            if UNREAD in str(e):
+                raise UnavailableError(f"the lake does not read: {_first_line(e)}") from e
             raise ConfigError(_first_line(e)) from e
         finally:
             alarm.cancel()
@@ -136,14 +118,13 @@ class Query:
             raise ConfigError("one SELECT at a time: the lake is only looked at here")
 
     def _fetch(self, sql: str) -> pa.Table:
-        reader = self._db.sql(sql).to_arrow_reader(10_000)
-        batches, rows = [], 0
-        for batch in reader:
-            batches.append(batch)
-            rows += batch.num_rows
-            if rows > self._limits.rows_max:
-                raise UnavailableError(f"the answer has more than {self._limits.rows_max} rows; add a LIMIT, or raise [query] rows_max")
-        return pa.Table.from_batches(batches, reader.schema)
+        rows_max = self._limits.rows_max
+        self._db.execute(f"DROP TABLE IF EXISTS {_quoted(ANSWER)}")
+        self._db.sql(sql).limit(rows_max + 1).create(ANSWER)
+        found = self._db.table(_quoted(ANSWER)).to_arrow_table(BATCH_ROWS)
+        if found.num_rows > rows_max:
+            raise UnavailableError(f"the answer has more than {rows_max} rows; add a LIMIT, or raise [query] rows_max")
+        return found
 
     def _explain(self, text: str) -> str:
         """What DuckDB says of a name that is not there, with the names that are."""
@@ -152,7 +133,7 @@ class Query:
             return head
         name = head.split("Table with name ")[1].split(" ")[0].strip('"')
         listed = ", ".join(map(_quoted, self.streams)) or "none: the lake is empty, or none of it may be seen"
-        return f"there is no stream {name!r}{nearest(name, self.streams)}; there are: {listed}"
+        return f"there is no stream {name!r}{nearest(name, self.streams) if self.streams else ''}; there are: {listed}"
 
 
 def _quoted(name: str) -> str:

@@ -103,7 +103,10 @@ class Root:
         """
         if not self.on_s3:
             path = Path(self.path(*parts))
-            return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+            try:
+                return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+            except OSError as e:
+                raise UnavailableError(f"{path} does not list: {e.strerror}") from e
         import pyarrow.fs as pafs  # settings are read by every command; only this needs Arrow
         from deltalake.fs import DeltaStorageHandler
 

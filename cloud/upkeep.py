@@ -27,8 +27,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 
 from cloud.clocks import TIME_SQL
 from cloud.config import VACUUM_HOURS_MIN
+from cloud.roots import Roots
 from cloud.rows import EVENT_DATE
-from cloud.tables import contract_of
+from cloud.tables import LABELS, contract_of, is_table, open_table
 from edge_agent.contract.errors import ConfigError, UnavailableError
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ MERGE_ROWS_MAX = 4_000_000
 """What one date may cost a call that must not take long."""
 VACUUM_EVERY_S = 86_400.0
 """How often ingest vacuums a table."""
+VACUUM_HOURS_MAX = 100 * 365 * 24
 PARQUET = WriterProperties(compression="ZSTD")
 
 
@@ -74,8 +76,10 @@ class Compacted:
 def partitions(table: DeltaTable) -> list[Partition]:
     """The partitions of a table, in order of date."""
     files = pa.table(table.get_add_actions(flatten=True))
-    names = ("partition." + EVENT_DATE, "size_bytes", "num_records", "modification_time")
-    columns = [files[name].to_pylist() for name in names] + [_arrivals(files, end) for end in ("min", "max")]
+    dated = f"partition.{EVENT_DATE}"
+    days = files[dated].to_pylist() if dated in files.column_names else [None] * files.num_rows  # labels have none
+    names = ("size_bytes", "num_records", "modification_time")
+    columns = [days, *(files[name].to_pylist() for name in names)] + [_arrivals(files, end) for end in ("min", "max")]
     dates: defaultdict[date | None, list[_File]] = defaultdict(list)
     for day, *rest in zip(*columns, strict=True):
         dates[day].append(_File(*rest))
@@ -103,6 +107,16 @@ def _partition(day: date | None, files: list[_File]) -> Partition:
     newest_s = max(f.modified_ms for f in files) / 1e3
     sizes = (sum(f.bytes for f in files), sum(f.rows for f in files))
     return Partition(day, len(files), len(small), *sizes, newest_s, since, sum(f.rows for f in late))
+
+
+def labels_tables(roots: Roots) -> dict[str, DeltaTable]:
+    """The tables of labels by stream. They belong to no zone and have no dates; every addition leaves what was there before as a file.
+
+    Raises:
+        UnavailableError: the storage does not answer.
+    """
+    root = roots.default
+    return {s: open_table(root.path(LABELS, s), root) for s in root.folders(LABELS) if is_table(root, LABELS, s)}
 
 
 def summary(table: DeltaTable) -> dict[str, Any]:
@@ -195,9 +209,11 @@ def vacuum(table: DeltaTable, hours: int, dry_run: bool) -> list[str]:
     """Remove files that no version of the last `hours` needs; their names.
 
     Raises:
-        ConfigError: `hours` is less than VACUUM_HOURS_MIN.
+        ConfigError: `hours` is not between VACUUM_HOURS_MIN and VACUUM_HOURS_MAX.
         UnavailableError: the table does not answer.
     """
+    if hours > VACUUM_HOURS_MAX:
+        raise ConfigError(f"vacuum keeps at most {VACUUM_HOURS_MAX} hours, which is a hundred years, not {hours}")
     if hours < VACUUM_HOURS_MIN:
         raise ConfigError(f"vacuum keeps at least {VACUUM_HOURS_MIN} hours, not {hours}: readers and writers at work may need those files")
     try:

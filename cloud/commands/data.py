@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, add_group, pair, print_json, say
+from cloud.commands.output import add_command, add_group, iso_time, pair, positive, print_json, say
 from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ def declare(commands: Any) -> None:
     _mapping_arguments(replay)
     replay.add_argument("--device", action="append", default=[], help="the gateway; repeat it to share the entities out (default: all)")
     replay.add_argument("--rate", type=float, default=0.0, metavar="ROWS_PER_S", help="default: as fast as the broker takes them")
-    replay.add_argument("--limit", type=int, metavar="ROWS", help="stop after that many rows")
+    replay.add_argument("--limit", type=positive, metavar="ROWS", help="stop after that many rows")
     bring = add_command(
         commands, "import-buffer", _import_buffer, "bring the buffer of a dead device into the lake, as its uplink would have"
     )
@@ -48,7 +47,7 @@ def _mapping_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--set", type=pair, action="append", default=[], metavar="FIELD=COLUMN", help="change the mapping; repeatable")
     command.add_argument("--entity-prefix", metavar="TEXT", help="put this before the entity's name")
-    command.add_argument("--start", type=_time, metavar="ISO_TIME", help="the time of cycle 0, for mappings that count")
+    command.add_argument("--start", type=iso_time, metavar="ISO_TIME", help="the time of cycle 0, for mappings that count")
 
 
 def _replay(args: argparse.Namespace) -> int:
@@ -133,11 +132,6 @@ def _clock_fix(args: argparse.Namespace) -> int:
     else:
         print("".join(f"{table}: {rows} rows corrected\n" for table, rows in corrected.items()) or "no rows to correct")
     return 0
-
-
-def _time(text: str) -> datetime:
-    found = datetime.fromisoformat(text)
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _contract(settings: Settings, stream: str | None) -> StreamContract:

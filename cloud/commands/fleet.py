@@ -74,4 +74,7 @@ def _position(text: str) -> Position:
     from cloud.enrol import Position
 
     lat, _, lon = text.partition(",")
-    return Position(float(lat), float(lon))
+    try:
+        return Position(float(lat), float(lon))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(f"{text!r} is not LAT,LON in degrees, such as 48.1,11.5") from e

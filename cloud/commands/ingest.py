@@ -9,14 +9,14 @@ import threading
 from typing import Any
 
 from cloud import config
-from cloud.commands.output import add_command, say
+from cloud.commands.output import add_command, positive, say
 
 
 def declare(commands: Any) -> None:
     """Declare the command."""
     ingest = add_command(commands, "ingest", _ingest, "bring the blocks of a region's broker into the lake, until Ctrl-C or SIGTERM")
     ingest.add_argument("--region", required=True, help="a region of fenceline.toml")
-    ingest.add_argument("--workers", type=int, metavar="N", help="processes that share the work (default: ingest.workers)")
+    ingest.add_argument("--workers", type=positive, metavar="N", help="processes that share the work (default: ingest.workers)")
     ingest.add_argument(
         "--worker-name",
         default="ingest",
@@ -52,4 +52,4 @@ def _ingest(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [positive(part) for part in text.split(",")]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, add_group, print_json, print_table
+from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from deltalake import DeltaTable
 
     from cloud.lake import Lake
@@ -38,16 +38,34 @@ def _which(command: argparse.ArgumentParser) -> None:
     command.add_argument("--lane", help="only this lane (default: all)")
 
 
-def _tables(args: argparse.Namespace) -> Iterator[tuple[str, str, DeltaTable]]:
-    """Stream, lane and table; the lanes of the quarantine's tables begin with its folder."""
+def _tables(args: argparse.Namespace, *, labels: bool) -> list[tuple[str, str, DeltaTable]]:
+    """The tables that are meant, by stream and lane; the lanes of the quarantine's begin with its folder. With `labels` theirs too, whose
+    lane is `_labels`.
+
+    Raises:
+        ConfigError: there is none by such a name.
+    """
     from cloud.quarantine import FOLDER, CheckedLake
+    from cloud.tables import LABELS
+    from cloud.upkeep import labels_tables
+    from edge_agent.core.settings import nearest
 
     checked = CheckedLake(_lake(args))
-    for lake, before in ((checked.lake, ""), (checked.held, f"{FOLDER}/")):
-        for stream in lake.streams():
-            for lane in lake.lanes(stream):
-                if args.stream in (None, stream) and args.lane in (None, lane):
-                    yield stream, before + lane, lake.table(stream, lane)
+    places = [
+        (stream, before + lane, partial(lake.table, stream, lane))
+        for lake, before in ((checked.lake, ""), (checked.held, f"{FOLDER}/"))
+        for stream in lake.streams()
+        for lane in lake.lanes(stream)
+    ]
+    learned = labels_tables(checked.lake.roots) if labels else {}
+    places += [(stream, LABELS, partial(learned.__getitem__, stream)) for stream in learned]
+    for what, name, known in (("stream", args.stream, {s for s, _, _ in places}), ("lane", args.lane, {lane for _, lane, _ in places})):
+        if name is not None and name not in known:
+            raise ConfigError(f"the lake has no {what} {name!r}{nearest(name, known) if known else ': it holds nothing yet'}")
+    found = [place for place in places if args.stream in (None, place[0]) and args.lane in (None, place[1])]
+    if places and not found:
+        raise ConfigError(f"stream {args.stream!r} has no rows in lane {args.lane!r}; fenceline lake show says what lies where")
+    return [(stream, lane, open_table()) for stream, lane, open_table in found]
 
 
 def _lake(args: argparse.Namespace) -> Lake:
@@ -59,7 +77,7 @@ def _lake(args: argparse.Namespace) -> Lake:
 def _show(args: argparse.Namespace) -> int:
     from cloud.upkeep import summary
 
-    found = [{"lane": lane, "stream": stream, **summary(table)} for stream, lane, table in _tables(args)]
+    found = [{"lane": lane, "stream": stream, **summary(table)} for stream, lane, table in _tables(args, labels=True)]
     if args.json:
         print_json(found)
     else:
@@ -71,7 +89,7 @@ def _show(args: argparse.Namespace) -> int:
 def _compact(args: argparse.Namespace) -> int:
     from cloud.upkeep import compact
 
-    done = [(stream, lane, compact(table, 0, dates_max=None)) for stream, lane, table in _tables(args)]
+    done = [(stream, lane, compact(table, 0, dates_max=None)) for stream, lane, table in _tables(args, labels=False)]
     if args.json:
         print_json([{"lane": lane, "stream": s, "removed": d.removed, "added": d.added, "sorted": d.sorted_dates} for s, lane, d in done])
     else:
@@ -83,7 +101,7 @@ def _compact(args: argparse.Namespace) -> int:
 def _vacuum(args: argparse.Namespace) -> int:
     from cloud.upkeep import vacuum
 
-    done = [(stream, lane, vacuum(table, args.hours, args.dry_run)) for stream, lane, table in _tables(args)]
+    done = [(stream, lane, vacuum(table, args.hours, args.dry_run)) for stream, lane, table in _tables(args, labels=True)]
     if args.json:
         print_json([{"lane": lane, "stream": stream, "files": files, "dry_run": args.dry_run} for stream, lane, files in done])
     else:

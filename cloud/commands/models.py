@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, add_group, print_json, print_table, say
+from cloud.commands.output import add_command, add_group, print_json, print_table, say, show
 
 if TYPE_CHECKING:
     from cloud.rollout import Rollout
@@ -149,6 +149,6 @@ def _print_rollout(found: Rollout, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print(f"rollout {found.id}: {found.ref.target} is {found.status}, wave {found.wave + 1} of {found.waves}. {found.reason}")
+    show(f"rollout {found.id}: {found.ref.target} is {found.status}, wave {found.wave + 1} of {found.waves}. {found.reason}")
     rows = [(name, m.wave + 1, m.place, m.failure or None) for name, m in found.members.items()]
     print_table(("device", "wave", "place", "failure"), rows)

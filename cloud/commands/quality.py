@@ -1,26 +1,22 @@
-"""`fenceline quarantine|completeness|query`: is the data whole, is it good, and a look at it."""
+"""`fenceline quarantine|completeness`: is the data good, and is it whole."""
 
 from __future__ import annotations
 
 import argparse
-import getpass
-import math
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, add_group, print_json, print_table, say
+from cloud.commands.output import add_command, add_group, positive, print_json, print_table, say, seconds, short, show
 from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
+    from cloud.config import Settings
     from cloud.quarantined import Selection
 
 SHOWN_MAX = 20
-LIMIT_MAX = 1_000_000
-CELL_CHARACTERS_MAX = 60
-GRACE_S_MAX = 100 * 365 * 86_400.0
+SPAN_CHARACTERS_MAX = 12
 
 
 def declare(commands: Any) -> None:
@@ -29,7 +25,7 @@ def declare(commands: Any) -> None:
     add_command(quarantine, "list", _list, "how many lie there, by stream, device and reason")
     show = add_command(quarantine, "show", _show, "the rows themselves: payloads, values, and what was allowed")
     _selection_arguments(show)
-    show.add_argument("--limit", type=_limit, default=SHOWN_MAX, metavar="ROWS", help=f"default: {SHOWN_MAX}")
+    show.add_argument("--limit", type=positive, default=SHOWN_MAX, metavar="ROWS", help=f"default: {SHOWN_MAX}")
     release = add_command(quarantine, "release", _release, "put those that keep the present contract into their stream")
     _selection_arguments(release)
     release.add_argument("--as-is", action="store_true", help="whatever the contract says; needs --by")
@@ -37,15 +33,7 @@ def declare(commands: Any) -> None:
     whole = add_command(commands, "completeness", _completeness, "which share of what was captured is in the lake, and every gap")
     whole.add_argument("of", nargs="?", metavar="DEVICE|STREAM", help="default: everything")
     whole.add_argument("--since", type=_since, metavar="TIME", help="only what came since then: ISO time, or 30min, 12h, 7d ago")
-    whole.add_argument("--grace", type=_grace, metavar="S", help="how late a block may be (default: [quality] grace_s)")
-    query = add_command(commands, "query", _query, "SQL over the lake: one SELECT, a view per stream")
-    query.add_argument("sql", metavar="SELECT")
-    query.add_argument(
-        "--zones", type=lambda text: text.split(","), default=[], metavar="A,B", help="only these zones (default: all you may see)"
-    )
-    form = query.add_mutually_exclusive_group()
-    form.add_argument("--csv", action="store_true", help="print CSV")
-    form.add_argument("--parquet", type=Path, metavar="FILE", help="write Parquet")
+    whole.add_argument("--grace", type=seconds, metavar="S", help="how late a block may be (default: [quality] grace_s)")
 
 
 def _selection_arguments(command: argparse.ArgumentParser) -> None:
@@ -55,26 +43,31 @@ def _selection_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--reason")
 
 
-def _selected(args: argparse.Namespace) -> Selection:
+def _selected(args: argparse.Namespace, settings: Settings) -> Selection:
+    """What is meant, of what the user may see."""
     from cloud.quarantined import Selection, parse_name
+    from cloud.viewers import rights
 
     if not (args.row or args.stream or args.device or args.reason):
         raise ConfigError("say which rows: ROW, --stream, --device or --reason; fenceline quarantine list shows what there is")
-    return Selection(args.stream, args.device, args.reason, parse_name(args.row) if args.row else None)
+    return Selection(args.stream, args.device, args.reason, parse_name(args.row) if args.row else None, rights(settings))
 
 
 def _list(args: argparse.Namespace) -> int:
     from cloud.quarantined import listing
+    from cloud.viewers import rights
     from cloud.watch import open_lake
 
-    found = listing(open_lake(config.load(args.project, args.state)))
+    settings = config.load(args.project, args.state)
+    zones = rights(settings)
+    found = listing(open_lake(settings), zones)
     if args.json:
         print_json(found)
     elif not found:
         print("nothing lies in quarantine")
     else:
         names = ("origin", "stream", "device", "lane", "reason", "rows", "released", "last_at", "detail")
-        print_table(tuple(name.replace("_at", "") for name in names), [tuple(_cell(group[name]) for name in names) for group in found])
+        print_table(tuple(name.replace("_at", "") for name in names), [tuple(short(group[name]) for name in names) for group in found])
     return 0
 
 
@@ -82,41 +75,44 @@ def _show(args: argparse.Namespace) -> int:
     from cloud.quarantined import describe, shelves
     from cloud.watch import open_lake
 
-    lake = open_lake(config.load(args.project, args.state))
-    rows = [row for shelf in shelves(lake, _selected(args)) for row in describe(lake, shelf, args.limit)][: args.limit]
+    settings = config.load(args.project, args.state)
+    wanted = _selected(args, settings)
+    lake = open_lake(settings)
+    rows = [row for shelf in shelves(lake, wanted) for row in describe(lake, shelf, args.limit)][: args.limit]
     if not rows:
         raise ConfigError("no such row lies in quarantine; fenceline quarantine list shows what does")
     if args.json:
         print_json(rows)
         return 0
     for row in rows:
-        print(f"{row['name']}  {row['origin']}  {row['stream'] or '(no stream)'}  {row['reason']}: {row['detail']}")
+        show(f"{row['name']}  {row['origin']}  {row['stream'] or '(no stream)'}  {row['reason']}: {row['detail']}")
         for name in ("topic", "payload"):
             if name in row:
-                print(f"    {name}: {_cell(row[name])}")
+                show(f"    {name}: {short(row[name])}")
         for name, value in row.get("values", {}).items():
-            print(f"    {name} = {value}{'   <- ' + row['broken'][name] if name in row['broken'] else ''}")
+            show(f"    {name} = {value}{'   <- ' + row['broken'][name] if name in row['broken'] else ''}")
         if row["released_at"]:
-            print(f"    released {row['released_at']}")
+            show(f"    released {row['released_at']}")
     return 0
 
 
 def _release(args: argparse.Namespace) -> int:
     from cloud.audit import Audit
     from cloud.readmission import Readmission
+    from cloud.viewers import user_name
     from cloud.watch import open_lake
 
     if args.as_is and not args.by:
         raise ConfigError("--as-is needs --by NAME: somebody answers for rows that break their contract")
     settings = config.load(args.project, args.state)
-    by = args.by or getpass.getuser()
-    done = Readmission(open_lake(settings), Audit(settings.audit_db)).release(_selected(args), by, as_is=args.as_is)
+    wanted, by = _selected(args, settings), args.by or user_name()
+    done = Readmission(open_lake(settings), Audit(settings.audit_db)).release(wanted, by, as_is=args.as_is)
     if args.json:
         print_json({"released": done.released, "already": done.already, "kept": dict(done.kept), "by": by, "as_is": args.as_is})
     else:
-        print(f"{done.released} rows released by {by}, {done.already} were there already")
+        show(f"{done.released} rows released by {by}, {done.already} were there already")
         for why, rows in done.kept.most_common():
-            print(f"{rows} rows stay: {why}")
+            show(f"{rows} rows stay: {why}")
     return 0 if done.complete else 1
 
 
@@ -160,63 +156,12 @@ def _scope(name: str | None, devices: list[str], streams: list[str]) -> dict[str
     return {"device": name} if name in devices else {"stream": name}
 
 
-def _query(args: argparse.Namespace) -> int:
-    from cloud.query import Query, rights
-    from cloud.watch import open_lake
-
-    settings = config.load(args.project, args.state)
-    zones = rights(settings, args.zones)
-    with Query(open_lake(settings), zones, settings.query) as query:
-        found = query.run(args.sql)
-    if args.parquet is not None:
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(found, args.parquet)
-        say(f"{found.num_rows} rows in {args.parquet}")
-    elif args.csv:
-        import sys
-
-        import pyarrow.csv
-
-        pyarrow.csv.write_csv(found, sys.stdout.buffer)
-    elif args.json:
-        print_json(found.to_pylist())
-    else:
-        print_table(tuple(found.column_names), [tuple(map(_cell, row.values())) for row in found.slice(0, 1_000).to_pylist()])
-        say(f"{found.num_rows} rows{' (the first 1000 are shown; --csv prints all)' if found.num_rows > 1_000 else ''}")
-    return 0
-
-
-def _cell(value: Any) -> Any:
-    """A value as a cell of a table: times without noise, long texts cut."""
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
-    text = value if isinstance(value, str) else None
-    return f"{text[:CELL_CHARACTERS_MAX]}… ({len(text)} characters)" if text is not None and len(text) > CELL_CHARACTERS_MAX else value
-
-
-def _grace(text: str) -> float:
-    """Seconds, at least 0 and at most a hundred years."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 <= found <= GRACE_S_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and {GRACE_S_MAX:.0f} seconds")
-    return found
-
-
-def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= LIMIT_MAX:
-        raise argparse.ArgumentTypeError(f"{text!r} is not between 1 and {LIMIT_MAX}")
-    return int(text)
-
-
 def _since(text: str) -> int:
     """Microseconds since 1970 of an ISO time, or of so long ago."""
-    for unit, seconds in (("min", 60), ("h", 3_600), ("d", 86_400), ("s", 1)):
-        if text.endswith(unit) and text.removesuffix(unit).replace(".", "", 1).isdigit():
-            return time.time_ns() // 1_000 - int(float(text.removesuffix(unit)) * seconds * 1e6)
+    for unit, length_s in (("min", 60), ("h", 3_600), ("d", 86_400), ("s", 1)):
+        number = text.removesuffix(unit)
+        if number != text and number.replace(".", "", 1).isdecimal() and len(number) <= SPAN_CHARACTERS_MAX:
+            return time.time_ns() // 1_000 - int(float(number) * length_s * 1e6)
     try:
         found = datetime.fromisoformat(text)
     except ValueError as e:

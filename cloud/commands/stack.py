@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, pair, print_devices, print_json, print_table, say
+from cloud.commands.output import add_command, pair, positive, print_devices, print_json, print_table, say, show
 from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _status(args: argparse.Namespace) -> int:
     _print_quality(found["quality"])
     if found["rollout"]:
         last = found["rollout"]
-        print(f"rollout  {last['id']}: {last['target']} {last['status']} {last['moved']}/{last['devices']} {last['reason']}")
+        show(f"rollout  {last['id']}: {last['target']} {last['status']} {last['moved']}/{last['devices']} {last['reason']}")
     if found["audit_broken_at"] is not None:
         say(f"the audit trail was changed: entry {found['audit_broken_at']} does not fit")
         return 1
@@ -90,7 +90,7 @@ def _print_quality(quality: Quality | None) -> None:
     held = f"{quality.quarantined_readings} readings in quarantine"
     print(f"lake     {100 * quality.share:.4f} percent complete {ago_s} s ago: {held}, {lost}")
     for line in (*quality.levels, *(f"unaccounted: {gap}" for gap in quality.gaps)):
-        print(f"ALARM    {line}")
+        show(f"ALARM    {line}")
 
 
 def _ui(args: argparse.Namespace) -> int:
@@ -111,4 +111,4 @@ def _ui(args: argparse.Namespace) -> int:
 
 def _ports(text: str) -> dict[str, int]:
     pairs = [pair(part) for part in text.split(",")]
-    return {name: int(port) for name, port in pairs}
+    return {name: positive(port) for name, port in pairs}

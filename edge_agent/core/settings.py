@@ -42,7 +42,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     """A hint such as `; did you mean 'device'?`, or the list of known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names) or 'none'}"
 
 
 def _refuse_unknown(tree: Any, kind: Any, origin: str, path: str) -> None:

@@ -53,7 +53,7 @@ def test_the_file_in_the_repository_says_what_the_defaults_are() -> None:
         ("[ingest]\nworkers = 0", "ingest.workers 0 is not between 1 and 32"),
         ("[metadata]\nurl = 'mysql://x/y'", "must be postgresql://USER@HOST:PORT/DATABASE"),
         ("[metadata]\nurl = 'postgresql://me:secret@h/d'", "holds a password; put it in a file"),
-        ("[metadata]\nurl = 'postgresql://me@h/d'\npassword_file = 'none'", "password_file none: No such file"),
+        ("[metadata]\nurl = 'postgresql://me@h/d'\npassword_file = 'none'", r"metadata.password_file /.*/none: No such file"),
         ("[[regions]]\nname = 'eu'\nport = 1\nmqtt = 6", "Invalid enum value 6"),
         ("[[regions]]\nname = 'eu'\nport = 1\ntls = {ca = 'x'}", r"unknown key regions\[0\].tls.ca; known: ca_file"),
         ("x = [", "not TOML"),
@@ -63,6 +63,35 @@ def test_a_wrong_file_is_refused_with_what_to_change(project: Path, text: str, m
     write(project, text)
     with pytest.raises(ConfigError, match=message):
         config.load(project)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgres://me:s3cret@h/d",
+        "postgresql://me:s3cret@h/d",
+        "postgresql://me@h/d?password=s3cret",
+        "postgresql://me@h/d?sslmode=require&PASSWORD=s3cret@x",
+        "postgresql:///d?user=me&sslpassword=s3cret",
+    ],
+)
+def test_a_password_in_the_metadata_url_is_refused_and_not_repeated(project: Path, url: str) -> None:
+    write(project, f"[metadata]\nurl = '{url}'")
+    with pytest.raises(ConfigError, match=r"metadata\.url") as refused:
+        config.load(project)
+    assert "s3cret" not in str(refused.value)
+
+
+def test_a_file_that_is_not_utf8_is_refused_with_the_place(project: Path) -> None:
+    (project / "fenceline.toml").write_bytes(b'state = "\xff"')
+    with pytest.raises(ConfigError, match=r"fenceline\.toml is not UTF-8 at byte 9"):
+        config.load(project)
+
+
+def test_a_state_directory_that_is_a_file_is_named(project: Path) -> None:
+    (project / "here").touch()
+    with pytest.raises(ConfigError, match=r"state directory .*here is a file; give another --state"):
+        config.load(project, project / "here")
 
 
 def test_live_features_are_a_part_of_the_stack_when_asked_for(project: Path) -> None:
@@ -103,9 +132,10 @@ def test_the_ports_of_a_running_stack_win_and_those_of_a_dead_one_do_not(project
     settings.stack_path.write_text(json.dumps({"pid": 2**22 + 1, "ports": ports}))
     assert config.load(project).region("eu").port == 18831
 
-    settings.stack_path.write_text("{")
-    with pytest.raises(ConfigError, match="delete it"):
-        config.load(project)
+    for other in (b"{", b"[]", b'{"a": 1}', b'{"pid": "x", "ports": {}}', b'{"pid": \xff'):
+        settings.stack_path.write_bytes(other)
+        with pytest.raises(ConfigError, match=r"was not written by a stack .* delete it"):
+            config.load(project)
 
 
 def test_unknown_port_names_and_regions_are_named(project: Path) -> None:

@@ -164,3 +164,9 @@ def test_a_locked_sqlite_file_is_unavailable(tmp_path: Path, monkeypatch: pytest
     with fleet._store.writing(), pytest.raises(UnavailableError, match="locked"):
         Fleet(tmp_path / "fleet.db").add("d2")
     assert fleet.devices() == ["d1"]
+
+
+def test_a_message_about_a_database_holds_no_password() -> None:
+    with pytest.raises(UnavailableError, match=r"metadata database 127\.0\.0\.1:1/d: ") as refused:
+        Fleet("postgresql://me:s3cret@127.0.0.1:1/d?application_name=s3cret").devices()
+    assert "s3cret" not in str(refused.value)

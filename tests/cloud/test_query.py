@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import pwd
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
-from cloud import config
 from cloud.config import QueryLimits
 from cloud.quarantine import CheckedLake
-from cloud.query import Query, rights
+from cloud.query import Query
 from cloud.roots import may_see
 from cloud.tables import read_table, text_field
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
-from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block
+from tests.cloud.blocks import block
 from tests.cloud.test_quarantine import bad, checked
 
 LANES = ("canada", "canada_europe", "europe")
@@ -82,6 +80,12 @@ def test_text_is_found_after_files_were_merged(tmp_path: Path) -> None:
         'SELECT * FROM "pump@canada_europe"',
         "SELECT * FROM sniff_csv('{file}')",
         "SELECT * FROM duckdb_secrets()",
+        "SELECT content FROM read_text('.tmp/secret.txt')",
+        "SELECT * FROM glob('.tmp/*')",
+        "SELECT * FROM read_blob('{tmp}/.tmp/secret.txt')",
+        "SELECT * FROM read_csv('https://localhost:1/x.csv')",
+        "SELECT * FROM 's3://bucket/x.parquet'",
+        "SELECT getenv('HOME')",
         "SELECT * FROM lake",
         "COPY (SELECT * FROM pump) TO '{file}'",
         "EXPORT DATABASE '{file}'",
@@ -103,14 +107,68 @@ def test_text_is_found_after_files_were_merged(tmp_path: Path) -> None:
         "SELEC 1",
     ],
 )
-def test_nothing_but_the_streams_can_be_reached(lake: CheckedLake, european: Query, tmp_path: Path, sql: str) -> None:
+def test_nothing_but_the_streams_can_be_reached(lake: CheckedLake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sql: str) -> None:
     file = tmp_path / "x.csv"
     file.write_text("a\n1\n")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(FencelineError) as refused:
-        european.run(sql.format(file=file, lake=lake.lake.roots.default))
-    assert "root:" not in str(refused.value) and sorted(tmp_path.iterdir()) == before and file.read_text() == "a\n1\n"
-    assert european.run("SELECT count(*) AS n FROM pump").to_pylist() == [{"n": 6}]
+    (tmp_path / ".tmp").mkdir()  # where DuckDB would spill to
+    (tmp_path / ".tmp/secret.txt").write_text("root: hidden")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with Query(lake, ["europe"], QueryLimits()) as european:
+        with pytest.raises(FencelineError) as refused:
+            european.run(sql.format(file=file, lake=lake.lake.roots.default, tmp=tmp_path))
+        assert "root:" not in str(refused.value) and sorted(tmp_path.rglob("*")) == before and file.read_text() == "a\n1\n"
+        assert european.run("SELECT count(*) AS n FROM pump").to_pylist() == [{"n": 6}]
+
+
+def test_no_directory_stays_open_to_sql(european: Query) -> None:
+    found = european.run(
+        "SELECT name, value FROM duckdb_settings() WHERE name IN ('allowed_directories', 'allowed_paths', 'temp_directory')"
+    )
+    assert {row["name"]: row["value"] for row in found.to_pylist()} == {
+        "allowed_directories": "[]",
+        "allowed_paths": "[]",
+        "temp_directory": "",
+    }
+
+
+def test_columns_of_one_name_are_told_apart(european: Query) -> None:
+    assert european.run("SELECT 1 AS a, 2 AS b, 3 AS a").to_pylist() == [{"a": 1, "b": 2, "a_1": 3}]
+    both = european.run("SELECT p.row, q.row FROM pump p, pump q WHERE p.row = 0 AND q.row = 2 LIMIT 1").to_pylist()
+    assert both == [{"row": 0, "row_1": 2}]
+    assert european.run("SELECT * FROM range(9) ORDER BY 1 DESC LIMIT 2 -- as asked").to_pylist() == [{"range": 8}, {"range": 7}]
+
+
+@pytest.mark.parametrize(
+    ("sql", "words"),
+    [
+        ("SELECT CASE WHEN range = 500000 THEN error('boom') ELSE range END AS x FROM range(1000000)", "boom"),
+        ("SELECT CAST(CASE WHEN range = 500000 THEN 'a' ELSE '1' END AS INT) AS x FROM range(1000000)", "Could not convert string 'a'"),
+        ("SELECT $1", "parameters"),
+    ],
+)
+def test_an_error_behind_the_first_rows_is_told_like_any_other(european: Query, sql: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        european.run(sql)
+
+
+def test_a_lake_that_does_not_read_is_no_mistake_of_the_query(tmp_path: Path) -> None:
+    lake = checked(tmp_path)
+    lake.append("eu", [block(1)])
+    with Query(lake, ["*"], QueryLimits()) as query:
+        next((tmp_path / "europe/pump").glob("*/*.parquet")).unlink()
+        with pytest.raises(UnavailableError, match="the lake does not read"):
+            query.run("SELECT * FROM pump")
+
+
+def test_the_memory_limit_counts_the_answer(lake: CheckedLake) -> None:
+    """1.5 GB of text; without a limit of the answer all of it would come."""
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    with Query(lake, ["europe"], QueryLimits(memory_mib_max=200)) as query:
+        with pytest.raises(UnavailableError, match="more than 200 MiB"):
+            query.run("SELECT repeat('x', 10000000) AS x FROM range(150)")
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 < peak_mib + 600
+        assert query.run("SELECT repeat('x', 10000000) AS x FROM range(10)").nbytes > 100_000_000
 
 
 def test_an_unknown_stream_is_answered_with_the_nearest_name(european: Query) -> None:
@@ -135,25 +193,3 @@ def test_an_unknown_stream_is_answered_with_the_nearest_name(european: Query) ->
 def test_a_query_has_limits(lake: CheckedLake, limits: QueryLimits, sql: str, words: str) -> None:
     with Query(lake, ["europe"], limits) as query, pytest.raises(UnavailableError, match=words):
         query.run(sql)
-
-
-def test_rights_come_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "pump.yaml").write_text(CONTRACT_YAML)
-    (tmp_path / "zones.geojson").write_bytes(ZONES_JSON)
-    (tmp_path / ".fenceline").mkdir()
-    base = "contracts = ['pump.yaml']\nzones = 'zones.geojson'\n"
-    toml = tmp_path / "fenceline.toml"
-    toml.write_text(base)
-    assert rights(config.load(tmp_path)) == ("*",) and rights(config.load(tmp_path), ["europe"]) == ("europe",)
-    me = pwd.getpwuid(os.geteuid()).pw_name
-    toml.write_text(f'{base}[query.users]\n{me} = ["europe"]\n')
-    assert rights(config.load(tmp_path)) == ("europe",)
-    with pytest.raises(ConfigError, match="may not query canada"):
-        rights(config.load(tmp_path), ["europe", "canada"])
-    toml.write_text(f'{base}[query.users]\nanna = ["*"]\n')
-    with pytest.raises(ConfigError, match=r"may query no zone; \[query.users\] .* names anna"):
-        rights(config.load(tmp_path))
-    toml.write_text(base)
-    monkeypatch.setattr(os, "geteuid", lambda: 65_534)
-    with pytest.raises(ConfigError, match="does not own"):
-        rights(config.load(tmp_path))
