@@ -1,4 +1,4 @@
-"""The ways of `bench.join`, one per process: `python -m bench.join_ways WAY FOLDER ROUNDS` prints seconds and peak memory as JSON.
+"""The ways of `bench.join`, one per process: `python -m bench.join_ways WAY FOLDER TTL_H ROUNDS` prints seconds and peak memory as JSON.
 
 Timed, the same for all: from labels in memory (pandas) and features in Parquet files to an Arrow table in memory that has every label once.
 Not timed: imports, starting Ray, `feast apply`, one earlier reading of the files (they are in the page cache for all).
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = [f"f{i}" for i in range(14)]
-TTL = timedelta(hours=2)
 OURS = "pipelines.offline_store.AsOfOfflineStore"
 RAY_WORKERS = 2
 STORES: dict[str, dict[str, Any]] = {
@@ -31,7 +30,7 @@ FEATURES, LABELS = "features", "labels.parquet"
 
 
 def main() -> None:
-    way, folder, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    way, folder, ttl, rounds = sys.argv[1], Path(sys.argv[2]), timedelta(hours=int(sys.argv[3])), int(sys.argv[4])
     import pandas as pd
     import pyarrow.parquet as pq
 
@@ -43,7 +42,7 @@ def main() -> None:
             from pipelines import cluster
 
             stack.enter_context(cluster.connected())
-        join = bare_polars(folder) if way == "polars" else feast_store(folder, STORES[way])
+        join = bare_polars(folder, ttl) if way == "polars" else feast_store(folder, ttl, STORES[way])
         times = []
         for _ in range(rounds):
             start = time.perf_counter()
@@ -54,7 +53,7 @@ def main() -> None:
     print(json.dumps({"s": min(times), "times": times, "peak_gb": peak / 1e9, "rows": table.num_rows}))
 
 
-def feast_store(folder: Path, offline_store: dict[str, Any]) -> Callable[[Any], Any]:
+def feast_store(folder: Path, ttl: timedelta, offline_store: dict[str, Any]) -> Callable[[Any], Any]:
     """Feast's historical features through an offline store."""
     os.environ["FEAST_USAGE"] = "False"
     from feast import Entity, FeatureStore, FeatureView, Field, FileSource, ValueType
@@ -68,7 +67,7 @@ def feast_store(folder: Path, offline_store: dict[str, Any]) -> Callable[[Any], 
     source = FileSource(
         name="s", path=str(path), file_format=ParquetFormat(), timestamp_field="event_time", created_timestamp_column="created_time"
     )
-    view = FeatureView(name="bench", entities=[engine], ttl=TTL, schema=[Field(name=c, dtype=Float64) for c in COLUMNS], source=source)
+    view = FeatureView(name="bench", entities=[engine], ttl=ttl, schema=[Field(name=c, dtype=Float64) for c in COLUMNS], source=source)
     config = RepoConfig(
         project="bench",
         provider="local",
@@ -84,7 +83,7 @@ def feast_store(folder: Path, offline_store: dict[str, Any]) -> Callable[[Any], 
     return lambda labels: store.get_historical_features(entity_df=labels, features=refs).to_arrow()
 
 
-def bare_polars(folder: Path) -> Callable[[Any], Any]:
+def bare_polars(folder: Path, ttl: timedelta) -> Callable[[Any], Any]:
     """What a person would write: read, sort, `join_asof`, back in the labels' order."""
     import polars as pl
 
@@ -92,7 +91,7 @@ def bare_polars(folder: Path) -> Callable[[Any], Any]:
         features = pl.read_parquet(folder / FEATURES / "*.parquet", columns=["engine", "event_time", *COLUMNS]).sort("event_time")
         asked = pl.from_pandas(labels).sort("event_timestamp")
         found = asked.join_asof(
-            features, left_on="event_timestamp", right_on="event_time", by="engine", tolerance=TTL, check_sortedness=False
+            features, left_on="event_timestamp", right_on="event_time", by="engine", tolerance=ttl, check_sortedness=False
         )
         return found.sort("n").to_arrow()
 
