@@ -37,7 +37,7 @@ from edge_agent.contract.feature_spec import WindowKind
 from pipelines import cli
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME
-from pipelines.marks import definition, read_mark, write_mark
+from pipelines.marks import begin, read_mark, write_mark
 from pipelines.online_writer import BATCH_ROWS, OnlineWriter, Written
 from pipelines.stage import Context, load_context
 from pipelines.tails import Tails
@@ -172,13 +172,13 @@ def build(context: Context, skip_history: bool = False) -> Live:
     if source is None:
         raise ConfigError(f"feature view {repo.view.name!r} has no push source; give it source=PushSource(…) in feature_definitions.py")
     tails = Tails(context.contract, context.params.spec, functions=context.params.functions)
-    mark_path, current = repo.data / "live.json", definition(repo, repo.views[repo.view.name])
+    writer = OnlineWriter(repo.store, repo.views[repo.view.name])
+    mark_path, current = repo.data / "live.json", begin(repo, writer)
     mark = read_mark(mark_path, LiveMark)
     known = mark is not None and mark.definition == current
     follower = Follower(Lake(context.lake), context.params.stream, tails.columns, mark.seen if known and mark is not None else None)
     if skip_history and not known:
         follower.skip()
-    writer = OnlineWriter(repo.store, repo.views[repo.view.name])
     return Live(follower, tails, lambda rows: writer.push(source.name, rows), mark_path, current)
 
 

@@ -11,8 +11,8 @@ Rules:
   a created time is read whole.
 - The mark of how far a run came is set when all of it is read back from the store. A run that breaks off leaves the mark, and the
   next does it again.
-- The run is a full one if the definition of the view or the store has changed since the last, or if the store no longer has
-  what the last one wrote there.
+- The run is a full one if the definition of the view or the store has changed since the last, which also takes the old values away
+  (`pipelines.marks`), or if the store no longer has what the last one wrote there.
 - Bounded memory: `pipelines.newest` reads the source with a limit and spills to disk; rows go on in batches.
 - Entities that have left the source stay online until `rebuild`. Feast gives back values of any age, with their time: a reader compares it
   with the view's ttl (`key_ttl_seconds` lets Redis forget them by itself).
@@ -37,7 +37,7 @@ import pyarrow as pa
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from pipelines import cli
 from pipelines.feature_store import Repo, open_repo
-from pipelines.marks import definition, read_mark, write_mark
+from pipelines.marks import begin, read_mark, write_mark
 from pipelines.newest import newest_of
 from pipelines.online_writer import OnlineWriter, Written
 
@@ -96,8 +96,9 @@ def materialise(
     started = time.monotonic()
     path = repo.data / "materialised" / f"{view.name}.json"
     writer = OnlineWriter(repo.store, view)
+    definition = begin(repo, writer)
     mark = None if rebuild else read_mark(path, Mark)
-    why = "asked for" if full or rebuild else _why_full(mark, repo, view, writer)
+    why = "asked for" if full or rebuild else _why_full(mark, definition, writer)
     if rebuild:
         path.unlink(missing_ok=True)
         writer.empty()
@@ -110,7 +111,7 @@ def materialise(
         done, probes = _write(writer, source.batches(where), entities, view, say)
     if done.written + done.older != entities:
         raise UnavailableError(f"the source of {view.name} changed while it was read: {entities} entities, then {done}; run again")
-    reached = Mark(definition(repo, view), created_us, event_us, probes)
+    reached = Mark(definition, created_us, event_us, probes)
     if mark is not None and not why:
         reached = _later(mark, reached)
     write_mark(path, reached)
@@ -135,11 +136,11 @@ def _write(
     return done, probes
 
 
-def _why_full(mark: Mark | None, repo: Repo, view: FeatureView, writer: OnlineWriter) -> str:
+def _why_full(mark: Mark | None, definition: str, writer: OnlineWriter) -> str:
     """Why all rows have to be written, or nothing."""
     if mark is None:
         return "the first run"
-    if mark.definition != definition(repo, view):
+    if mark.definition != definition:
         return "the view or the store has changed"
     lost = writer.missing(pa.table(mark.probes)) if mark.probes else 0
     return f"the store has lost {lost} of {len(next(iter(mark.probes.values())))} entities looked at" if lost else ""

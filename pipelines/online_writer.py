@@ -96,7 +96,7 @@ class OnlineWriter:
         written = older = 0
         lost = []
         for (key, values, event, _), (at, found) in zip(messages, stored, strict=True):
-            if found is not None and _bits(values) == _bits(found):
+            if found is not None and _bits(values) == _bits({name: found[name] for name in values if name in found}):
                 written += 1
             elif at is not None and _aware(at) >= _aware(event):
                 older += 1

@@ -16,6 +16,7 @@ from cloud.cli import main
 from edge_agent.contract.errors import ConfigError
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME, EVENT_TIME
+from pipelines.marks import definition
 from pipelines.materialise import materialise
 from pipelines.params import load_params
 from tests.pipelines.lakes import open_lake, readings, store, turbofan
@@ -47,6 +48,17 @@ def test_definitions_name_contract_units_owner_and_a_service_for_the_model(proje
         f"{turbofan().field('sensor_4').unit}/h",
     )
     assert stored.stream_source.name == f"{params.view}_push"
+
+
+def test_definition_names_every_setting_of_the_windows_and_nothing_that_passes(project: Path) -> None:
+    file = project / "pipelines/params.yaml"
+    text, found = file.read_text(), []
+    same = "windows: trailing"
+    for windows in (same, "windows: tumbling", "windows: tumbling\n  lateness_s: 60.0", "windows: hopping\n  every_s: 86400.0", same):
+        file.write_text(text.replace(same, windows))
+        repo = open_repo(project)
+        found.append(definition(repo, repo.views[repo.view.name]))
+    assert found[0] == found[-1] and len(set(found)) == len(found) - 1
 
 
 @pytest.mark.timeout(400)

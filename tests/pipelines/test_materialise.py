@@ -15,9 +15,9 @@ import pytest
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import online_writer
-from pipelines.feature_store import Repo
+from pipelines.feature_store import Repo, open_repo
 from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
-from tests.pipelines.repos import TIME, at, make_repo, redis_store, rows, served, write_source
+from tests.pipelines.repos import TIME, at, make_repo, redefine, redis_store, rows, served, write_source
 from tests.redis_server import redis_server
 
 HOUR = 3_600.0
@@ -104,6 +104,38 @@ def test_changed_view_is_written_whole(repo: Repo, tmp_path: Path) -> None:
     view = repo.views["pumps"]
     view.tags["window_rows"] = "31"
     assert run(repo).full == "the view or the store has changed"
+
+
+def test_repository_that_is_opened_again_goes_on_where_the_last_run_ended(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 5, 5, 5.0), ("last", 5, 5 + CREATED_LATER, 5.0)))
+    assert run(repo).full == "the first run"
+    done = run(open_repo(tmp_path))
+    assert (done.full, done.entities) == ("", 1)
+
+
+def test_values_of_another_definition_are_taken_away_however_new_they_are(repo: Repo, tmp_path: Path) -> None:
+    """The newest tumbling window ends before the newest trailing one; and the live process has nothing of `b` any more."""
+    write_source(tmp_path, "one", rows(("a", 10, 10, 1.0), ("b", 10, 10, 1.0)))
+    run(repo)
+    write_source(tmp_path, "one", rows(("a", 9, 10, 2.0)))
+    done = run(redefine(tmp_path, ("online=True)", 'online=True, tags={"spec": "other"})')))
+    assert (done.full, done.written, done.older) == ("the view or the store has changed", 1, 0)
+    assert served(repo, ["a", "b"]) == [2.0, None]
+    write_source(tmp_path, "one", rows(("a", 8, 10, 3.0)))
+    assert run(open_repo(tmp_path), full=True).older == 1  # the same definition: only what is newer
+
+
+def test_feature_taken_out_of_a_view_is_gone_and_the_others_go_on(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 5, 5, 5.0), ("b", 5, 5, 5.0)))
+    run(repo)
+    repo = redefine(tmp_path, ('Field(name="pressure_count", dtype=Int64)', ""))
+    write_source(tmp_path, "two", rows(("a", 9, 9, 9.0)))
+    done = run(repo)
+    assert (done.entities, done.written, done.older) == (2, 2, 0)
+    found = repo.store.get_online_features(repo.service, [{"pump": "a"}]).to_dict(include_event_timestamps=True)
+    assert (found["pressure_mean"], found["pressure_mean__ts"]) == ([9.0], [int(at(9).timestamp())])
+    with sqlite3.connect(tmp_path / "feature_repo/data/online.db") as connection:
+        assert connection.execute("SELECT DISTINCT feature_name FROM test_pumps").fetchall() == [("pressure_mean",)]
 
 
 def test_view_without_source_files_says_what_to_do(repo: Repo) -> None:
