@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
 pytest.importorskip("feast")
 
@@ -117,6 +117,80 @@ def test_hive_partitions_are_columns_and_take_new_rows(tmp_path: Path, expected:
     view = FeatureView(name="view", entities=[engine], source=source)
     AsOfOfflineStore.offline_write_batch(store.config, view, second, None)
     check(store, source, expected)
+
+
+def test_directory_is_read_while_rows_are_added_and_other_files_lie_there(tmp_path: Path, expected: Expected, seed: int) -> None:
+    folder = tmp_path / "x.parquet"  # a directory in spite of its name
+    columns = {name: expected.table[name] for name in expected.table.column_names}
+    write(folder / "part-0.parquet", columns)
+    for name in (".part-1.parquet", ".part-1.parquet.0123", "_temporary/0/part-1.parquet", ".part-0.parquet.crc", "_SUCCESS"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half written")
+    store, source = feature_store(tmp_path), file_source("x.parquet")
+    check(store, source, expected)
+    before = Source.of(source, store.config).pinned()
+    AsOfOfflineStore.offline_write_batch(store.config, FeatureView(name="view", entities=[engine], source=source), rows(seed, 10), None)
+    assert before.scan().collect().height == expected.table.num_rows
+    assert Source.of(source, store.config).scan().collect().height == expected.table.num_rows + 10
+
+
+@pytest.mark.parametrize("by", [[], ["engine"]])
+def test_reader_sees_no_half_written_file(tmp_path: Path, seed: int, by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment at which a file is being written, reading succeeds."""
+    source, table, reads = Source("s", str(tmp_path / "d")), rows(seed, 1_000), []
+    source.add_partitioned(table, by)
+
+    def look(*_: Any) -> None:
+        reads.append(source.scan().collect().height)
+
+    slow = pa.RecordBatchReader.from_batches(table.schema, (look() or batch for batch in table.to_batches(100)))  # type: ignore[func-returns-value]
+    source.add_partitioned(slow, by)
+    assert reads and set(reads) == {1_000}
+    assert source.scan().collect().height == 2_000
+    with pytest.raises(ConfigError), source._explained():
+        source.add_partitioned(pa.RecordBatchReader.from_batches(table.schema, _breaking(table)), by)
+    assert source.scan().collect().height == 2_000 and not [p for p in (tmp_path / "d").rglob("*") if p.name.startswith(".")]
+
+
+def _breaking(table: pa.Table) -> Iterator[pa.RecordBatch]:
+    yield from table.to_batches(100)
+    raise pa.ArrowInvalid("no more")
+
+
+def test_folders_above_a_source_are_no_partitions(tmp_path: Path) -> None:
+    folder = tmp_path / "engine=elsewhere/we[i]rd *"
+    for day in (1, 2):
+        write(folder / f"day={day}/a.parquet", {"engine": ["a"], "x": [1.0]})
+    assert Source("s", str(folder)).scan().select("engine", "day", "x").collect().rows() == [("a", 1, 1.0), ("a", 2, 1.0)]
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_shares_hold_every_row_once_whatever_happens_to_the_source_meanwhile(tmp_path: Path, delta: bool) -> None:
+    source = Source("s", str(tmp_path / "x"), delta)
+    for first in range(0, 80, 10):
+        source.append(pa.table({"x": list(range(first, first + 10))}))
+    shares = source.parts(4)
+    found = [shares[0].scan().collect()]
+    source.append(pa.table({"x": list(range(80, 90))}))
+    if delta:
+        DeltaTable(source.path).optimize.z_order(["x"])
+        DeltaTable(source.path).create_checkpoint()
+    found += [share.scan().collect() for share in shares[1:]]
+    assert sorted(pl.concat(found)["x"]) == list(range(80))
+
+
+def test_pinned_delta_takes_no_rows(tmp_path: Path) -> None:
+    write_deltalake(tmp_path / "delta", rows(0, 10))
+    store, source = feature_store(tmp_path), file_source("delta", delta=True, tags={"delta_version": "0"})
+    with pytest.raises(ConfigError, match="pinned to version 0"):
+        AsOfOfflineStore.offline_write_batch(store.config, FeatureView(name="view", entities=[engine], source=source), rows(1, 10), None)
+
+
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ConfigError, match=r"data source 's' at .*/d cannot be read"):
+        answers(feature_store(tmp_path), file_source("d"), labels(0))
 
 
 def test_delta_newest_or_pinned(tmp_path: Path, expected: Expected) -> None:
