@@ -8,7 +8,7 @@ Rules:
   online stores of `pipelines.online_store` see to it, whoever else writes meanwhile.
 - Incremental: a run takes the rows that were created after the last one, or whose event time it left out (`until`). A row may
   become visible some time after it was created, so runs overlap by OVERLAP_S; what is written twice is the same. A source without
-  a created time is read whole.
+  a created time is read whole, and rows without one are taken by every run.
 - The mark of how far a run came is set when all of it is read back from the store. A run that breaks off leaves the mark, and the
   next does it again.
 - The run is a full one if the definition of the view or the store has changed since the last, which also takes the old values away
@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pyarrow as pa
 
-from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
+from edge_agent.contract.errors import ConfigError, FencelineError
 from pipelines import cli
 from pipelines.feature_store import Repo, open_repo
 from pipelines.marks import begin, read_mark, write_mark
-from pipelines.newest import newest_of
+from pipelines.newest import Wanted, microseconds, newest_of
 from pipelines.online_writer import OnlineWriter, Written
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ Say = Callable[[str], None]
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """How far the last whole run came. `probes` are keys that it wrote."""
+    """How far the last whole run came: all rows that were created by then, and whose time is not later than `event_us`, have been
+    looked at. `probes` are keys that it wrote."""
 
     definition: str
     created_us: int
@@ -102,22 +103,18 @@ def materialise(
     if rebuild:
         path.unlink(missing_ok=True)
         writer.empty()
-    with newest_of(repo, view) as source:
-        conditions = [source.until(until)] if until else []
-        conditions += [source.since(mark.created_us - OVERLAP_S * 1_000_000, mark.event_us)] if mark is not None and not why else []
-        where = " AND ".join(conditions) or "TRUE"
-        entities, without_key, created_us, event_us = source.count(where)
-        say(f"{view.name}: {entities} entities ({f'all: {why}' if why else 'what is new'})")
-        done, probes = _write(writer, source.batches(where), entities, view, say)
-    if done.written + done.older != entities:
-        raise UnavailableError(f"the source of {view.name} changed while it was read: {entities} entities, then {done}; run again")
-    reached = Mark(definition, created_us, event_us, probes)
-    if mark is not None and not why:
-        reached = _later(mark, reached)
-    write_mark(path, reached)
-    _tell_feast(repo, view, reached.event_us)
+    before = mark if mark is not None and not why else Mark(definition, 0, 0, {})
+    until_us = None if until is None else microseconds(until)
+    wanted = Wanted(until_us) if why else Wanted(until_us, before.created_us - OVERLAP_S * 1_000_000, before.event_us)
+    with newest_of(repo, view, wanted) as rows:
+        say(f"{view.name}: {rows.entities} entities ({f'all: {why}' if why else 'what is new'})")
+        done, probes = _write(writer, rows.batches(), rows.entities, view, say)
+    newest_us = max(before.event_us, rows.event_us)
+    covered_us = newest_us if until_us is None else min(newest_us, until_us)  # what `until` left out may be older than what is online
+    write_mark(path, Mark(definition, max(before.created_us, rows.created_us), covered_us, probes or before.probes))
+    _tell_feast(repo, view, newest_us)
     seconds = round(time.monotonic() - started, 3)
-    return Materialised(view.name, why, entities, done.written, done.older, without_key, reached.event_us or None, seconds)
+    return Materialised(view.name, why, rows.entities, done.written, done.older, rows.without_key, newest_us or None, seconds)
 
 
 def _write(
@@ -144,11 +141,6 @@ def _why_full(mark: Mark | None, definition: str, writer: OnlineWriter) -> str:
         return "the view or the store has changed"
     lost = writer.missing(pa.table(mark.probes)) if mark.probes else 0
     return f"the store has lost {lost} of {len(next(iter(mark.probes.values())))} entities looked at" if lost else ""
-
-
-def _later(before: Mark, now: Mark) -> Mark:
-    """The mark of a run that took what was new."""
-    return Mark(now.definition, max(before.created_us, now.created_us), max(before.event_us, now.event_us), now.probes or before.probes)
 
 
 def _tell_feast(repo: Repo, view: FeatureView, event_us: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+import pandas as pd
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_table_id, compute_versioned_name, extract_text_and_num
@@ -27,6 +28,7 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.utils import to_naive_utc
 from google.protobuf.timestamp_pb2 import Timestamp
+from typing_extensions import TypeIs
 
 from edge_agent.contract.errors import ConfigError
 
@@ -135,7 +137,7 @@ def _has_times(connection: sqlite3.Connection, table: str) -> bool:
 def _cells(config: RepoConfig, data: list[Row]) -> Iterator[tuple[Any, ...]]:
     for entity_key, values, event, created in data:
         key, event_us, created_us = _key(config, entity_key), _us(event), _us(created)
-        event, created = to_naive_utc(event), None if created is None else to_naive_utc(created)  # as Feast's own store keeps them
+        event, created = to_naive_utc(event), None if _is_none(created) else to_naive_utc(created)  # as Feast's own store keeps them
         for name, value in values.items():
             yield key, name, value.SerializeToString(), extract_text_and_num(value, False)[0], event, created, event_us, created_us
 
@@ -151,9 +153,14 @@ def _key(config: RepoConfig, entity_key: EntityKey) -> bytes:
     return key
 
 
+def _is_none(time: datetime | None) -> TypeIs[None]:
+    """Feast makes a NaT of a missing time, which passes for a datetime."""
+    return time is None or time is pd.NaT
+
+
 def _us(time: datetime | None) -> int:
     """Microseconds since 1970; a time without a zone is UTC."""
-    if time is None:
+    if _is_none(time):
         return 0
     return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)
 

@@ -235,6 +235,33 @@ def test_nanosecond_of_a_feature_is_not_cut_off(tmp_path: Path) -> None:
     assert answers(feature_store(tmp_path), file_source("x.parquet"), asked)["value"] == [None, None, 7.0]
 
 
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+@pytest.mark.parametrize("labels_unit", ["s", "us", "ns"])
+@pytest.mark.parametrize("ttl", [timedelta(0), timedelta(days=365 * 150), timedelta.max])
+def test_times_and_ttls_as_far_as_they_go(tmp_path: Path, unit: str, labels_unit: str, ttl: timedelta) -> None:
+    """A label of the year 2200 (or 9999) sees a row of 1970, if it may be that old."""
+    at = seconds([0], unit)
+    write(tmp_path / "x.parquet", {"engine": ["a"], "at": at, "created": at, "value": [7.0], "note": ["x"]})
+    year = 2200 if labels_unit == "ns" else 9999
+    times = pa.array([datetime(year, 1, 1, tzinfo=UTC)], pa.timestamp(labels_unit, "UTC"))
+    store, fields = feature_store(tmp_path), [Field(name="engine", dtype=String), Field(name="value", dtype=Float64)]
+    view = FeatureView(name="view", entities=[engine], ttl=ttl, schema=fields, source=file_source("x.parquet"))
+    asked = pa.table({"engine": ["a"], "event_timestamp": times})
+    found = AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], asked, store.registry, "t").to_arrow()
+    assert found["value"].to_pylist() == [None if ttl == timedelta(days=365 * 150) else 7.0]
+
+
+def test_rows_with_nanoseconds_match_themselves_when_no_labels_are_given(tmp_path: Path) -> None:
+    at = pa.array([1_000_000_000_000_000_123], pa.int64()).cast(pa.timestamp("ns", "UTC"))
+    write(tmp_path / "x.parquet", {"engine": ["a"], "at": at, "created": at, "value": [7.0]})
+    store, fields = feature_store(tmp_path), [Field(name="engine", dtype=String), Field(name="value", dtype=Float64)]
+    view = FeatureView(name="view", entities=[engine], schema=fields, source=file_source("x.parquet"))
+    span = {"start_date": datetime(2001, 1, 1, tzinfo=UTC), "end_date": datetime(2002, 1, 1, tzinfo=UTC)}
+    found = AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], None, store.registry, "t", **span).to_arrow()
+    assert found["value"].to_pylist() == [7.0]
+    assert found["event_timestamp"].cast(pa.int64()).to_pylist() == [1_000_000_000_000_000_123]
+
+
 @pytest.mark.parametrize(("labels_type", "stored_type"), [("int64", pa.int32()), ("int32", pa.uint8()), ("category", pa.string())])
 def test_keys_match_whatever_their_width(tmp_path: Path, labels_type: str, stored_type: pa.DataType) -> None:
     values: list[Any] = ["1", "2"] if stored_type == pa.string() else [1, 2]
