@@ -72,7 +72,7 @@ def begin(repo: Repo, writer: OnlineWriter) -> str:
     Raises:
         UnavailableError: the store does not answer.
     """
-    path, current = repo.data / "online" / f"{writer.view.name}.json", definition(repo, writer.view)
+    path, current = _online(repo, writer.view), definition(repo, writer.view)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second one must not take away what the first has written since
@@ -81,3 +81,18 @@ def begin(repo: Repo, writer: OnlineWriter) -> str:
             writer.empty()
         write_mark(path, Online(current))
     return current
+
+
+def check_current(repo: Repo, view: FeatureView, definition: str) -> None:
+    """For a process that goes on writing values of the definition with which it began.
+
+    Raises:
+        ConfigError: another one has begun with another definition.
+    """
+    mark = read_mark(_online(repo, view), Online)
+    if mark is not None and mark.definition != definition:
+        raise ConfigError(f"feature view {view.name!r} or its store has another definition than when this process started; start it again")
+
+
+def _online(repo: Repo, view: FeatureView) -> Path:
+    return repo.data / "online" / f"{view.name}.json"

@@ -28,7 +28,6 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.utils import to_naive_utc
 from google.protobuf.timestamp_pb2 import Timestamp
-from typing_extensions import TypeIs
 
 from edge_agent.contract.errors import ConfigError
 
@@ -137,7 +136,7 @@ def _has_times(connection: sqlite3.Connection, table: str) -> bool:
 def _cells(config: RepoConfig, data: list[Row]) -> Iterator[tuple[Any, ...]]:
     for entity_key, values, event, created in data:
         key, event_us, created_us = _key(config, entity_key), _us(event), _us(created)
-        event, created = to_naive_utc(event), None if _is_none(created) else to_naive_utc(created)  # as Feast's own store keeps them
+        event, created = to_naive_utc(event), None if _known(created) is None else to_naive_utc(created)  # as Feast's own store keeps them
         for name, value in values.items():
             yield key, name, value.SerializeToString(), extract_text_and_num(value, False)[0], event, created, event_us, created_us
 
@@ -153,14 +152,15 @@ def _key(config: RepoConfig, entity_key: EntityKey) -> bytes:
     return key
 
 
-def _is_none(time: datetime | None) -> TypeIs[None]:
+def _known(time: datetime | None) -> datetime | None:
     """Feast makes a NaT of a missing time, which passes for a datetime."""
-    return time is None or time is pd.NaT
+    return None if time is pd.NaT else time
 
 
 def _us(time: datetime | None) -> int:
     """Microseconds since 1970; a time without a zone is UTC."""
-    if _is_none(time):
+    time = _known(time)
+    if time is None:
         return 0
     return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)
 

@@ -20,6 +20,7 @@ from cloud.follow import Follower
 from cloud.lake import Lake
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Table, take
+from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from pipelines.arrival import ARRIVED, Known
 from pipelines.features import windows_of
@@ -206,6 +207,19 @@ def test_process_that_starts_again_takes_what_came_meanwhile_only(project: Path,
     assert running.step() == len(arriving["while-it-runs"]["ts"])
     store(lake, "plane-3", arriving["while-it-is-down"])
     assert build(load_context(project, state), skip_history=True).step() == len(arriving["while-it-is-down"]["ts"])
+
+
+def test_process_that_goes_on_with_an_old_definition_ends(project: Path, tmp_path: Path) -> None:
+    state, file = tmp_path / "state", project / "pipelines/params.yaml"
+    (project / "fenceline.toml").write_text(f"state = '{state}'\n")
+    old = build(load_context(project, state))
+    file.write_text(re.sub(r"window_rows: \d+", "window_rows: 7", file.read_text()))
+    new = build(load_context(project, state))
+    table, _ = readings(["e"], 1)
+    store(open_lake(state / "lake"), "plane", table)
+    assert new.step() == len(table["ts"])
+    with pytest.raises(ConfigError, match="another definition than when this process started"):
+        old.step()
 
 
 @pytest.mark.timeout(300)
