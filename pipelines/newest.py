@@ -153,16 +153,19 @@ def _look(batch: pl.DataFrame, found: Newest) -> None:
 
 def _thinned(path: Path, view: View) -> pl.DataFrame:
     """The newest row of each entity of a file. Its batches are looked at one by one: it may hold many rows of an entity."""
-    held: pl.DataFrame | None = None
-    waiting: list[pl.DataFrame] = []
+    held: list[pl.DataFrame] = []
+    size, limit = 0.0, float(BATCH_BYTES)
     with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
         for batch in reader:
             part = pl.from_arrow(pa.Table.from_batches([batch]))
             assert isinstance(part, pl.DataFrame)
-            waiting.append(part)
-            if sum(frame.estimated_size() for frame in waiting) > max(BATCH_BYTES, held.estimated_size() if held is not None else 0):
-                held, waiting = _newest(pl.concat([*([held] if held is not None else []), *waiting]), view), []
-    return _newest(pl.concat([*([held] if held is not None else []), *waiting]), view)
+            held.append(part)
+            size += part.estimated_size()
+            if size > limit:
+                held = [_newest(pl.concat(held), view)]
+                size = held[0].estimated_size()
+                limit = max(BATCH_BYTES, 2 * size)
+    return _newest(pl.concat(held), view)
 
 
 def _newest(rows: pl.DataFrame, view: View) -> pl.DataFrame:

@@ -265,16 +265,17 @@ def _check_columns(labels: pa.Table, views: list[View], on_demand: list[OnDemand
 
 def _timestamps(times: pa.ChunkedArray) -> pa.ChunkedArray:
     """Timestamps as they are; dates and text in ISO 8601 become some."""
-    if pa.types.is_timestamp(times.type):
+    kind = times.type.value_type if pa.types.is_dictionary(times.type) else times.type
+    if pa.types.is_timestamp(kind):
         return times
-    if pa.types.is_date(times.type):
+    if pa.types.is_date(kind) or pa.types.is_null(kind):
         return times.cast(pa.timestamp("us"))
-    if pa.types.is_string(times.type) or pa.types.is_large_string(times.type):
-        try:
-            return pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="ISO8601"))])
-        except ValueError as e:
-            raise ConfigError(f"event times of the labels are text that is no time in ISO 8601: {str(e).splitlines()[0]}") from e
-    raise ConfigError(f"event times of the labels are {times.type}; give timestamps, dates, or text in ISO 8601")
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ConfigError(f"event times of the labels are {kind}; give timestamps, dates, or text in ISO 8601")
+    try:
+        return pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="ISO8601"))])
+    except ValueError as e:
+        raise ConfigError(f"event times of the labels are text that is no time in ISO 8601: {str(e).splitlines()[0]}") from e
 
 
 def _joined(query: Query, config: RepoConfig, deadline: Deadline) -> pa.Table:

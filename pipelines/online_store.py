@@ -136,7 +136,8 @@ def _has_times(connection: sqlite3.Connection, table: str) -> bool:
 def _cells(config: RepoConfig, data: list[Row]) -> Iterator[tuple[Any, ...]]:
     for entity_key, values, event, created in data:
         key, event_us, created_us = _key(config, entity_key), _us(event), _us(created)
-        event, created = to_naive_utc(event), None if _known(created) is None else to_naive_utc(created)  # as Feast's own store keeps them
+        known = _known(created)
+        event, created = to_naive_utc(event), None if known is None else to_naive_utc(known)  # as Feast's own store keeps them
         for name, value in values.items():
             yield key, name, value.SerializeToString(), extract_text_and_num(value, False)[0], event, created, event_us, created_us
 

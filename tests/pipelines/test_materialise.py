@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import sqlite3
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,8 @@ from deltalake import write_deltalake
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import newest, online_writer
 from pipelines.feature_store import Repo, open_repo
-from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
+from pipelines.materialise import OVERLAP_S, Materialised, materialise
+from tests.pipelines.lakes import ROOT
 from tests.pipelines.repos import TIME, at, make_repo, redefine, redis_store, rows, served, write_source
 from tests.redis_server import redis_server
 
@@ -299,14 +301,14 @@ def test_killed_run_is_done_again_and_ends_the_same(repo: Repo, tmp_path: Path, 
     source = pumps(6_000, seed)
     write_source(tmp_path, "one", source)
     path = tmp_path / "feature_repo/data/online.db"
-    process = multiprocessing.get_context("fork").Process(target=main, args=(["--project", str(tmp_path)],))  # it has Feast imported
-    process.start()
+    # A process of its own, as Polars' threads do not outlive a fork.
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.materialise", "--project", str(tmp_path)], cwd=ROOT)
     wanted = 1 + random.Random(seed).randrange(3_000)
     deadline = time.monotonic() + 150
-    while count(path) < wanted and process.is_alive() and time.monotonic() < deadline:
+    while count(path) < wanted and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
     assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists(), "it ended before it could be killed"
     assert run(repo).written == 6_000
     with sqlite3.connect(path) as connection:

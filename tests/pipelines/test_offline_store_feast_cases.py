@@ -215,6 +215,11 @@ def test_labels_that_have_no_times_say_why(repo: Any, labels: str, message: str)
         repo.get_historical_features(labels, ["driver_stats:conv_rate"])
 
 
+def test_labels_without_any_time_get_nothing(repo: Any) -> None:
+    asked = pa.table({"driver_id": [1], "event_timestamp": pa.nulls(1)})
+    assert repo.get_historical_features(asked, ["driver_stats:conv_rate"]).to_arrow()["conv_rate"].to_pylist() == [None]
+
+
 def test_text_never_matches_a_number(repo: Any) -> None:
     with pytest.raises(ConfigError, match="driver_id"):
         repo.get_historical_features(orders(driver_id=["1", "2", "3", "1"]), ALL).to_arrow()
