@@ -44,7 +44,7 @@ from tests.redis_server import redis_server
 
 ENTITIES, ENTITIES_QUICK = 100_000, 200
 TIMES_MORE = 10
-MEMORY_MB_MAX = 1_000 + 250  # what DuckDB may take, and a batch in Feast's messages
+MEMORY_MB_MAX = 1_250  # the source's batches, a 64th of the entities, a batch in Feast's messages
 BLOCKS, BLOCKS_QUICK = 200, 4
 BLOCK_ROWS = 16
 PACE_S = 0.1

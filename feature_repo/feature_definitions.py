@@ -6,8 +6,10 @@ stream. The pipeline finds `view` and `service` by these names; further views an
 """
 
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 
+import msgspec
 import yaml
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
 from feast.types import Float64
@@ -25,8 +27,10 @@ _tags = {
     "stream": _contract.stream,
     "contract": str(_document.get("id", "")),
     "contract_version": _contract.version,
+    "windows": str(_params.spec.kind),
     "window_rows": str(_params.spec.window_rows),
     "window_s": str(_params.spec.window_s),
+    "spec": sha256(msgspec.json.encode(_params.spec, order="deterministic")).hexdigest(),  # values of another spec are other values
 }
 
 

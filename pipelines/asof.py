@@ -24,6 +24,7 @@ import polars as pl
 Ints = npt.NDArray[np.int64]
 
 KEY, AT, CREATED = "__key", "__at", "__created"
+_COMPARED, _PLACE = "__compared", "__place"
 NOBODY = -1
 _CODES_MAX = 2**62
 _RUN_ROWS = 4
@@ -119,7 +120,8 @@ def winners(features: pl.DataFrame, labels: Labels, rule: Rule) -> Ints:
     found = ranked[np.maximum(place, 0)]
     answers = (place >= 0) & (labels.ids != NOBODY) & (ids[found] == labels.ids)
     if rule.ttl:
-        answers &= labels.at - at[found] <= rule.ttl
+        # What is older than its label by more than an int64 holds fits a uint64.
+        answers &= labels.at.view(np.uint64) - at[found].view(np.uint64) <= np.uint64(rule.ttl)
     return np.where(answers, found, NOBODY)
 
 
@@ -148,11 +150,11 @@ def _ranked(codes: Ints, features: pl.DataFrame) -> Ints:
         if not same.any():
             break
         tied = np.append(same, False) | np.append(False, same)
-        rows = features[order[tied]].select(*columns, pl.Series("compared", compared[tied]), pl.Series("place", order[tied]))
-        rows = rows.sort("compared", *columns)
-        order[tied] = rows["place"].to_numpy()
+        rows = features[order[tied]].select(*columns, pl.Series(_COMPARED, compared[tied]), pl.Series(_PLACE, order[tied]))
+        rows = rows.sort(_COMPARED, *columns)
+        order[tied] = rows[_PLACE].to_numpy()
         # Numbers that rise along the order and are nobody else's.
-        compared[tied] = rows.select(pl.struct("compared", *columns).rle_id()).to_series().cast(pl.Int64).to_numpy() - _CODES_MAX
+        compared[tied] = rows.select(pl.struct(_COMPARED, *columns).rle_id()).to_series().cast(pl.Int64).to_numpy() - _CODES_MAX
     return order
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import polars as pl
 import pyarrow as pa
@@ -20,6 +21,8 @@ from pipelines.feature_sources import Source
 _PER_US = {"ms": 1_000, "us": 1, "ns": 1}
 _TEXT = (pl.Categorical, pl.Enum)
 _INT64_MAX = 2**63 - 1
+
+T = TypeVar("T", pl.Expr, pl.Series)
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Asked:
         return cls(frame, at.cast(pl.Int64) * _PER_US[unit], "ns" if unit == "ns" else "us")
 
     def at_in(self, unit: str) -> pl.Series:
-        return self.at if unit == self.unit else (self.at * 1_000)
+        return self.at if unit == self.unit else _scaled(self.at, 1_000)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,11 @@ class Query:
         Raises:
             ConfigError: columns are missing, or keys or times have types that cannot be compared.
         """
-        schema = _schema(view)
-        unit = "ns" if asked.unit == "ns" or getattr(schema[view.time], "time_unit", None) == "ns" else "us"
+        schema = schema_of(view)
+        unit = "ns" if "ns" in (asked.unit, unit_of(schema[view.time])) else "us"
         keys = [_label_key(asked.table[label], schema[stored], view, label) for label, stored in view.keys.items()]
         frame = pl.DataFrame([key.alias(f"__key{i}") for i, key in enumerate(keys)])
-        rule = Rule(view.ttl_us * (1_000 if unit == "ns" else 1), view.known_by and view.created is not None)
+        rule = Rule(min(view.ttl_us * (1_000 if unit == "ns" else 1), _INT64_MAX), view.known_by and view.created is not None)
         return cls(view, Labels.of(frame, asked.at_in(unit)), rule, unit)
 
     def frame(self, source: Source) -> pl.LazyFrame | None:
@@ -91,9 +94,9 @@ class Query:
         if self.rule.known_by and view.created:
             bounds += _within(view.created, schema[view.created], self.unit, None, last)
         columns = [_key(pl.col(stored), schema[stored]).alias(f"__key{i}") for i, stored in enumerate(view.keys.values())]
-        columns.append(_epoch(view.time, schema[view.time], self.unit).alias(AT))
+        columns.append(epoch(view.time, schema[view.time], self.unit).alias(AT))
         if view.created:
-            columns.append(_epoch(view.created, schema[view.created], self.unit).alias(CREATED))
+            columns.append(epoch(view.created, schema[view.created], self.unit).alias(CREATED))
         columns += [pl.col(stored).alias(shown) for shown, stored in view.values.items()]
         return scan.filter(*bounds).select(columns) if bounds else scan.select(columns)
 
@@ -113,25 +116,44 @@ def within(column: str, dtype: pl.DataType, first_us: int | None, last_us: int |
 def _within(column: str, dtype: pl.DataType, unit: str, first: int | None, last: int | None) -> list[pl.Expr]:
     """On the stored column itself, so that a file's statistics can be used."""
     if isinstance(dtype, pl.Date):
-        time = _epoch(column, dtype, unit)
+        time = epoch(column, dtype, unit)
         return [time >= first] * (first is not None) + [time <= last] * (last is not None)
     up, down = _scale(column, dtype, unit)
     found = []
     if first is not None:
-        found.append(pl.col(column) >= pl.lit(-(-first * down // up), pl.Int64).cast(dtype))
+        found.append(pl.col(column) >= _bound(-(-first * down // up), dtype))
     if last is not None:
-        found.append(pl.col(column) <= pl.lit(last * down // up, pl.Int64).cast(dtype))
+        found.append(pl.col(column) <= _bound(last * down // up, dtype))
     return found
 
 
-def _epoch(column: str, dtype: pl.DataType, unit: str) -> pl.Expr:
+def _bound(time: int, dtype: pl.DataType) -> pl.Expr:
+    """The time, or the nearest one there is."""
+    return pl.lit(min(max(time, -_INT64_MAX), _INT64_MAX), pl.Int64).cast(dtype)
+
+
+def unit_of(dtype: pl.DataType) -> str:
+    """In what times of a type are compared."""
+    return "ns" if getattr(dtype, "time_unit", None) == "ns" else "us"
+
+
+def epoch(column: str, dtype: pl.DataType, unit: str) -> pl.Expr:
+    """A stored time as a whole number of `unit` (us or ns) since 1970 UTC.
+
+    Raises:
+        ConfigError: it is no time.
+    """
     if isinstance(dtype, pl.Date):
         dtype, time = pl.Datetime("us"), pl.col(column).cast(pl.Datetime("us")).cast(pl.Int64)
     else:
         time = pl.col(column).cast(pl.Int64)
     up, _ = _scale(column, dtype, unit)
-    # Dates such as the year 9999 stay later than all others.
-    return time.clip(-_INT64_MAX // up, _INT64_MAX // up) * up if up > 1 else time
+    return _scaled(time, up) if up > 1 else time
+
+
+def _scaled(time: T, up: int) -> T:
+    """Times such as the year 9999 stay later than all others."""
+    return time.clip(-(_INT64_MAX // up), _INT64_MAX // up) * up
 
 
 def _scale(column: str, dtype: pl.DataType, unit: str) -> tuple[int, int]:
@@ -166,7 +188,12 @@ def _label_key(labels: pl.Series, stored: pl.DataType, view: View, name: str) ->
     return labels.cast(ours)
 
 
-def _schema(view: View) -> pl.Schema:
+def schema_of(view: View) -> pl.Schema:
+    """The stored columns.
+
+    Raises:
+        ConfigError: one that the view needs is not there.
+    """
     schema = view.source.scan().collect_schema()
     wanted = [*view.keys.values(), *view.values.values(), view.time, *([view.created] if view.created else [])]
     if missing := sorted(set(wanted) - set(schema)):

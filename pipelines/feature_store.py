@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, FencelineError
 from edge_agent.core.settings import nearest
+from pipelines.online_writer import available
 
 if TYPE_CHECKING:
     from feast import FeatureService, FeatureStore, FeatureView
 
 FEATURE_REPO = Path("feature_repo")
-DEFINITIONS = "feature_definitions.py"
+DEFINITIONS, SETTINGS = "feature_definitions.py", "feature_store.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,17 @@ def open_repo(project: Path) -> Repo:
     """Apply the definitions of the project and open its store.
 
     Raises:
-        ConfigError: there are none, or they lack `view` or `service`.
+        ConfigError: there are none, they lack `view` or `service`, or they or the store's settings are wrong.
+        UnavailableError: the registry or the online store does not answer.
     """
     os.environ.setdefault("FEAST_USAGE", "False")
-    from feast import FeatureStore, FeatureView
+    from feast import FeatureView
 
     folder = project / FEATURE_REPO
     found = _definitions(folder / DEFINITIONS)
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    store = FeatureStore(repo_path=str(folder))
-    store.apply(_objects(found))
+    store = _open(folder)
+    _apply(store, found, folder / DEFINITIONS)
     views = [value for value in found.values() if isinstance(value, FeatureView)]
     return Repo(store, found["view"], found["service"], {view.name: store.get_feature_view(view.name) for view in views})
 
@@ -74,16 +77,44 @@ def _definitions(path: Path) -> dict[str, Any]:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.exists():
         raise ConfigError(f"{path} does not exist; copy {FEATURE_REPO}/ into the project")
+    from feast import FeatureService, FeatureView
+
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for name in ("view", "service"):
-        if not hasattr(module, name):
+    try:
+        spec.loader.exec_module(module)
+    except FencelineError:
+        raise
+    except Exception as e:  # whatever the user's own code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        raise ConfigError(f"{path}{f', line {lines[-1]}' if lines else ''}: {type(e).__name__}: {e}") from e
+    for name, kind in (("view", FeatureView), ("service", FeatureService)):
+        if not isinstance(getattr(module, name, None), kind):
             raise ConfigError(f"{path} defines no {name!r}; `view` is the pipeline's feature view, `service` its model's feature service")
     return vars(module)
 
 
-def _objects(names: dict[str, Any]) -> list[Any]:
-    from feast import Entity, FeatureService, FeatureView
+def _open(folder: Path) -> FeatureStore:
+    from feast import FeatureStore
+
+    try:
+        return FeatureStore(repo_path=str(folder))
+    except FileNotFoundError as e:
+        raise ConfigError(f"{folder / SETTINGS} does not exist; copy {FEATURE_REPO}/ into the project") from e
+    except Exception as e:  # Feast's, pydantic's, YAML's, of whatever class the settings name
+        raise ConfigError(f"{folder / SETTINGS}: {e}") from e
+
+
+def _apply(store: FeatureStore, names: dict[str, Any], path: Path) -> None:
+    """Everything that the definitions bind, on-demand views included."""
+    from feast import Entity, FeatureService
+    from feast.base_feature_view import BaseFeatureView
     from feast.data_source import DataSource
 
-    return [value for value in names.values() if isinstance(value, Entity | FeatureView | FeatureService | DataSource)]
+    found: list[Any] = [v for v in names.values() if isinstance(v, Entity | BaseFeatureView | FeatureService | DataSource)]
+    try:
+        with available(store):
+            store.apply(found)
+    except FencelineError:
+        raise
+    except Exception as e:  # Feast checks definitions in many places, each with errors of its own
+        raise ConfigError(f"{path} cannot be applied: {type(e).__name__}: {e}") from e

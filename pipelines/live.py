@@ -6,6 +6,7 @@
   each entity through the view's push source: the bits that the features stage will give for the same reading.
 - Devices that it has not heard of since it started are read from the lake first.
 - At least once: how far it came is noted after the push. Pushing again changes nothing, and an older value never replaces a newer one.
+- A process that others have left behind, as the definition of the view has changed, ends: its values would be of the old one.
 - The first run, and one with another definition of the view or another store, starts with the first commit: nothing is left out.
 - While lake or store are away it waits and goes on from where it was.
 """
@@ -37,7 +38,7 @@ from edge_agent.contract.feature_spec import WindowKind
 from pipelines import cli
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME
-from pipelines.marks import definition, read_mark, write_mark
+from pipelines.marks import begin, check_current, read_mark, write_mark
 from pipelines.online_writer import BATCH_ROWS, OnlineWriter, Written
 from pipelines.stage import Context, load_context
 from pipelines.tails import Tails
@@ -173,14 +174,19 @@ def build(context: Context, skip_history: bool = False) -> Live:
     if source is None:
         raise ConfigError(f"feature view {repo.view.name!r} has no push source; give it source=PushSource(…) in feature_definitions.py")
     tails = Tails(context.contract, context.params.spec, functions=context.params.functions)
-    mark_path, current = repo.data / "live.json", definition(repo, repo.views[repo.view.name])
+    writer = OnlineWriter(repo.store, repo.views[repo.view.name])
+    mark_path, current = repo.data / "live.json", begin(repo, writer)
     mark = read_mark(mark_path, LiveMark)
     known = mark is not None and mark.definition == current
     follower = Follower(Lake(context.lake), context.params.stream, tails.columns, mark.seen if known and mark is not None else None)
     if skip_history and not known:
         follower.skip()
-    writer = OnlineWriter(repo.store, repo.views[repo.view.name])
-    return Live(follower, tails, lambda rows: writer.push(source.name, rows), mark_path, current)
+
+    def push(rows: pa.RecordBatch) -> Written:
+        check_current(repo, writer.view, current)
+        return writer.push(source.name, rows)
+
+    return Live(follower, tails, push, mark_path, current)
 
 
 def main(argv: list[str] | None = None) -> int:

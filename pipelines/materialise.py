@@ -8,11 +8,11 @@ Rules:
   online stores of `pipelines.online_store` see to it, whoever else writes meanwhile.
 - Incremental: a run takes the rows that were created after the last one, or whose event time it left out (`until`). A row may
   become visible some time after it was created, so runs overlap by OVERLAP_S; what is written twice is the same. A source without
-  a created time is read whole.
+  a created time is read whole, and rows without one are taken by every run.
 - The mark of how far a run came is set when all of it is read back from the store. A run that breaks off leaves the mark, and the
   next does it again.
-- The run is a full one if the definition of the view or the store has changed since the last, or if the store no longer has
-  what the last one wrote there.
+- The run is a full one if the definition of the view or the store has changed since the last, which also takes the old values away
+  (`pipelines.marks`), or if the store no longer has what the last one wrote there.
 - Bounded memory: `pipelines.newest` reads the source with a limit and spills to disk; rows go on in batches.
 - Entities that have left the source stay online until `rebuild`. Feast gives back values of any age, with their time: a reader compares it
   with the view's ttl (`key_ttl_seconds` lets Redis forget them by itself).
@@ -34,11 +34,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pyarrow as pa
 
-from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
+from edge_agent.contract.errors import ConfigError, FencelineError
 from pipelines import cli
 from pipelines.feature_store import Repo, open_repo
-from pipelines.marks import definition, read_mark, write_mark
-from pipelines.newest import newest_of
+from pipelines.marks import begin, read_mark, write_mark
+from pipelines.newest import Wanted, microseconds, newest_of
 from pipelines.online_writer import OnlineWriter, Written
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ Say = Callable[[str], None]
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """How far the last whole run came. `probes` are keys that it wrote."""
+    """How far the last whole run came: all rows that were created by then, and whose time is not later than `event_us`, have been
+    looked at. `probes` are keys that it wrote."""
 
     definition: str
     created_us: int
@@ -96,27 +97,24 @@ def materialise(
     started = time.monotonic()
     path = repo.data / "materialised" / f"{view.name}.json"
     writer = OnlineWriter(repo.store, view)
+    definition = begin(repo, writer)
     mark = None if rebuild else read_mark(path, Mark)
-    why = "asked for" if full or rebuild else _why_full(mark, repo, view, writer)
+    why = "asked for" if full or rebuild else _why_full(mark, definition, writer)
     if rebuild:
         path.unlink(missing_ok=True)
         writer.empty()
-    with newest_of(repo, view) as source:
-        conditions = [source.until(until)] if until else []
-        conditions += [source.since(mark.created_us - OVERLAP_S * 1_000_000, mark.event_us)] if mark is not None and not why else []
-        where = " AND ".join(conditions) or "TRUE"
-        entities, without_key, created_us, event_us = source.count(where)
-        say(f"{view.name}: {entities} entities ({f'all: {why}' if why else 'what is new'})")
-        done, probes = _write(writer, source.batches(where), entities, view, say)
-    if done.written + done.older != entities:
-        raise UnavailableError(f"the source of {view.name} changed while it was read: {entities} entities, then {done}; run again")
-    reached = Mark(definition(repo, view), created_us, event_us, probes)
-    if mark is not None and not why:
-        reached = _later(mark, reached)
-    write_mark(path, reached)
-    _tell_feast(repo, view, reached.event_us)
+    before = mark if mark is not None and not why else Mark(definition, 0, 0, {})
+    until_us = None if until is None else microseconds(until)
+    wanted = Wanted(until_us) if why else Wanted(until_us, before.created_us - OVERLAP_S * 1_000_000, before.event_us)
+    with newest_of(repo, view, wanted) as rows:
+        say(f"{view.name}: {rows.entities} entities ({f'all: {why}' if why else 'what is new'})")
+        done, probes = _write(writer, rows.batches(), rows.entities, view, say)
+    newest_us = max(before.event_us, rows.event_us)
+    covered_us = newest_us if until_us is None else min(newest_us, until_us)  # what `until` left out may be older than what is online
+    write_mark(path, Mark(definition, max(before.created_us, rows.created_us), covered_us, probes or before.probes))
+    _tell_feast(repo, view, newest_us)
     seconds = round(time.monotonic() - started, 3)
-    return Materialised(view.name, why, entities, done.written, done.older, without_key, reached.event_us or None, seconds)
+    return Materialised(view.name, why, rows.entities, done.written, done.older, rows.without_key, newest_us or None, seconds)
 
 
 def _write(
@@ -135,19 +133,14 @@ def _write(
     return done, probes
 
 
-def _why_full(mark: Mark | None, repo: Repo, view: FeatureView, writer: OnlineWriter) -> str:
+def _why_full(mark: Mark | None, definition: str, writer: OnlineWriter) -> str:
     """Why all rows have to be written, or nothing."""
     if mark is None:
         return "the first run"
-    if mark.definition != definition(repo, view):
+    if mark.definition != definition:
         return "the view or the store has changed"
     lost = writer.missing(pa.table(mark.probes)) if mark.probes else 0
     return f"the store has lost {lost} of {len(next(iter(mark.probes.values())))} entities looked at" if lost else ""
-
-
-def _later(before: Mark, now: Mark) -> Mark:
-    """The mark of a run that took what was new."""
-    return Mark(now.definition, max(before.created_us, now.created_us), max(before.event_us, now.event_us), now.probes or before.probes)
 
 
 def _tell_feast(repo: Repo, view: FeatureView, event_us: int) -> None:

@@ -16,7 +16,7 @@ How it works: `asof` joins, `feature_sources` reads and writes, `feature_query` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +92,7 @@ class AsOfOfflineStore(OfflineStore):
             ConfigError: a source, a column or a type does not fit; the message says which.
         """
         known_by = filter_by_created_timestamp or config.offline_store.filter_by_created_timestamp
-        views = [_view(view, feature_refs, full_feature_names, known_by, config) for view in feature_views]
+        views = [view_of(view, feature_refs, full_feature_names, known_by, config) for view in feature_views]
         if entity_df is None:
             table = seen(views, *compute_non_entity_date_range(feature_views, start_date, end_date), time=EVENT_TIMESTAMP)
         else:
@@ -201,11 +201,12 @@ class AsOfOfflineStore(OfflineStore):
     @staticmethod
     def get_monitoring_max_timestamp(config: RepoConfig, data_source: DataSource, timestamp_field: str) -> datetime | None:
         """The latest event time; None without rows."""
-        latest = Source.of(data_source, config).scan().select(pl.col(timestamp_field).max()).collect().item()
+        source = Source.of(data_source, config)
+        latest = source.collect(source.scan().select(pl.col(timestamp_field).max())).item()
         return latest.replace(tzinfo=UTC) if latest is not None and latest.tzinfo is None else latest
 
 
-def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by: bool, config: RepoConfig) -> View:
+def view_of(view: FeatureView, refs: list[str], full_feature_names: bool, known_by: bool, config: RepoConfig) -> View:
     """Where a view's columns lie; Feast's names are those after the source's field mapping."""
     projection, source = view.projection, view.batch_source
     place = Source.of(source, config)
@@ -223,7 +224,7 @@ def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by
         values={shown + name: stored.get(name, name) for name in wanted},
         time=stored.get(source.timestamp_field, source.timestamp_field),
         created=stored.get(source.created_timestamp_column, source.created_timestamp_column) or None,
-        ttl_us=round(view.ttl.total_seconds() * 1e6) if view.ttl else 0,
+        ttl_us=view.ttl // timedelta(microseconds=1) if view.ttl else 0,
         known_by=known_by,
     )
 
@@ -231,7 +232,10 @@ def _view(view: FeatureView, refs: list[str], full_feature_names: bool, known_by
 def _labels(entity_df: pd.DataFrame | pa.Table | str) -> pa.Table:
     if isinstance(entity_df, str):
         with duckdb.connect() as connection:
-            return connection.sql(entity_df).to_arrow_table()
+            try:
+                return connection.sql(entity_df).to_arrow_table()
+            except duckdb.Error as e:
+                raise ConfigError(f"entity_df is SQL that DuckDB cannot run: {e}") from e
     if isinstance(entity_df, pa.Table):
         return entity_df
     if isinstance(entity_df, pd.DataFrame):
@@ -261,11 +265,17 @@ def _check_columns(labels: pa.Table, views: list[View], on_demand: list[OnDemand
 
 def _timestamps(times: pa.ChunkedArray) -> pa.ChunkedArray:
     """Timestamps as they are; dates and text in ISO 8601 become some."""
-    if pa.types.is_timestamp(times.type):
+    kind = times.type.value_type if pa.types.is_dictionary(times.type) else times.type
+    if pa.types.is_timestamp(kind):
         return times
-    if pa.types.is_date(times.type):
+    if pa.types.is_date(kind) or pa.types.is_null(kind):
         return times.cast(pa.timestamp("us"))
-    return pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="ISO8601"))])
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise ConfigError(f"event times of the labels are {kind}; give timestamps, dates, or text in ISO 8601")
+    try:
+        return pa.chunked_array([pa.array(pd.to_datetime(times.to_pandas(), utc=True, format="ISO8601"))])
+    except ValueError as e:
+        raise ConfigError(f"event times of the labels are text that is no time in ISO 8601: {str(e).splitlines()[0]}") from e
 
 
 def _joined(query: Query, config: RepoConfig, deadline: Deadline) -> pa.Table:

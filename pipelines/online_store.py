@@ -12,11 +12,13 @@ write. The rule here is one atomic step in the database, so materialisation, liv
 from __future__ import annotations
 
 import itertools
+import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+import pandas as pd
 from feast import Entity, FeatureView, RepoConfig
 from feast.infra.key_encoding_utils import serialize_entity_key
 from feast.infra.online_stores.helpers import _mmh3, _redis_key, compute_table_id, compute_versioned_name, extract_text_and_num
@@ -34,6 +36,8 @@ Progress = Callable[[int], Any]
 
 BUSY_MS = 30_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FEATURES = "fenceline_features"
+"""A table of our own: the feature names that a view's table holds, at most."""
 
 
 class NewestSqliteOnlineStoreConfig(SqliteOnlineStoreConfig):
@@ -62,7 +66,10 @@ class NewestSqliteOnlineStore(SqliteOnlineStore):
         entities_to_keep: Sequence[Entity],
         partial: bool,
     ) -> None:
-        """Make and drop tables. One that Feast's own store made is made new: its times are too coarse to compare with."""
+        """Make and drop tables, and the values of features that a view no longer has.
+
+        A table that Feast's own store made is made new: its times are too coarse to compare with.
+        """
         connection = self._get_conn(config)
         foreign = [t for t in tables_to_keep if not _has_times(connection, _table(config, t))]
         super().update(config, [*tables_to_delete, *foreign], [], entities_to_delete, entities_to_keep, partial)
@@ -70,6 +77,18 @@ class NewestSqliteOnlineStore(SqliteOnlineStore):
         for table in foreign:
             connection.execute(f"ALTER TABLE {_table(config, table)} ADD COLUMN event_us INTEGER")
             connection.execute(f"ALTER TABLE {_table(config, table)} ADD COLUMN created_us INTEGER")
+        connection.execute(f"CREATE TABLE IF NOT EXISTS {_FEATURES} (view TEXT PRIMARY KEY, names TEXT NOT NULL)")
+        for table in tables_to_keep:
+            self._drop_unknown(connection, _table(config, table), sorted(f.name for f in table.features))
+
+    def _drop_unknown(self, connection: sqlite3.Connection, table: str, names: list[str]) -> None:
+        """Looking through a large table takes long, and `feast apply` is frequent: only when the names have changed."""
+        known, now = connection.execute(f"SELECT names FROM {_FEATURES} WHERE view = ?", [table]).fetchone(), json.dumps(names)
+        if known == (now,):
+            return
+        with connection:
+            connection.execute(f"DELETE FROM {table} WHERE feature_name NOT IN (SELECT value FROM json_each(?))", [now])
+            connection.execute(f"INSERT OR REPLACE INTO {_FEATURES} VALUES (?, ?)", [table, now])
 
     def online_write_batch(self, config: RepoConfig, table: FeatureView, data: list[Row], progress: Progress | None) -> None:
         """Write rows, those that are older than what is stored left out; all in one transaction."""
@@ -89,12 +108,16 @@ class NewestSqliteOnlineStore(SqliteOnlineStore):
     def online_read(
         self, config: RepoConfig, table: FeatureView, entity_keys: list[EntityKey], requested_features: list[str] | None = None
     ) -> list[tuple[datetime | None, dict[str, Value] | None]]:
-        """The values of each entity and their event time; (None, None) for one that is not there."""
+        """The values of each entity and their event time; (None, None) for one that is not there.
+
+        Features are those asked for, or all that the view has now: another process may not know yet that one was taken out.
+        """
+        names = requested_features or [feature.name for feature in table.features]
         keys = [_key(config, key) for key in entity_keys]
         found = self._get_conn(config).execute(
             f"SELECT entity_key, feature_name, value, event_us FROM {_table(config, table)} "
-            f"WHERE entity_key IN ({','.join('?' * len(keys))}) ORDER BY entity_key",
-            keys,
+            f"WHERE entity_key IN ({','.join('?' * len(keys))}) AND feature_name IN ({','.join('?' * len(names))}) ORDER BY entity_key",
+            [*keys, *names],
         )
         rows = {key: list(group) for key, group in itertools.groupby(found, key=lambda row: row[0])}
         return [_values(rows.get(key, [])) for key in keys]
@@ -113,7 +136,8 @@ def _has_times(connection: sqlite3.Connection, table: str) -> bool:
 def _cells(config: RepoConfig, data: list[Row]) -> Iterator[tuple[Any, ...]]:
     for entity_key, values, event, created in data:
         key, event_us, created_us = _key(config, entity_key), _us(event), _us(created)
-        event, created = to_naive_utc(event), None if created is None else to_naive_utc(created)  # as Feast's own store keeps them
+        known = _known(created)
+        event, created = to_naive_utc(event), None if known is None else to_naive_utc(known)  # as Feast's own store keeps them
         for name, value in values.items():
             yield key, name, value.SerializeToString(), extract_text_and_num(value, False)[0], event, created, event_us, created_us
 
@@ -129,8 +153,14 @@ def _key(config: RepoConfig, entity_key: EntityKey) -> bytes:
     return key
 
 
+def _known(time: datetime | None) -> datetime | None:
+    """Feast makes a NaT of a missing time, which passes for a datetime."""
+    return None if time is pd.NaT else time
+
+
 def _us(time: datetime | None) -> int:
     """Microseconds since 1970; a time without a zone is UTC."""
+    time = _known(time)
     if time is None:
         return 0
     return ((time if time.tzinfo else time.replace(tzinfo=UTC)) - _EPOCH) // timedelta(microseconds=1)

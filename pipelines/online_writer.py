@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
@@ -51,6 +51,7 @@ class OnlineWriter:
         """Write at most BATCH_ROWS rows of as many entities.
 
         Raises:
+            ConfigError: a column is not of the type that its field declares.
             UnavailableError: the store does not answer, or does not give back what was written.
         """
         messages = self._messages(rows)
@@ -84,10 +85,18 @@ class OnlineWriter:
             self._provider.online_store.update(self.store.config, [], [self.view], [], [], partial=True)
 
     def _messages(self, rows: pa.RecordBatch) -> list[Any]:
+        from feast.types import Float64
         from feast.utils import _convert_arrow_to_proto
 
-        # Of a table Feast takes the first chunk only, and says nothing: hence a RecordBatch.
-        messages: list[Any] = _convert_arrow_to_proto(rows, self.view, self._key_types)
+        for feature in self.view.features:
+            if feature.dtype == Float64 and pa.types.is_float32(rows.column(feature.name).type):  # Feast takes those for Float32 only
+                place = rows.schema.get_field_index(feature.name)
+                rows = rows.set_column(place, feature.name, rows.column(place).cast(pa.float64()))
+        try:
+            # Of a table Feast takes the first chunk only, and says nothing: hence a RecordBatch.
+            messages: list[Any] = _convert_arrow_to_proto(rows, self.view, self._key_types)
+        except (TypeError, ValueError, AssertionError) as e:
+            raise ConfigError(f"view {self.view.name!r} has values that its fields do not declare, or that Feast cannot store: {e}") from e
         return messages
 
     def _check(self, messages: list[Any]) -> Written:
@@ -96,7 +105,7 @@ class OnlineWriter:
         written = older = 0
         lost = []
         for (key, values, event, _), (at, found) in zip(messages, stored, strict=True):
-            if found is not None and _bits(values) == _bits(found):
+            if found is not None and _bits(values) == _bits({name: found[name] for name in values if name in found}):
                 written += 1
             elif at is not None and _aware(at) >= _aware(event):
                 older += 1

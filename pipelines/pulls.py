@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
 from edge_agent.contract.errors import ConfigError
-from pipelines.feature_query import View, within
+from pipelines.feature_query import View, epoch, schema_of, unit_of, within
 from pipelines.feature_sources import Source, arrow
 from pipelines.partitioned import Deadline, batch_rows
 
@@ -42,7 +43,7 @@ class Pull:
     def all_rows(self, bytes_max: int, deadline: Deadline) -> Iterator[pa.Table]:
         """Every row, some at a time; one empty table if there is none."""
         frame = self.frame()
-        yield self.table(frame.head(0).collect())
+        yield self.table(self.source.collect(frame.head(0)))
         for batch in self.source.batches(frame, batch_rows(frame, bytes_max)):
             deadline.check()
             yield self.table(batch)
@@ -50,7 +51,7 @@ class Pull:
     def newest_rows(self, bytes_max: int, deadline: Deadline) -> Iterator[pa.Table]:
         """The newest row of each entity. Memory: `bytes_max` or one row per entity, whichever is more."""
         frame = self.frame()
-        held, size, limit = [frame.head(0).collect()], 0.0, float(bytes_max)
+        held, size, limit = [self.source.collect(frame.head(0))], 0.0, float(bytes_max)
         for batch in self.source.batches(frame, batch_rows(frame, bytes_max)):
             deadline.check()
             held.append(batch)
@@ -70,16 +71,23 @@ class Pull:
         return table
 
     def _newest(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Of each entity (null keys are one too) the row with the latest event time, then created time, then by content."""
-        for name in filter(None, (self.time, self.created)):
-            at = pl.col(name).cast(pl.Int64).fill_null(_LEAST)
-            frame = frame.filter(at == (at.max().over(self.keys) if self.keys else at.max()))
-        if not self.keys:
-            return frame.sort(self.values).tail(1)
-        twice = frame.select(pl.struct(self.keys).is_duplicated()).to_series()
-        if not twice.any():
-            return frame
-        return frame.sort(self.values).unique(self.keys, keep="last", maintain_order=True) if self.values else frame.unique(self.keys)
+        return newest(frame, self.keys, [name for name in (self.time, self.created) if name], self.values)
+
+
+def newest(frame: pl.DataFrame, keys: list[str], times: list[str], values: list[str]) -> pl.DataFrame:
+    """Of each entity (null keys are one too) the row with the latest of the first of the times, then of the next, then by content.
+
+    `asof.join` settles ties in the same way.
+    """
+    for name in times:
+        at = pl.col(name).cast(pl.Int64).fill_null(_LEAST)
+        frame = frame.filter(at == (at.max().over(keys) if keys else at.max()))
+    if not keys:
+        return (frame.sort(values) if values else frame).tail(1)
+    twice = frame.select(pl.struct(keys).is_duplicated()).to_series()
+    if not twice.any():
+        return frame
+    return frame.sort(values).unique(keys, keep="last", maintain_order=True) if values else frame.unique(keys)
 
 
 def seen(views: Sequence[View], first: datetime, last: datetime, time: str) -> pa.Table:
@@ -96,12 +104,15 @@ def seen(views: Sequence[View], first: datetime, last: datetime, time: str) -> p
                 f"without entity_df the views must share their join keys; {keyed[0].name!r} has {keys}, "
                 f"{view.name!r} has {sorted(view.keys)}: give an entity_df, or ask for the views one by one"
             )
+    schemas = [schema_of(view) for view in keyed]
+    unit: Any = "ns" if any(unit_of(schema[view.time]) == "ns" for schema, view in zip(schemas, keyed, strict=True)) else "us"
     frames = []
-    for view in keyed:
-        scan = view.source.scan()
-        bounds = within(view.time, scan.collect_schema()[view.time], _us(first), _us(last))
-        at = pl.col(view.time).cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias(time)
-        frames.append(scan.filter(*bounds).select(*(pl.col(view.keys[key]).alias(key) for key in keys), at).unique().collect())
+    for schema, view in zip(schemas, keyed, strict=True):
+        dtype = schema[view.time]
+        bounds = within(view.time, dtype, _us(first), _us(last))
+        at = epoch(view.time, dtype, unit).cast(pl.Datetime(unit, "UTC")).alias(time)
+        rows = view.source.scan().filter(*bounds).select(*(pl.col(view.keys[key]).alias(key) for key in keys), at)
+        frames.append(view.source.collect(rows.unique()))
     return arrow(pl.concat(frames, how="vertical_relaxed").unique().drop_nulls().sort(time, *keys))
 
 

@@ -81,6 +81,17 @@ def rows(*values: tuple[str | None, float, float, float]) -> pa.RecordBatch:
     )
 
 
+def redefine(project: Path, *changes: tuple[str, str]) -> Repo:
+    """Change the definitions and open the repository again."""
+    file = project / "feature_repo/feature_definitions.py"
+    text = file.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file.write_text(text)
+    return open_repo(project)
+
+
 def write_source(project: Path, name: str, batch: pa.RecordBatch) -> None:
     """One more file of the view's source."""
     (project / "features").mkdir(exist_ok=True)

@@ -151,6 +151,20 @@ def test_pruned_rows_are_at_most_one_per_label(seed: int) -> None:
     assert join(left, labels, Rule()).equals(join(whole, labels, Rule()))
 
 
+def test_features_of_any_name_are_told_apart_when_times_are_equal() -> None:
+    features = pl.DataFrame({"k0": ["a", "a"], AT: [5, 5], "place": [2.0, 1.0], "compared": [1, 2], "row": [1, 2]})
+    labels = Labels.of(pl.DataFrame({"k0": ["a"]}), pl.Series([9]))
+    assert join(candidates(features, labels, Rule()), labels, Rule()).rows() == [(2.0, 1, 1)]
+
+
+@pytest.mark.parametrize(("ttl", "expected"), [(0, [1.0]), (2**63 - 1, [None]), (2**62, [None])])
+def test_age_beyond_any_ttl_is_told(ttl: int, expected: list[float | None]) -> None:
+    """The label is 1.5 * 2**63 younger than the row: more than an int64 holds."""
+    features = pl.DataFrame({"k0": ["a"], AT: [-(2**63) + 1], "v": [1.0]})
+    labels, rule = Labels.of(pl.DataFrame({"k0": ["a"]}), pl.Series([2**62])), Rule(ttl)
+    assert join(candidates(features, labels, rule), labels, rule)["v"].to_list() == expected
+
+
 def test_late_backfill_is_seen_from_its_created_time_on() -> None:
     """A value for 10 that arrived at 50 hides nothing from a label at 30, and is the newest for one at 60."""
     features = pl.DataFrame({"k0": ["a", "a"], AT: [5, 10], CREATED: [5, 50], "v": [1.0, 2.0]})

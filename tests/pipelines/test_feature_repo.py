@@ -16,10 +16,11 @@ from cloud.cli import main
 from edge_agent.contract.errors import ConfigError
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME, EVENT_TIME
+from pipelines.marks import definition
 from pipelines.materialise import materialise
 from pipelines.params import load_params
 from tests.pipelines.lakes import open_lake, readings, store, turbofan
-from tests.pipelines.repos import TIME, make_repo, turbofan_project
+from tests.pipelines.repos import TIME, at, make_repo, redefine, rows, turbofan_project, write_source
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_definitions_name_contract_units_owner_and_a_service_for_the_model(proje
         f"{turbofan().field('sensor_4').unit}/h",
     )
     assert stored.stream_source.name == f"{params.view}_push"
+
+
+def test_definition_names_every_setting_of_the_windows_and_nothing_that_passes(project: Path) -> None:
+    file = project / "pipelines/params.yaml"
+    text, found = file.read_text(), []
+    same = "windows: trailing"
+    for windows in (same, "windows: tumbling", "windows: tumbling\n  lateness_s: 60.0", "windows: hopping\n  every_s: 86400.0", same):
+        file.write_text(text.replace(same, windows))
+        repo = open_repo(project)
+        found.append(definition(repo, repo.views[repo.view.name]))
+    assert found[0] == found[-1] and len(set(found)) == len(found) - 1
 
 
 @pytest.mark.timeout(400)
@@ -88,6 +100,60 @@ def test_fenceline_features_live_once_pushes_what_the_lake_holds(project: Path, 
 def test_unknown_view_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no feature view 'pumbs' .*pumps"):
         make_repo(tmp_path).named("pumbs")
+
+
+ON_DEMAND = """
+import pandas as pd
+from feast.on_demand_feature_view import on_demand_feature_view
+@on_demand_feature_view(sources=[view], schema=[Field(name="twice", dtype=Float64)])
+def doubled(df: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"twice": df["pressure_mean"] * 2})
+"""
+
+
+def test_on_demand_views_are_applied(tmp_path: Path) -> None:
+    make_repo(tmp_path)
+    write_source(tmp_path, "one", rows(("a", 1, 1, 1.5)))
+    repo = redefine(tmp_path, ("service =", f"{ON_DEMAND}\nservice ="))
+    asked = pa.table({"pump": ["a"], "event_timestamp": pa.array([at(2)], TIME)})
+    assert repo.store.get_historical_features(asked, ["doubled:twice"]).to_df()["twice"].tolist() == [3.0]
+    materialise(repo, repo.views["pumps"])
+    assert repo.store.get_online_features(["doubled:twice"], [{"pump": "a"}]).to_dict()["twice"] == [3.0]
+
+
+TWIN = 'twin = FeatureView(name="PUMPS", entities=[pump], schema=fields, source=source)'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("view = ", "view = = ", r"feature_definitions\.py: SyntaxError: .*line 10"),
+        ("view = ", "import nothing_there\nview = ", r"feature_definitions\.py, line 10: ModuleNotFoundError: .*nothing_there"),
+        ("hours=2", "seconds=float('inf')", r"feature_definitions\.py, line 10: OverflowError"),
+        ("service = ", "service = 1\nother = ", "defines no 'service'"),
+        ("service =", f"{TWIN}\nservice =", r"feature_definitions\.py cannot be applied: .*Conflicting.*PUMPS"),
+    ],
+)
+def test_wrong_definitions_say_where(tmp_path: Path, old: str, new: str, message: str) -> None:
+    make_repo(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        redefine(tmp_path, (old, new))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"feature_store\.yaml does not exist; copy feature_repo/"),
+        ("project: test\nonline_store: {type: nope}\n", r"feature_store\.yaml: .*nope"),
+        ("project: [test\n", r"feature_store\.yaml: "),
+    ],
+)
+def test_wrong_settings_of_the_store_say_where(tmp_path: Path, text: str | None, message: str) -> None:
+    make_repo(tmp_path)
+    file = tmp_path / "feature_repo/feature_store.yaml"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        open_repo(tmp_path)
 
 
 def test_definitions_without_a_service_are_refused(project: Path) -> None:

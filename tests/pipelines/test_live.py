@@ -30,7 +30,7 @@ from pipelines.stage import load_context
 from pipelines.tails import Tails
 from tests.brokers import nats_broker
 from tests.edge_agent.gateway import START_S, Bench, reading, wait_for
-from tests.pipelines.lakes import ROOT, header_of, open_lake, readings, turbofan
+from tests.pipelines.lakes import ROOT, header_of, open_lake, readings, store, turbofan
 from tests.pipelines.repos import redis_store, turbofan_project
 from tests.redis_server import redis_server
 
@@ -193,6 +193,32 @@ def project(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         return
     with redis_server(tmp_path) as port:
         yield turbofan_project(tmp_path / "project", redis_store(port))
+
+
+def test_process_that_starts_again_takes_what_came_meanwhile_only(project: Path, tmp_path: Path) -> None:
+    lake, state = open_lake(tmp_path / "state/lake"), tmp_path / "state"
+    (project / "fenceline.toml").write_text(f"state = '{state}'\n")
+    arriving = {name: readings([name], seed)[0] for seed, name in enumerate(["before", "while-it-runs", "while-it-is-down"])}
+    store(lake, "plane-1", arriving["before"])
+    running = build(load_context(project, state), skip_history=True)
+    assert running.step() == 0
+    store(lake, "plane-2", arriving["while-it-runs"])
+    assert running.step() == len(arriving["while-it-runs"]["ts"])
+    store(lake, "plane-3", arriving["while-it-is-down"])
+    assert build(load_context(project, state), skip_history=True).step() == len(arriving["while-it-is-down"]["ts"])
+
+
+def test_process_that_goes_on_with_an_old_definition_ends(project: Path, tmp_path: Path) -> None:
+    state, file = tmp_path / "state", project / "pipelines/params.yaml"
+    (project / "fenceline.toml").write_text(f"state = '{state}'\n")
+    old = build(load_context(project, state))
+    file.write_text(re.sub(r"window_rows: \d+", "window_rows: 7", file.read_text()))
+    new = build(load_context(project, state))
+    table, _ = readings(["e"], 1)
+    store(open_lake(state / "lake"), "plane", table)
+    assert new.step() == len(table["ts"])
+    with pytest.raises(ConfigError, match="another definition than when this process started"):
+        old.step()
 
 
 @pytest.mark.timeout(300)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import sqlite3
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
+from deltalake import write_deltalake
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
-from pipelines import online_writer
+from pipelines import newest, online_writer
 from pipelines.feature_sources import Source, storage_of
-from pipelines.feature_store import Repo
-from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
+from pipelines.feature_store import Repo, open_repo
+from pipelines.materialise import OVERLAP_S, Materialised, materialise
 from tests.object_store import BUCKET, WRITER, ObjectStore, object_store  # noqa: F401
-from tests.pipelines.repos import TIME, at, make_repo, redis_store, rows, served, write_source
+from tests.pipelines.lakes import ROOT
+from tests.pipelines.repos import TIME, at, make_repo, redefine, redis_store, rows, served, write_source
 from tests.redis_server import redis_server
 
 HOUR = 3_600.0
@@ -108,8 +114,165 @@ def test_changed_view_is_written_whole(repo: Repo, tmp_path: Path) -> None:
     assert run(repo).full == "the view or the store has changed"
 
 
+def test_repository_that_is_opened_again_goes_on_where_the_last_run_ended(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 5, 5, 5.0), ("last", 5, 5 + CREATED_LATER, 5.0)))
+    assert run(repo).full == "the first run"
+    done = run(open_repo(tmp_path))
+    assert (done.full, done.entities) == ("", 1)
+
+
+def test_values_of_another_definition_are_taken_away_however_new_they_are(repo: Repo, tmp_path: Path) -> None:
+    """The newest tumbling window ends before the newest trailing one; and the live process has nothing of `b` any more."""
+    write_source(tmp_path, "one", rows(("a", 10, 10, 1.0), ("b", 10, 10, 1.0)))
+    run(repo)
+    write_source(tmp_path, "one", rows(("a", 9, 10, 2.0)))
+    done = run(redefine(tmp_path, ("online=True)", 'online=True, tags={"spec": "other"})')))
+    assert (done.full, done.written, done.older) == ("the view or the store has changed", 1, 0)
+    assert served(repo, ["a", "b"]) == [2.0, None]
+    write_source(tmp_path, "one", rows(("a", 8, 10, 3.0)))
+    assert run(open_repo(tmp_path), full=True).older == 1  # the same definition: only what is newer
+
+
+def test_feature_taken_out_of_a_view_is_gone_and_the_others_go_on(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 5, 5, 5.0), ("b", 5, 5, 5.0)))
+    run(repo)
+    repo = redefine(tmp_path, ('Field(name="pressure_count", dtype=Int64)', ""))
+    write_source(tmp_path, "two", rows(("a", 9, 9, 9.0)))
+    done = run(repo)
+    assert (done.entities, done.written, done.older) == (2, 2, 0)
+    found = repo.store.get_online_features(repo.service, [{"pump": "a"}]).to_dict(include_event_timestamps=True)
+    assert (found["pressure_mean"], found["pressure_mean__ts"]) == ([9.0], [int(at(9).timestamp())])
+    with sqlite3.connect(tmp_path / "feature_repo/data/online.db") as connection:
+        assert connection.execute("SELECT DISTINCT feature_name FROM test_pumps").fetchall() == [("pressure_mean",)]
+
+
 def test_view_without_source_files_says_what_to_do(repo: Repo) -> None:
-    with pytest.raises(ConfigError, match=r"source of view 'pumps' is not there .* make it first: fenceline train"):
+    with pytest.raises(ConfigError, match=r"data source 'pumps_source' at .*features does not exist; run the step that writes it"):
+        run(repo)
+
+
+def test_source_without_a_column_of_the_view_says_which(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 1, 1, 1.0)))
+    repo = redefine(tmp_path, ('"pressure_count"', '"pressure_max"'))
+    with pytest.raises(ConfigError, match=r"feature view 'pumps': .*features has no column 'pressure_max'"):
+        run(repo)
+
+
+def test_run_after_one_with_until_leaves_nobody_out(repo: Repo, tmp_path: Path) -> None:
+    """`b` was created before the last row of the run with `until`, and is older than what a run before that brought online."""
+    write_source(tmp_path, "one", rows(("a", 1_000, 1_000, 1.0)))
+    run(repo)
+    write_source(tmp_path, "two", rows(("b", 900, 2_000, 2.0), ("a", 500, 4_000, 3.0)))
+    assert run(repo, until=at(800)).newest_us == round(at(1_000).timestamp() * 1e6)
+    assert run(repo).full == ""
+    assert served(repo, ["a", "b"]) == [1.0, 2.0]
+
+
+def test_rows_without_a_created_time_are_taken_by_every_run(repo: Repo, tmp_path: Path) -> None:
+    write_source(tmp_path, "one", rows(("a", 1_000, 1_000, 1.0)))
+    run(repo)
+    nobody_knows = rows(("b", 900, 0, 2.0), ("a", 1_000, 0, 2.0)).set_column(2, "created_time", pa.array([None, None], TIME))
+    write_source(tmp_path, "two", nobody_knows)
+    assert run(repo).full == ""
+    assert served(repo, ["a", "b"]) == [1.0, 2.0]
+
+
+MAPPED = (
+    'timestamp_field="event_time", created_timestamp_column="created_time"',
+    'timestamp_field="at", created_timestamp_column="known", field_mapping={"event_time": "at", "created_time": "known"}',
+)
+PINNED = (
+    "timestamp_field=",
+    'file_format=__import__("feast.data_format").data_format.DeltaFormat(), tags={"delta_version": "0"}, timestamp_field=',
+)
+COUNT = ("pressure_count", 'Field(name="pressure_count", dtype=Int64)')
+
+
+@pytest.mark.parametrize("kind", ["mapped names", "hive partitions", "pinned Delta", "nanoseconds", "float32", "other files"])
+def test_source_is_read_as_offline_joins_read_it(repo: Repo, tmp_path: Path, kind: str) -> None:
+    table, folder = pa.Table.from_batches([rows(("a", 1, 1, 0.1), ("a", 2, 2, 0.2), ("b", 2, 2, 0.3))]), tmp_path / "features"
+    folder.mkdir()
+    if kind == "mapped names":
+        repo = redefine(tmp_path, MAPPED)
+    if kind == "hive partitions":
+        repo = redefine(tmp_path, (COUNT[1], 'Field(name="site", dtype=Int64)'))
+        table = table.drop_columns(COUNT[0]).append_column("site", pa.array([1, 2, 1]))
+        pads.write_dataset(table, folder, format="parquet", partitioning=["site"], partitioning_flavor="hive")
+    elif kind == "pinned Delta":
+        repo = redefine(tmp_path, PINNED)
+        for version in (table, pa.Table.from_batches([rows(("a", 3, 3, 0.9))])):
+            write_deltalake(folder, version, mode="append")
+    else:
+        if kind == "nanoseconds":
+            later = [round(at(s).timestamp()) * 10**9 + more for s, more in ((1, 100), (1, 200), (2, 0))]
+            table = table.set_column(1, "event_time", pa.array(later).cast(pa.timestamp("ns", "UTC")))
+        if kind == "float32":
+            table = table.set_column(3, "pressure_mean", table["pressure_mean"].cast(pa.float32()))
+        pq.write_table(table, folder / "part.parquet")
+        (folder / ".part.parquet.crc").write_bytes(b"x")
+    asked = pa.table({"pump": ["a", "b"], "event_timestamp": pa.array([at(100)] * 2, TIME)})
+    names = [f"pumps:{f.name}" for f in repo.views["pumps"].features]
+    offline = repo.store.get_historical_features(asked, names).to_arrow()
+    assert run(repo).written == 2
+    for name in names:
+        feature = name.partition(":")[2]
+        assert served(repo, ["a", "b"], feature) == offline[feature].to_pylist() != [None, None]
+
+
+def test_full_ties_are_settled_as_in_offline_joins(repo: Repo, tmp_path: Path, seed: int) -> None:
+    """Rows with the same times, in many batches: the content decides, missing values and NaN included."""
+    random_ = np.random.default_rng(seed)
+    count_, pumps_ = 150_000, 300
+    means = random_.choice([0.0, 1.0, -1.0, np.nan, np.inf], count_)
+    same = pa.array([at(int(s)) for s in random_.integers(0, 2, count_)], TIME)
+    table = pa.table(
+        {
+            "pump": [f"p{i}" for i in random_.integers(0, pumps_, count_)],
+            "event_time": same,
+            "created_time": same,
+            "pressure_mean": pa.array(means, mask=random_.random(count_) < 0.2),
+            "pressure_count": random_.integers(0, 1_000_000, count_),
+        }
+    )
+    (tmp_path / "features").mkdir()
+    pq.write_table(table, tmp_path / "features/one.parquet", row_group_size=40_000)
+    names = [f"p{i}" for i in range(pumps_)]
+    asked = pa.table({"pump": names, "event_timestamp": pa.array([at(100)] * pumps_, TIME)})
+    offline = repo.store.get_historical_features(asked, ["pumps:pressure_mean", "pumps:pressure_count"]).to_arrow()
+    assert run(repo).written == pumps_
+    assert served(repo, names, "pressure_count") == offline["pressure_count"].to_pylist()
+
+
+def test_newest_rows_do_not_depend_on_memory(repo: Repo, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pumps(200_000, seed)
+    write_source(tmp_path, "one", source.set_column(0, "pump", pa.array([f"p{i % 5_000}" for i in range(200_000)])))
+    found = []
+    for size in (newest.BATCH_BYTES, 0):
+        monkeypatch.setattr(newest, "BATCH_BYTES", size)
+        with newest.newest_of(repo, repo.views["pumps"], newest.Wanted()) as rows_:
+            batches = list(rows_.batches())
+            assert rows_.entities == sum(b.num_rows for b in batches) == 5_000
+            found.append(pa.Table.from_batches(batches).sort_by("pump"))
+    assert found[0].equals(found[1])
+    assert not list((tmp_path / "feature_repo/data/spill").iterdir())
+    best = pl.from_arrow(source).with_columns(pump=pl.Series([f"p{i % 5_000}" for i in range(200_000)]))  # type: ignore[union-attr]
+    wanted = best.sort("event_time").group_by("pump").last().sort("pump")
+    assert found[0]["pressure_mean"].to_pylist() == wanted["pressure_mean"].to_list()
+
+
+def test_view_without_entities_has_one_value(repo: Repo, tmp_path: Path) -> None:
+    repo = redefine(tmp_path, ("entities=[pump], ", ""))
+    write_source(tmp_path, "one", rows((None, 5, 5, 5.0), (None, 6, 6, 6.0)))
+    assert run(repo).written == 1
+    found = repo.store.get_online_features(["pumps:pressure_mean"], [{"__dummy_id": ""}]).to_dict()
+    assert found["pressure_mean"] == [6.0]
+
+
+def test_value_of_a_kind_that_cannot_be_stored_is_named(repo: Repo, tmp_path: Path) -> None:
+    repo = redefine(tmp_path, ("import Float64, Int64", "import Float64, Int64, Map"), ("dtype=Int64", "dtype=Map"))
+    batch = rows(("a", 5, 5, 5.0)).set_column(4, "pressure_count", pa.array([[("k", "v")]], pa.map_(pa.string(), pa.string())))
+    write_source(tmp_path, "one", batch)
+    with pytest.raises(ConfigError, match=r"view 'pumps' has values .* Expected dict for MAP type"):
         run(repo)
 
 
@@ -140,14 +303,14 @@ def test_killed_run_is_done_again_and_ends_the_same(repo: Repo, tmp_path: Path, 
     source = pumps(6_000, seed)
     write_source(tmp_path, "one", source)
     path = tmp_path / "feature_repo/data/online.db"
-    process = multiprocessing.get_context("fork").Process(target=main, args=(["--project", str(tmp_path)],))  # it has Feast imported
-    process.start()
+    # A process of its own, as Polars' threads do not outlive a fork.
+    process = subprocess.Popen([sys.executable, "-m", "pipelines.materialise", "--project", str(tmp_path)], cwd=ROOT)
     wanted = 1 + random.Random(seed).randrange(3_000)
     deadline = time.monotonic() + 150
-    while count(path) < wanted and process.is_alive() and time.monotonic() < deadline:
+    while count(path) < wanted and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
-    process.join()
+    process.wait()
     assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists(), "it ended before it could be killed"
     assert run(repo).written == 6_000
     with sqlite3.connect(path) as connection:
@@ -160,7 +323,7 @@ def test_source_in_s3_is_read_like_one_on_disk(tmp_path: Path, object_store: Obj
     stored = Source("pumps", path, delta, storage=storage_of(path, object_store.endpoint, WRITER))
     source = f'path="{path}", s3_endpoint_override="{object_store.endpoint}", {tags}' + ", file_format=DeltaFormat()" * delta
     repo = make_repo(tmp_path, source=source)
-    with pytest.raises(ConfigError, match="is not there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         run(repo)
     first = pumps(3_000, seed)
     stored.append(pa.Table.from_batches([first]))
@@ -184,7 +347,7 @@ def test_delta_version_that_a_source_names_is_materialised(tmp_path: Path) -> No
 def test_s3_that_does_not_answer_is_unavailable_and_sets_no_mark(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "x")
-    with pytest.raises(UnavailableError, match="source of view 'pumps' does not read"):
+    with pytest.raises(UnavailableError, match="'pumps_source' at s3:.* could not be read"):
         run(make_repo(tmp_path, source=f'path="s3://nothing/here", s3_endpoint_override="http://127.0.0.1:9"{format_}'))
     assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists()
 

@@ -202,6 +202,24 @@ def test_missing_columns_are_named(repo: Any) -> None:
         repo.get_historical_features(orders(), ["driver_stats:balance"])
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ("SELECT * FROM nowhere", "SQL that DuckDB cannot run: .*nowhere"),
+        ("SELECT 1 AS driver_id, 'yesterday' AS event_timestamp", "no time in ISO 8601: .*yesterday"),
+        ("SELECT 1 AS driver_id, 5 AS event_timestamp", "event times of the labels are int32"),
+    ],
+)
+def test_labels_that_have_no_times_say_why(repo: Any, labels: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        repo.get_historical_features(labels, ["driver_stats:conv_rate"])
+
+
+def test_labels_without_any_time_get_nothing(repo: Any) -> None:
+    asked = pa.table({"driver_id": [1], "event_timestamp": pa.nulls(1)})
+    assert repo.get_historical_features(asked, ["driver_stats:conv_rate"]).to_arrow()["conv_rate"].to_pylist() == [None]
+
+
 def test_text_never_matches_a_number(repo: Any) -> None:
     with pytest.raises(ConfigError, match="driver_id"):
         repo.get_historical_features(orders(driver_id=["1", "2", "3", "1"]), ALL).to_arrow()

@@ -15,7 +15,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
 pytest.importorskip("feast")
 
@@ -118,6 +118,80 @@ def test_hive_partitions_are_columns_and_take_new_rows(tmp_path: Path, expected:
     check(store, source, expected)
 
 
+def test_directory_is_read_while_rows_are_added_and_other_files_lie_there(tmp_path: Path, expected: Expected, seed: int) -> None:
+    folder = tmp_path / "x.parquet"  # a directory in spite of its name
+    columns = {name: expected.table[name] for name in expected.table.column_names}
+    write(folder / "part-0.parquet", columns)
+    for name in (".part-1.parquet", ".part-1.parquet.0123", "_temporary/0/part-1.parquet", ".part-0.parquet.crc", "_SUCCESS"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"half written")
+    store, source = feature_store(tmp_path), file_source("x.parquet")
+    check(store, source, expected)
+    before = Source.of(source, store.config).pinned()
+    AsOfOfflineStore.offline_write_batch(store.config, FeatureView(name="view", entities=[engine], source=source), rows(seed, 10), None)
+    assert before.scan().collect().height == expected.table.num_rows
+    assert Source.of(source, store.config).scan().collect().height == expected.table.num_rows + 10
+
+
+@pytest.mark.parametrize("by", [[], ["engine"]])
+def test_reader_sees_no_half_written_file(tmp_path: Path, seed: int, by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every moment at which a file is being written, reading succeeds."""
+    source, table, reads = Source("s", str(tmp_path / "d")), rows(seed, 1_000), []
+    source.add_partitioned(table, by)
+
+    def look(*_: Any) -> None:
+        reads.append(source.scan().collect().height)
+
+    slow = pa.RecordBatchReader.from_batches(table.schema, (look() or batch for batch in table.to_batches(100)))  # type: ignore[func-returns-value]
+    source.add_partitioned(slow, by)
+    assert reads and set(reads) == {1_000}
+    assert source.scan().collect().height == 2_000
+    with pytest.raises(ConfigError), source._explained():
+        source.add_partitioned(pa.RecordBatchReader.from_batches(table.schema, _breaking(table)), by)
+    assert source.scan().collect().height == 2_000 and not [p for p in (tmp_path / "d").rglob("*") if p.name.startswith(".")]
+
+
+def _breaking(table: pa.Table) -> Iterator[pa.RecordBatch]:
+    yield from table.to_batches(100)
+    raise pa.ArrowInvalid("no more")
+
+
+def test_folders_above_a_source_are_no_partitions(tmp_path: Path) -> None:
+    folder = tmp_path / "engine=elsewhere/we[i]rd *"
+    for day in (1, 2):
+        write(folder / f"day={day}/a.parquet", {"engine": ["a"], "x": [1.0]})
+    assert Source("s", str(folder)).scan().select("engine", "day", "x").collect().rows() == [("a", 1, 1.0), ("a", 2, 1.0)]
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_shares_hold_every_row_once_whatever_happens_to_the_source_meanwhile(tmp_path: Path, delta: bool) -> None:
+    source = Source("s", str(tmp_path / "x"), delta)
+    for first in range(0, 80, 10):
+        source.append(pa.table({"x": list(range(first, first + 10))}))
+    shares = source.parts(4)
+    found = [shares[0].scan().collect()]
+    source.append(pa.table({"x": list(range(80, 90))}))
+    if delta:
+        DeltaTable(source.path).optimize.z_order(["x"])
+        DeltaTable(source.path).create_checkpoint()
+    found += [share.scan().collect() for share in shares[1:]]
+    assert sorted(pl.concat(found)["x"]) == list(range(80))
+
+
+def test_pinned_delta_takes_no_rows(tmp_path: Path) -> None:
+    write_deltalake(tmp_path / "delta", rows(0, 10))
+    store, source = feature_store(tmp_path), file_source("delta", delta=True, tags={"delta_version": "0"})
+    with pytest.raises(ConfigError, match="pinned to version 0"):
+        AsOfOfflineStore.offline_write_batch(store.config, FeatureView(name="view", entities=[engine], source=source), rows(1, 10), None)
+
+
+def test_damaged_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.parquet").write_bytes(b"PAR1 and then nothing")
+    with pytest.raises(ConfigError, match=r"data source 's' at .*/d cannot be read"):
+        answers(feature_store(tmp_path), file_source("d"), labels(0))
+
+
 def test_delta_newest_or_pinned(tmp_path: Path, expected: Expected) -> None:
     write_deltalake(tmp_path / "delta", expected.table.slice(0, 2_500), partition_by=["engine"])
     write_deltalake(tmp_path / "delta", expected.table.slice(2_500), mode="append")
@@ -158,6 +232,33 @@ def test_nanosecond_of_a_feature_is_not_cut_off(tmp_path: Path) -> None:
         {"engine": ["a"] * 3, "event_timestamp": pd.to_datetime([1_000_000_000_000_000_000 + i for i in (0, 499, 500)], utc=True)}
     )
     assert answers(feature_store(tmp_path), file_source("x.parquet"), asked)["value"] == [None, None, 7.0]
+
+
+@pytest.mark.parametrize("unit", ["ms", "us", "ns"])
+@pytest.mark.parametrize("labels_unit", ["s", "us", "ns"])
+@pytest.mark.parametrize("ttl", [timedelta(0), timedelta(days=365 * 150), timedelta.max])
+def test_times_and_ttls_as_far_as_they_go(tmp_path: Path, unit: str, labels_unit: str, ttl: timedelta) -> None:
+    """A label of the year 2200 (or 9999) sees a row of 1970, if it may be that old."""
+    at = seconds([0], unit)
+    write(tmp_path / "x.parquet", {"engine": ["a"], "at": at, "created": at, "value": [7.0], "note": ["x"]})
+    year = 2200 if labels_unit == "ns" else 9999
+    times = pa.array([datetime(year, 1, 1, tzinfo=UTC)], pa.timestamp(labels_unit, "UTC"))
+    store, fields = feature_store(tmp_path), [Field(name="engine", dtype=String), Field(name="value", dtype=Float64)]
+    view = FeatureView(name="view", entities=[engine], ttl=ttl, schema=fields, source=file_source("x.parquet"))
+    asked = pa.table({"engine": ["a"], "event_timestamp": times})
+    found = AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], asked, store.registry, "t").to_arrow()
+    assert found["value"].to_pylist() == [None if ttl == timedelta(days=365 * 150) else 7.0]
+
+
+def test_rows_with_nanoseconds_match_themselves_when_no_labels_are_given(tmp_path: Path) -> None:
+    at = pa.array([1_000_000_000_000_000_123], pa.int64()).cast(pa.timestamp("ns", "UTC"))
+    write(tmp_path / "x.parquet", {"engine": ["a"], "at": at, "created": at, "value": [7.0]})
+    store, fields = feature_store(tmp_path), [Field(name="engine", dtype=String), Field(name="value", dtype=Float64)]
+    view = FeatureView(name="view", entities=[engine], schema=fields, source=file_source("x.parquet"))
+    span = {"start_date": datetime(2001, 1, 1, tzinfo=UTC), "end_date": datetime(2002, 1, 1, tzinfo=UTC)}
+    found = AsOfOfflineStore.get_historical_features(store.config, [view], ["view:value"], None, store.registry, "t", **span).to_arrow()
+    assert found["value"].to_pylist() == [7.0]
+    assert found["event_timestamp"].cast(pa.int64()).to_pylist() == [1_000_000_000_000_000_123]
 
 
 @pytest.mark.parametrize(("labels_type", "stored_type"), [("int64", pa.int32()), ("int32", pa.uint8()), ("category", pa.string())])

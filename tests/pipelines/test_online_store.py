@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from edge_agent.contract.errors import UnavailableError
 from pipelines.feature_store import Repo
 from pipelines.online_writer import OnlineWriter, Written
-from tests.pipelines.repos import FEAST_SQLITE, SQLITE, at, make_repo, redis_store, rows, served
+from tests.pipelines.repos import FEAST_SQLITE, SQLITE, at, make_repo, redefine, redis_store, rows, served
 from tests.redis_server import redis_server
 
 
@@ -92,6 +93,24 @@ def test_emptied_view_takes_old_values_again(repo: Repo) -> None:
     assert served(repo, ["a", "b"]) == [None, None]
     assert write(repo, ("a", 5, 5, 5.0)) == Written(1, 0)
     assert served(repo, ["a", "b"]) == [5.0, None]
+
+
+def test_writer_that_knows_fewer_features_than_the_store_holds_is_content(repo: Repo) -> None:
+    """Another process took `pressure_count` out of the view, or has not yet heard of it."""
+    write(repo, ("a", 10, 10, 10.0))
+    fewer = copy.deepcopy(repo.view)
+    fewer.features = [f for f in fewer.features if f.name == "pressure_mean"]
+    assert OnlineWriter(repo.store, fewer).write(
+        rows(("a", 11, 11, 11.0)).select(["pump", "event_time", "created_time", "pressure_mean"])
+    ) == Written(1, 0)
+    assert served(repo, ["a"]) == [11.0]
+
+
+def test_values_of_a_feature_that_was_taken_out_leave_the_sqlite_store(tmp_path: Path) -> None:
+    write(make_repo(tmp_path), ("a", 10, 10, 10.0))
+    redefine(tmp_path, ('Field(name="pressure_count", dtype=Int64)', ""))
+    with sqlite3.connect(tmp_path / "feature_repo/data/online.db") as connection:
+        assert connection.execute("SELECT feature_name FROM test_pumps").fetchall() == [("pressure_mean",)]
 
 
 def test_store_made_by_feasts_own_class_is_made_new(tmp_path: Path) -> None:
