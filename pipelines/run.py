@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableE
 from pipelines import cli, cluster, tracking
 from pipelines.params import override
 from pipelines.snapshot import pick_versions
-from pipelines.stage import Context, load_context, write_json
+from pipelines.stage import Context, load_context
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
 OUTPUT_LINES_KEPT = 40
@@ -96,7 +95,7 @@ def run(
     pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
     os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
     _init_dvc(project)
-    _forget_foreign_registration(context)
+    tracking.leave_run(context)
     with _ray(ray_address, say) as ray_environment:
         stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
     return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
@@ -176,28 +175,9 @@ def _init_dvc(project: Path) -> None:
         raise ConfigError(f"{project} cannot become a DVC repository: {made.stderr.strip()}")
 
 
-def _forget_foreign_registration(context: Context) -> None:
-    """Let register run again if what it registered last is not in this MLflow (another server, or a new state directory)."""
-    from mlflow.exceptions import MlflowException
-
-    path = context.build / "register/registered.json"
-    if not path.exists():
-        return
-    last = json.loads(path.read_text())
-    try:
-        found = tracking.client(context).get_model_version(last["model"], last["version"])
-        if found.run_id == last["run_id"]:
-            return
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise UnavailableError(f"MLflow refuses to name version {last['version']} of {last['model']}: {e}") from e
-    shutil.rmtree(path.parent)
-
-
 def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str, float | None]:
     """Run DVC and pass its stages' progress on; seconds by stage."""
-    for name in ("error.json", tracking.RUN_FILE):
-        (context.build / name).unlink(missing_ok=True)
+    (context.build / "error.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "dvc", "repro", "pipelines/dvc.yaml"]
     process = subprocess.Popen(
         command,
@@ -274,23 +254,22 @@ def _stage_error(context: Context, tail: list[str]) -> StageError:
 
 
 def _close_run(context: Context, status: str) -> None:
-    """End the MLflow run that the snapshot stage opened, if it came so far."""
-    path = context.build / tracking.RUN_FILE
-    if path.exists():
-        tracking.client(context).set_terminated(json.loads(path.read_text())["run_id"], status)
+    """End the MLflow run that a stage opened, if it came so far."""
+    opened = tracking.opened_run(context)
+    if opened is not None:
+        tracking.client(context).set_terminated(opened, status)
 
 
 def _result(context: Context, stages: dict[str, float | None]) -> Result:
     registered = json.loads((context.build / "register/registered.json").read_text())
-    opened = json.loads((context.build / tracking.RUN_FILE).read_text())["run_id"]
-    unchanged = stages["register"] is None
+    unchanged, opened = stages["register"] is None, tracking.opened_run(context)
     store = tracking.client(context)
-    if unchanged and opened != registered["run_id"]:
-        store.delete_run(opened)  # nothing to see there
-        write_json(context.build / tracking.RUN_FILE, {"run_id": registered["run_id"]})
-    elif not unchanged:
+    if not unchanged:
         reused = [name for name, seconds in stages.items() if seconds is None]
-        store.set_tag(opened, "fenceline.stages_unchanged", ",".join(reused))
+        store.set_tag(registered["run_id"], "fenceline.stages_unchanged", ",".join(reused))
+    elif opened is not None:
+        store.delete_run(opened)  # trials that led to the model of last time
+        (context.build / tracking.RUN_FILE).unlink()
     gate = json.loads((context.build / "evaluate/gate.json").read_text())
     return Result(
         run_id=registered["run_id"],

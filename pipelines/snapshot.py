@@ -5,20 +5,26 @@
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
   (30 days; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table a new
   version without changing a row.
+- `spec.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the contract, and who
+  is champion in MLflow. A registration that this MLflow does not know is forgotten, so that register runs again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cloud.lake import Lake
 from cloud.roots import Roots
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.stream import StreamContract
 from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
@@ -31,13 +37,17 @@ ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "arrive
 
 
 def work(context: Context) -> None:
-    """Write the snapshot, and open the MLflow run that this pipeline run belongs to."""
+    """Write the snapshot, and what else the later stages depend on."""
     versions = pick_versions(Lake(context.lake), context)
     progress(f"lake {context.lake}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
     out = context.folder("snapshot")
     found = cluster.run(write_snapshot, context.lake, out, context.params, context.contract, versions)
     stage.write_json(context.lake_version, found)
-    tracking.current_run(context, fresh=True)
+    write_spec(context)
+    tracking.leave_run(context)
+    store = tracking.client(context)
+    write_champion(context, store)
+    forget_foreign_registration(context, store)
     progress(f"{found['rows']} readings, {found['labels']} labels")
 
 
@@ -89,6 +99,38 @@ def write_snapshot(roots: Roots, out: Path, params: Params, contract: StreamCont
         "labels": labels.num_rows,
         "contract_version": contract.version,
     }
+
+
+def write_spec(context: Context) -> None:
+    """Write down what features are made with."""
+    contract = hashlib.sha256((context.project / context.params.contract).read_bytes()).hexdigest()
+    stage.write_json(context.spec, {"features": msgspec.to_builtins(context.params.spec), "contract_sha256": contract})
+
+
+def write_champion(context: Context, store: Any) -> None:
+    """Write down who is champion now."""
+    stage.write_json(context.champion, tracking.champion(store, context.params.register.model))
+
+
+def forget_foreign_registration(context: Context, store: Any) -> None:
+    """Let register run again if what it registered last is not in this MLflow (another server, or a new state directory).
+
+    Raises:
+        UnavailableError: MLflow does not say.
+    """
+    from mlflow.exceptions import MlflowException
+
+    path = context.build / "register/registered.json"
+    if not path.exists():
+        return
+    last = json.loads(path.read_text())
+    try:
+        if store.get_model_version(last["model"], last["version"]).run_id == last["run_id"]:
+            return
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise UnavailableError(f"MLflow refuses to name version {last['version']} of {last['model']}: {e}") from e
+    shutil.rmtree(path.parent)
 
 
 def _write(table: pa.Table, path: Path) -> None:
