@@ -4,7 +4,7 @@
 - The champion is the one that the snapshot stage saw. If it is this very model, it was judged when it became champion, and is judged
   against the same one again: the gate says what it said then, and nothing is registered.
 - It is scored on the same labels, by its own bundle, from raw readings (its features may differ from ours): a label gets its newest
-  score, at most `dataset.ttl_s` old; only on engines that it was not trained on either. What cannot be compared is not, and the gate says why.
+  score, at most `dataset.ttl_s` old; only on engines that it was not trained on either. What cannot be compared is not; the gate says why.
 - Importance of a field: how much rmse grows when all its features are shuffled together among the hold-out rows.
 """
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
@@ -28,9 +29,9 @@ from typing import Any
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from pipelines import cli, cluster, tracking
-from pipelines.params import override
+from pipelines.params import override, params_file
 from pipelines.snapshot import pick_versions
-from pipelines.stage import Context, load_context
+from pipelines.stage import BUILD, Context, load_context
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
 OUTPUT_LINES_KEPT = 40
@@ -38,8 +39,8 @@ STOP_S = 10.0
 
 Say = Callable[[str], None]
 
-_STARTS = re.compile(r"Running stage '(?:[^']*:)?(\w+)'")
-_SKIPPED = re.compile(r"Stage '(?:[^']*:)?(\w+)' didn't change, skipping")
+_STARTS = re.compile(r"Running stage '(?:[^':]*:)?([^']+)'")
+_SKIPPED = re.compile(r"Stage '(?:[^':]*:)?([^']+)' didn't change, skipping")
 
 
 @dataclass(frozen=True)
@@ -90,22 +91,23 @@ def run(
     """
     started = time.monotonic()
     project = project.absolute()
-    override(project, overrides or [])
-    context = load_context(project, state)
-    pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
-    _init_dvc(project)
-    tracking.leave_run(context)
-    with _ray(ray_address, say) as ray_environment:
-        stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
-    return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
+    with _alone(project):
+        override(project, overrides or [])
+        context = load_context(project, state)
+        pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
+        _init_dvc(project)
+        tracking.leave_run(context)
+        with _ray(ray_address, say) as ray_environment:
+            stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
+        return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
 
 
 def submit(address: str, arguments: list[str], say: Say) -> int:
-    """Run this command as a job of the Ray cluster whose dashboard is at `address`; the job's exit code.
+    """Run this command as a job of the Ray cluster whose dashboard is at `address`; the job's exit code. Interrupted, it stops the job.
 
     Raises:
-        UnavailableError: nothing answers there.
+        UnavailableError: nothing answers there, or no longer.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -119,6 +121,18 @@ def submit(address: str, arguments: list[str], say: Say) -> int:
     except (ConnectionError, RuntimeError) as e:
         raise UnavailableError(f"the Ray cluster at {address} does not take the job: {e}") from e
     say(f"Ray job {job} at {address}")
+    try:
+        status, code = _follow(client, job, say)
+    except (ConnectionError, RuntimeError) as e:
+        raise UnavailableError(f"the Ray cluster at {address} no longer answers ({e}); job {job} may still run there") from e
+    except BaseException:
+        client.stop_job(job)
+        raise
+    return code if code is not None else 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _follow(client: Any, job: str, say: Say) -> tuple[Any, int | None]:
+    """Pass on what a job writes until it has ended; its status and exit code."""
     shown = 0
     while True:
         status = client.get_job_status(job)
@@ -127,10 +141,25 @@ def submit(address: str, arguments: list[str], say: Say) -> int:
             say(line)
         shown = len(lines)
         if status.is_terminal():
-            break
+            return status, client.get_job_info(job).driver_exit_code
         time.sleep(1.0)
-    code = client.get_job_info(job).driver_exit_code
-    return code if code is not None else 0 if status == JobStatus.SUCCEEDED else 1
+
+
+@contextmanager
+def _alone(project: Path) -> Iterator[None]:
+    """Be the only training of the project: a second one would change the first one's parameters and end its MLflow run.
+
+    Raises:
+        ConfigError: there is no such project, or a training runs already.
+    """
+    params_file(project)
+    (project / BUILD).mkdir(parents=True, exist_ok=True)
+    with (project / BUILD / "train.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a training runs already in {project}; wait for its end, or stop it") from None
+        yield
 
 
 @contextmanager
@@ -202,7 +231,7 @@ def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str,
         _close_run(context, "FINISHED" if finished else "FAILED")
     if not finished:
         raise _stage_error(context, watch.tail)
-    return {name: watch.seconds.get(name) for name in STAGES}
+    return {**dict.fromkeys(STAGES), **watch.seconds}
 
 
 class _Watch:
@@ -221,10 +250,10 @@ class _Watch:
         if starts:
             self.end()
             self._stage, self._since = starts.group(1), time.monotonic()
-            self._say(f"[{STAGES.index(self._stage) + 1}/{len(STAGES)}] {self._stage}")
+            self._say(_numbered(self._stage))
         elif skipped:
             self.end()
-            self._say(f"[{STAGES.index(skipped.group(1)) + 1}/{len(STAGES)}] {skipped.group(1)}: unchanged")
+            self._say(f"{_numbered(skipped.group(1))}: unchanged")
         elif self._stage and line.startswith(cli.BULLET):
             self._say(f"      {line.removeprefix(cli.BULLET)}")
 
@@ -232,6 +261,11 @@ class _Watch:
         if self._stage:
             self.seconds[self._stage] = round(time.monotonic() - self._since, 3)
         self._stage = ""
+
+
+def _numbered(stage: str) -> str:
+    """A stage with its place; one that the project has added has none."""
+    return f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}" if stage in STAGES else stage
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
