@@ -133,8 +133,11 @@ class Follower:
 
 
 def _rows(table: DeltaTable, columns: list[str], version: int, wanted: pc.Expression) -> Iterator[pa.Table]:
-    """Rows at a version; where its files are gone, those of the newest."""
+    """Rows at a version; where its files are gone, or none is handled whole yet (-1, see `_whole`), those of the newest."""
     newest = table.to_pyarrow_dataset()
+    if version < 0:
+        yield from _tables(newest, columns, wanted)
+        return
     try:
         table.load_as_version(version)
         yield from _tables(table.to_pyarrow_dataset(), columns, wanted)

@@ -92,6 +92,12 @@ class Source:
             frame.collect_schema()
         return frame.slice(*self.rows) if self.rows else frame
 
+    def dataset(self) -> pyarrow.dataset.Dataset:
+        """All rows, for other engines to read piece by piece. Errors are those of the libraries."""
+        if self.delta:
+            return DeltaTable(self.path, version=self.version, storage_options=self.storage or None).to_pyarrow_dataset()
+        return pyarrow.dataset.dataset(self._place(), format="parquet", partitioning="hive", filesystem=self._filesystem())
+
     def batches(self, frame: pl.LazyFrame, rows: int) -> Iterator[pl.DataFrame]:
         """The rows of a frame over `scan`, some `rows` at a time."""
         with self._explained():

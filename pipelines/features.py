@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from edge_agent.contract.columns import Floats, Strings, Table
+from edge_agent.contract.columns import Floats, Ints, Strings, Table
 from edge_agent.contract.feature_spec import FeatureSpec, WindowKind
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Made, Windows
@@ -53,6 +53,15 @@ class Counts:
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
+@dataclass
+class _Device:
+    """What is remembered of a device and epoch: open windows, last arrivals, the newest ordinal."""
+
+    windows: Windows
+    known: Known
+    newest: int = -1
+
+
 class LakeWindows:
     """The open windows of many devices.
 
@@ -67,9 +76,7 @@ class LakeWindows:
         self, contract: StreamContract, spec: FeatureSpec, functions: Functions = NO_FUNCTIONS, devices_max: int = DEVICES_MAX
     ) -> None:
         self._contract, self._spec, self._functions, self._devices_max = contract, spec, functions, devices_max
-        self._windows: dict[tuple[str, str], Windows] = {}
-        self._newest: dict[tuple[str, str], int] = {}
-        self._known = Known(contract.entity, spec.window_rows)
+        self._devices: dict[tuple[str, str], _Device] = {}
         self.behind = 0
         """Rows left out because their device's windows had gone past them: a block that came after newer ones."""
 
@@ -90,47 +97,49 @@ class LakeWindows:
             entity, event_time, created_time, device, window_start (windows that close), and a column per feature; in the order in
             which the windows were done.
         """
-        if ORDINAL in rows.column_names:
-            rows = self._fresh(rows)
-        rows = self._known.into(rows)
-        parts, counts = [], Counts(readings=rows.num_rows)
+        parts, counts = [], Counts()
         for start, end in runs(rows):
             part = rows.slice(start, end - start)
-            made = self._of(part).push(*readings_of(part, self._contract, self._spec))
-            counts += Counts(0, len(made.rows), len(made.late), len(made.overfull))
-            parts.append(self._table(part, made))
-        return (pa.concat_tables(parts) if parts else self._table(rows, _nothing(self._spec))), counts
+            device = self._device(part)
+            if ORDINAL in rows.column_names:
+                part = self._fresh(device, part)
+            entity, event_us, fields = readings_of(part, self._contract, self._spec)
+            made = device.windows.push(entity, event_us, fields)
+            known_us = device.known.push(entity, _microseconds(part[ARRIVED]))
+            counts += Counts(part.num_rows, len(made.rows), len(made.late), len(made.overfull))
+            parts.append(self._table(part, made, known_us))
+        return (pa.concat_tables(parts) if parts else self._table(rows, _nothing(self._spec), np.zeros(0, np.int64))), counts
 
-    def _of(self, part: pa.Table) -> Windows:
-        """The windows of the device and epoch of these rows."""
+    def _device(self, part: pa.Table) -> _Device:
+        """What is remembered of the device and epoch of these rows."""
         key = (part["device"][0].as_py(), part["epoch"][0].as_py())
-        windows = self._windows.pop(key, None) or Windows(self._spec, self._functions)
-        self._windows[key] = windows
-        for old in list(islice(self._windows, max(0, len(self._windows) - self._devices_max))):
-            del self._windows[old]
-            self._newest.pop(old, None)
-        return windows
+        device = self._devices.pop(key, None)
+        if device is None:
+            windows = Windows(self._spec, self._functions)
+            device = _Device(windows, Known(self._spec.window_rows, windows.entities_max))
+        self._devices[key] = device
+        for old in list(islice(self._devices, max(0, len(self._devices) - self._devices_max))):
+            del self._devices[old]
+        return device
 
-    def _fresh(self, rows: pa.Table) -> pa.Table:
-        kept = np.zeros(rows.num_rows, bool)
-        ordinals = rows[ORDINAL].to_numpy()
-        for start, end in runs(rows):
-            key = (rows["device"][start].as_py(), rows["epoch"][start].as_py())
-            kept[start:end] = ordinals[start:end] > self._newest.get(key, -1)
-            self._newest[key] = max(self._newest.get(key, -1), int(ordinals[start:end].max()))
-        self.behind += int((~kept).sum())
-        return rows if kept.all() else rows.filter(pa.array(kept))
+    def _fresh(self, device: _Device, part: pa.Table) -> pa.Table:
+        """The rows that are newer than those taken of their device."""
+        ordinals = part[ORDINAL].to_numpy()
+        fresh = ordinals > device.newest
+        device.newest = max(device.newest, int(ordinals.max()))
+        self.behind += int(np.count_nonzero(~fresh))
+        return part if fresh.all() else part.filter(pa.array(fresh))
 
-    def _table(self, rows: pa.Table, made: Made) -> pa.Table:
+    def _table(self, rows: pa.Table, made: Made, known_us: Ints) -> pa.Table:
         trailing = self._spec.kind is WindowKind.TRAILING
-        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, ARRIVED, "device"]))).take(made.rows)
+        done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, "device"]))).take(made.rows)
         time = pa.timestamp("us", "UTC")
         start = {} if trailing else {WINDOW_START: pa.array(made.start_us).cast(time)}
         return pa.table(
             {
                 self._contract.entity: done[self._contract.entity],
                 EVENT_TIME: pa.array(made.end_us).cast(time),
-                CREATED_TIME: done[ARRIVED],
+                CREATED_TIME: pa.array(known_us if trailing else known_us[made.rows]).cast(time),
                 "device": done["device"],
                 **start,
                 **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},
@@ -156,23 +165,33 @@ def work(context: Context) -> None:
 
 
 def count_by_device(readings: Path) -> dict[str, int]:
-    """Readings of each device in the snapshot."""
+    """Readings of each device in the snapshot. Row groups with one device alone are not read."""
     counts: dict[str, int] = {}
-    for batch in pq.ParquetFile(readings, read_dictionary=["device"]).iter_batches(BATCH_ROWS, columns=["device"]):
-        for count in batch.column(0).value_counts().to_pylist():
-            counts[count["values"]] = counts.get(count["values"], 0) + count["counts"]
+    file = pq.ParquetFile(readings, read_dictionary=["device"], memory_map=True)
+    for group in range(file.num_row_groups):
+        bounds = _device_bounds(file, group)
+        if bounds is not None and bounds[0] == bounds[1]:
+            found = {bounds[0]: file.metadata.row_group(group).num_rows}
+        else:
+            column = file.read_row_group(group, columns=["device"]).column(0)
+            found = {count["values"]: count["counts"] for count in column.value_counts().to_pylist()}
+        for device, rows in found.items():
+            counts[device] = counts.get(device, 0) + rows
     return counts
 
 
 def deal(counts: dict[str, int], parts: int) -> list[list[str]]:
-    """Groups of devices with about equally many readings, the largest first; never an empty group."""
-    groups: list[list[str]] = [[] for _ in range(min(parts, len(counts)))]
-    sizes = [0] * len(groups)
-    for device in sorted(counts, key=lambda d: (-counts[d], d)):
-        smallest = sizes.index(min(sizes))
-        groups[smallest].append(device)
-        sizes[smallest] += counts[device]
-    return [sorted(group) for group in groups]
+    """At most so many groups of devices with about equally many readings, none of them empty.
+
+    A group's devices follow each other in the sorted file, so that hardly any row group is read for two of them.
+    """
+    total, before = sum(counts.values()), 0
+    groups: dict[int, list[str]] = {}
+    for device in sorted(counts):
+        middle = before + counts[device] / 2
+        groups.setdefault(int(middle * parts / total), []).append(device)
+        before += counts[device]
+    return list(groups.values())
 
 
 def write_part(readings: Path, devices: list[str], contract: StreamContract, spec: FeatureSpec, functions: Functions, out: Path) -> Counts:
@@ -200,17 +219,23 @@ def write_part(readings: Path, devices: list[str], contract: StreamContract, spe
 def read_devices(readings: Path, devices: list[str], entity: str, columns: list[str]) -> Iterator[pa.Table]:
     """The rows of some devices in the order of the file, one device and epoch at a time; row groups without them are not read."""
     file = pq.ParquetFile(readings, read_dictionary=[entity, "device", "epoch"], memory_map=True)
-    place, wanted = file.schema_arrow.get_field_index("device"), set(devices)
-    groups = []
+    wanted, groups = set(devices), []
     for group in range(file.num_row_groups):
-        found = file.metadata.row_group(group).column(place).statistics
-        if found is None or not found.has_min_max or any(found.min <= device <= found.max for device in devices):
+        bounds = _device_bounds(file, group)
+        if bounds is None or any(bounds[0] <= device <= bounds[1] for device in devices):
             groups.append(group)
     for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns):
         table = pa.Table.from_batches([batch])
         for start, end in runs(table):
             if table["device"][start].as_py() in wanted:
                 yield table.slice(start, end - start)
+
+
+def _device_bounds(file: pq.ParquetFile, group: int) -> tuple[str, str] | None:
+    """The first and the last device of a row group, if the file says so."""
+    place = file.schema_arrow.get_field_index("device")
+    found = file.metadata.row_group(group).column(place).statistics
+    return (found.min, found.max) if found is not None and found.has_min_max else None
 
 
 def windows_of(
@@ -234,7 +259,7 @@ def readings_of(rows: pa.Table, contract: StreamContract, spec: FeatureSpec) -> 
     """Entity, event time in microseconds and the fields of rows, ready for `Windows.push`."""
     entity = rows[contract.entity].combine_chunks().dictionary_encode()
     strings = Strings(entity.indices.to_numpy(zero_copy_only=False), tuple(entity.dictionary.to_pylist()))
-    return strings, rows[contract.event_time].cast(pa.int64()).to_numpy(), {name: _floats(rows[name]) for name in spec.fields}
+    return strings, _microseconds(rows[contract.event_time]), {name: _floats(rows[name]) for name in spec.fields}
 
 
 def runs(readings: pa.Table) -> list[tuple[int, int]]:
@@ -247,6 +272,12 @@ def runs(readings: pa.Table) -> list[tuple[int, int]]:
         changed |= codes[1:] != codes[:-1]
     cuts = (np.flatnonzero(changed) + 1).tolist()
     return list(zip([0, *cuts], [*cuts, readings.num_rows], strict=True))
+
+
+def _microseconds(column: pa.ChunkedArray) -> Ints:
+    """Times of microseconds, as numbers."""
+    values: Ints = column.cast(pa.int64()).to_numpy()
+    return values
 
 
 def _floats(column: pa.ChunkedArray) -> Floats:

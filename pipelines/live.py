@@ -165,7 +165,8 @@ def build(context: Context, skip_history: bool = False) -> Live:
     kind = context.params.features.windows
     if kind is not WindowKind.TRAILING:
         raise ConfigError(
-            f"features.windows is {kind}: windows that close go online by fenceline features materialise; live ones are trailing"
+            f"features.windows is {kind}, and live windows are trailing: a block that comes late could take a closed window back; "
+            "bring windows that close online with fenceline train and fenceline features materialise"
         )
     repo = open_repo(context.project)
     source: Any = repo.views[repo.view.name].stream_source

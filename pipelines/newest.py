@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset
-from deltalake import DeltaTable
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
+from pipelines.feature_sources import Source
 from pipelines.online_writer import BATCH_ROWS
 
 if TYPE_CHECKING:
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
 MEMORY_LIMIT = "1GB"
 TIME = pa.timestamp("us", "UTC")
 _TABLE = "source"
-_S3_OPTIONS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION")
 
 
 class Newest:
@@ -104,35 +101,12 @@ def newest_of(repo: Repo, view: FeatureView) -> Iterator[Newest]:
         for setting, value in (("memory_limit", MEMORY_LIMIT), ("temp_directory", spill), ("preserve_insertion_order", "false")):
             connection.execute(f"SET {setting} = '{value}'")
         try:
-            connection.register(_TABLE, _dataset(repo, view))
+            connection.register(_TABLE, Source.of(view.batch_source, repo.store.config).dataset())
             yield Newest(connection, view)
         except (FileNotFoundError, TableNotFoundError) as e:
             raise ConfigError(f"the source of view {view.name!r} is not there ({e}); make it first: fenceline train") from e
-        except (OSError, duckdb.IOException) as e:
+        except (OSError, DeltaError, duckdb.IOException) as e:
             raise UnavailableError(f"the source of view {view.name!r} does not read: {e}") from e
-
-
-def _dataset(repo: Repo, view: FeatureView) -> pyarrow.dataset.Dataset:
-    """The files of a source."""
-    from feast import FileSource
-    from feast.data_format import DeltaFormat
-
-    source = view.batch_source
-    if not isinstance(source, FileSource):
-        raise ConfigError(f"view {view.name!r} has a {type(source).__name__}; give it a FileSource (Parquet or Delta) as its batch source")
-    where = FileSource.get_uri_for_file_path(repo.store.repo_path, source.path)
-    endpoint = source.s3_endpoint_override or ""
-    if isinstance(source.file_format, DeltaFormat):
-        return DeltaTable(where, storage_options=_s3_options(where, endpoint)).to_pyarrow_dataset()
-    filesystem, path = FileSource.create_filesystem_and_path(where, endpoint)
-    return pyarrow.dataset.dataset(path, filesystem=filesystem, format="parquet")
-
-
-def _s3_options(where: str, endpoint: str) -> dict[str, str] | None:
-    if not where.startswith("s3://"):
-        return None
-    options = {name: os.environ[name] for name in _S3_OPTIONS if name in os.environ}
-    return options | ({"AWS_ENDPOINT_URL": endpoint, "AWS_ALLOW_HTTP": str(endpoint.startswith("http://")).lower()} if endpoint else {})
 
 
 def _with_times(batch: pa.RecordBatch, times: list[str]) -> pa.RecordBatch:

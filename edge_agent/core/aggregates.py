@@ -1,6 +1,7 @@
 """Aggregates of many windows at once: the arithmetic of features, and nothing else.
 
 - Windows lie in one array (fields, steps, windows), the newest reading of each in the last step. Results are (1 or fields, 1 or windows).
+  In memory the fields of a reading lie together, and steps far apart: gathering copies readings, and a step is added to all sums at once.
 - Sums run from the oldest reading to the newest, one addition at a time, beginning at 0.0: steps that do not count are zeros in front and
   change no bit. NumPy reduces along an axis that is not the fastest one element after the other; pairwise summation, which would depend on
   the number of steps, is for the fastest axis only (see `numpy.sum`, Notes). So there are always at least two windows.
@@ -61,33 +62,49 @@ class Outputs:
 
     def __init__(self, spec: FeatureSpec, functions: Functions) -> None:
         self.fields, self.count, self.functions = spec.fields, len(spec.features), functions
-        wanted: dict[str, list[tuple[int, int]]] = {}
+        self._wanted: dict[str, list[tuple[int, int]]] = {}
         for place, feature in enumerate(spec.features):
-            wanted.setdefault(feature.aggregate, []).append((self.fields.index(feature.field), place))
-        self._wanted = [(aggregate, [f for f, _ in pairs], [p for _, p in pairs]) for aggregate, pairs in wanted.items()]
+            self._wanted.setdefault(feature.aggregate, []).append((self.fields.index(feature.field), place))
+        self._parts: dict[tuple[int, int], list[tuple[str, _Picked, _Picked]]] = {}
 
     def values(self, table: Table, rows: int) -> Floats:
-        """The fields of readings, float64 (fields, rows).
+        """The fields of readings, float64 (rows, fields).
 
         Raises:
             ContractError: the table lacks a field of the spec, or it is not numeric.
         """
-        values = np.empty((len(self.fields), rows))
+        values = np.empty((rows, len(self.fields)))
         for i, name in enumerate(self.fields):
             column = table.get(name)
             if column is None or isinstance(column, Strings):
                 raise ContractError(f"feature field {name!r} is not a numeric column of the stream (has {sorted(table)})")
-            values[i] = column
+            values[:, i] = column
         return values
 
-    def of(self, tile: Tile, out: Floats | None = None) -> Floats:
-        """The features of the windows of a tile, (features, windows)."""
+    def of(self, tile: Tile, out: Floats | None = None, first: int = 0) -> Floats:
+        """The features of the windows of a tile, (features, windows); of those fields that it has, which are `first` and the next ones."""
         made = np.empty((self.count, tile.windows)) if out is None else out
-        for aggregate, fields, places in self._wanted:
+        for aggregate, fields, places in self._of_fields(first, first + tile.fields):
             result = tile.function(self.functions[aggregate]) if aggregate in self.functions else tile.aggregate(aggregate)
-            for field, place in zip(fields, places, strict=True):
-                made[place] = result[field if len(result) > 1 else 0]
+            made[places] = result[fields] if len(result) > 1 else result
         return made
+
+    def _of_fields(self, first: int, stop: int) -> list[tuple[str, _Picked, _Picked]]:
+        """The aggregates wanted of fields `first` to `stop`: of which of them, and as which features."""
+        if (first, stop) not in self._parts:
+            pairs = {name: [(f - first, p) for f, p in wanted if first <= f < stop] for name, wanted in self._wanted.items()}
+            self._parts[first, stop] = [(name, _picked([f for f, _ in w]), _picked([p for _, p in w])) for name, w in pairs.items() if w]
+        return self._parts[first, stop]
+
+
+_Picked = slice | list[int]
+
+
+def _picked(places: list[int]) -> _Picked:
+    """Places as a slice if they are evenly spaced, so that NumPy takes them without a search."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    even = range(places[0], places[-1] + 1, step) if step > 0 else ()
+    return slice(places[0], places[-1] + 1, step) if list(even) == places else places
 
 
 class Tile:
@@ -100,14 +117,22 @@ class Tile:
     """
 
     def __init__(self, values: Floats, event_us: Ints, places: Places, outside: Mask | None) -> None:
-        self.windows = values.shape[2]
+        self.fields, _, self.windows = values.shape
         self._newest = values[:, -1] if outside is None else values[:, -1].copy()
-        self._values, self._event_us, self._places, self._outside = values, event_us, places, outside
+        self._gathered, self._event_us, self._gathered_places, self._outside = values, event_us, places, outside
         steps = float(len(places))
         self._count = np.full((1, 1), steps) if outside is None else steps - np.add.reduce(outside, axis=1, dtype=np.float64)
         self._empty = None if outside is None else self._count == 0
         self._present = self._count if self._empty is None else np.where(self._empty, 1.0, self._count)
         self._within(values)
+
+    @property
+    def _values(self) -> Floats:
+        return self._gathered
+
+    @property
+    def _places(self) -> Places:
+        return self._gathered_places
 
     def aggregate(self, name: str) -> Floats:
         """One aggregate of every window."""
@@ -231,20 +256,34 @@ class RunTile(Tile):
     """
 
     def __init__(self, run: Floats, event_us: Ints, steps: int) -> None:
-        values = sliding_window_view(run, run.shape[1] - steps + 1, axis=1)
-        self._run, self._steps = run, steps
-        super().__init__(values, event_us, sliding_window_view(np.arange(run.shape[1]), values.shape[2]), None)
+        self.fields, self.windows = len(run), run.shape[1] - steps + 1
+        self._run, self._event_us, self._steps = run, event_us, steps
+        self._newest = run[:, steps - 1 :]
+        self._outside = self._empty = None
+        self._count = self._present = np.full((1, 1), float(steps))
+
+    @cached_property
+    def _values(self) -> Floats:
+        return sliding_window_view(self._run, self.windows, axis=1)
+
+    @cached_property
+    def _places(self) -> Places:
+        return sliding_window_view(np.arange(self._run.shape[1]), self.windows)
+
+    def _step(self, step: int) -> Floats:
+        """The values of one step of every window."""
+        return self._run[:, step : step + self.windows]
 
     def _total(self) -> Floats:
-        total = np.zeros(self._values[:, 0].shape)
-        for step in range(self._steps):
-            np.add(total, self._values[:, step], out=total)
+        total = self._step(0) + 0.0
+        for step in range(1, self._steps):
+            np.add(total, self._step(step), out=total)
         return total
 
     def _squares(self, centre: Floats | None) -> Floats:
-        total, square = np.zeros(self._values[:, 0].shape), np.empty(self._values[:, 0].shape)
+        total, square = np.zeros((self.fields, self.windows)), np.empty((self.fields, self.windows))
         for step in range(self._steps):
-            value = self._values[:, step] if centre is None else np.subtract(self._values[:, step], centre, out=square)
+            value = self._step(step) if centre is None else np.subtract(self._step(step), centre, out=square)
             np.add(total, np.multiply(value, value, out=square), out=total)
         return total
 

@@ -55,7 +55,7 @@ class ClosingWindows:
     def push(self, entity: Strings, event_us: Ints, values: Floats) -> Made:
         """Take readings in the order seen; the windows that they close."""
         groups = Groups.of(entity)
-        nothing = _Open(np.zeros(0, np.int64), np.empty((len(values), 0)), np.zeros(0, np.int64), _NEVER_US)
+        nothing = _Open(np.zeros(0, np.int64), np.empty((0, values.shape[1])), np.zeros(0, np.int64), _NEVER_US)
         past = [old or nothing for old in self.recent.take(groups)]
         seen = self._see(groups, event_us, past)
         held, overfull = self._hold(seen, values, past)
@@ -104,7 +104,7 @@ class ClosingWindows:
         held = _Held(
             group=np.repeat(np.arange(len(past)), layout.stops - layout.starts),
             event_us=layout.joined(seen.times[taken], [old.event_us for old in past]),
-            values=layout.joined(values if every and groups.in_order else values[:, places], [old.values for old in past]),
+            values=layout.joined(values if every and groups.in_order else values.take(places, axis=0), [old.values for old in past]),
             since=layout.joined(seen.since[taken], [old.since for old in past]),
             every_us=self._every_us,
         )
@@ -126,7 +126,7 @@ class ClosingWindows:
         still = np.bincount(held.group[held.hop >= seen.closed_now[held.group]], minlength=len(groups.names))
         newest = seen.newest_us[groups.stops - 1]
         states = [
-            _Open(held.event_us[a:b].copy(), held.values[:, a:b].copy(), held.since[a:b].copy(), us)
+            _Open(held.event_us[a:b].copy(), held.values[a:b].copy(), held.since[a:b].copy(), us)
             for a, b, us in zip((stops - still).tolist(), stops.tolist(), newest.tolist(), strict=True)
         ]
         self.forgotten += sum(len(gone.event_us) for gone in self.recent.keep(groups, states))
@@ -138,7 +138,7 @@ class ClosingWindows:
         longest = np.argsort(-lengths, kind="stable")
         done = 0
         while done < len(longest):
-            count = max(2, CELLS_MAX // (int(lengths[longest[done]]) * len(held.values)))
+            count = max(2, CELLS_MAX // (int(lengths[longest[done]]) * held.values.shape[1]))
             picked = longest[done : done + count]
             out[:, picked] = self._outputs.of(held.tile(windows, picked))[:, : len(picked)]
             done += count
@@ -210,7 +210,7 @@ class _Held:
         return np.lexsort((self.event_us, self.group)) if back.any() else None
 
     def take(self, places: Places) -> _Held:
-        return _Held(self.group[places], self.event_us[places], self.values[:, places], self.since[places], self.every_us)
+        return _Held(self.group[places], self.event_us[places], self.values.take(places, axis=0), self.since[places], self.every_us)
 
     def beyond(self, rows_max: int, seen: Places | None) -> Mask | None:
         """Which readings are more than their hop can hold, the last in the order `seen`; None if there are none."""
@@ -265,7 +265,7 @@ class _Held:
         known = places >= start
         np.maximum(places, start, out=places)
         places = places if windows.members is None else windows.members[places]
-        values = self.values.take(places, axis=1)
+        values = self.values.take(places, axis=0).transpose(2, 0, 1)
         return Tile(values, self.event_us, places, outside(values, known))
 
 

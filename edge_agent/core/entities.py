@@ -117,17 +117,23 @@ class Layout:
         rows = np.arange(int(new.sum())) + np.repeat(np.cumsum(kept), new)
         return cls(rows, starts, fresh, stops)
 
+    def falls(self, numbers: npt.NDArray[Number]) -> Mask:
+        """Where a number (readings,) is less than the one before it of the same group; one place less than there are readings."""
+        falls: Mask = numbers[1:] < numbers[:-1]
+        falls[self.starts[1:] - 1] = False  # there another group begins
+        return falls
+
     def joined(self, new: npt.NDArray[Number], old: list[npt.NDArray[Number]]) -> npt.NDArray[Number]:
-        """One array (…, readings) of new values (…, new readings), and the old ones of each group."""
-        if not any(o.shape[-1] for o in old):
+        """One array (readings, …) of new values (new readings, …), and the old ones of each group."""
+        if not any(len(o) for o in old):
             return new
-        if len(old) * _ROWS_PER_PIECE < new.shape[-1]:
+        if len(old) * _ROWS_PER_PIECE < len(new):
             ends = np.cumsum(self.stops - self.fresh)
             starts = ends - (self.stops - self.fresh)
             pieces = zip(old, starts.tolist(), ends.tolist(), strict=True)
-            return np.concatenate([piece for o, start, end in pieces for piece in (o, new[..., start:end])], axis=-1)
-        out = np.empty((*new.shape[:-1], int(self.stops[-1])), new.dtype)
-        out[..., self.rows] = new
+            return np.concatenate([piece for o, start, end in pieces for piece in (o, new[start:end])])
+        out = np.empty((int(self.stops[-1]), *new.shape[1:]), new.dtype)
+        out[self.rows] = new
         for start, piece in zip(self.starts.tolist(), old, strict=True):
-            out[..., start : start + piece.shape[-1]] = piece
+            out[start : start + len(piece)] = piece
         return out

@@ -66,7 +66,7 @@ class Windows:
             ContractError: the table lacks a field of the spec, or it is not numeric; a function of the spec failed.
         """
         entity, values = self._checked(entity, table)
-        parts = [(p.start, self._kind.push(entity[p], event_us[p], values[:, p])) for p in self._kind.recent.parts(entity)]
+        parts = [(p.start, self._kind.push(entity[p], event_us[p], values[p])) for p in self._kind.recent.parts(entity)]
         made = Made.together(parts)
         self.late += len(made.late)
         self.overfull += len(made.overfull)
@@ -76,7 +76,7 @@ class Windows:
         """Take readings as history only: after a restart, those that the buffer still holds."""
         entity, values = self._checked(entity, table)
         for part in self._kind.recent.parts(entity):
-            self._kind.warm(entity[part], event_us[part], values[:, part])
+            self._kind.warm(entity[part], event_us[part], values[part])
 
     def _checked(self, entity: Strings, table: Table) -> tuple[Strings, Floats]:
         if len(set(entity.values)) != len(entity.values):

@@ -22,10 +22,11 @@ FEAST_SQLITE = "{type: sqlite, path: data/online.db}"
 DEFINITIONS = """
 from datetime import timedelta
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, PushSource, ValueType
+from feast.data_format import DeltaFormat
 from feast.types import Float64, Int64
 
 pump = Entity(name="pump", join_keys=["pump"], value_type=ValueType.STRING)
-source = FileSource(name="pumps_source", path="../features", timestamp_field="event_time", created_timestamp_column="created_time")
+source = FileSource(name="pumps_source", SOURCE, timestamp_field="event_time", created_timestamp_column="created_time")
 push_source = PushSource(name="pumps_push", batch_source=source)
 fields = [Field(name="pressure_mean", dtype=Float64), Field(name="pressure_count", dtype=Int64)]
 view = FeatureView(name="pumps", entities=[pump], ttl=timedelta(hours=2), schema=fields, source=push_source, online=True)
@@ -37,10 +38,11 @@ def redis_store(port: int) -> str:
     return f'{{type: pipelines.online_store.NewestRedisOnlineStore, connection_string: "127.0.0.1:{port}"}}'
 
 
-def make_repo(project: Path, online_store: str = SQLITE) -> Repo:
+def make_repo(project: Path, online_store: str = SQLITE, source: str = 'path="../features"') -> Repo:
+    """`source`: where the view's rows lie, as arguments of FileSource."""
     folder = project / "feature_repo"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "feature_definitions.py").write_text(DEFINITIONS)
+    (folder / "feature_definitions.py").write_text(DEFINITIONS.replace("SOURCE", source))
     (folder / "feature_store.yaml").write_text(
         "project: test\nprovider: local\nregistry: data/registry.db\nentity_key_serialization_version: 3\n"
         f"online_store: {online_store}\noffline_store: {{type: pipelines.offline_store.AsOfOfflineStore}}\n"

@@ -74,7 +74,8 @@ def test_parts_together_hold_every_reading_once(lake_rows: pa.Table, tmp_path: P
 
 
 def test_devices_are_dealt_out_evenly() -> None:
-    assert deal({"a": 10, "b": 9, "c": 8, "d": 1}, 2) == [["a", "d"], ["b", "c"]]
+    assert deal({"d": 1, "a": 10, "c": 8, "b": 9}, 2) == [["a"], ["b", "c", "d"]]
+    assert deal({f"{i:02d}": 7 for i in range(12)}, 3) == [[f"{i:02d}" for i in range(n, n + 4)] for n in (0, 4, 8)]
     assert deal({"a": 5}, 4) == [["a"]]
 
 

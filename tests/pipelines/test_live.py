@@ -19,7 +19,8 @@ from cloud.config import Settings
 from cloud.follow import Follower
 from cloud.lake import Lake
 from edge_agent.contract.block import ORDINAL, SCORE, BlockHeader
-from edge_agent.contract.columns import Table, take
+from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from pipelines.arrival import ARRIVED, Known
 from pipelines.features import windows_of
@@ -118,12 +119,11 @@ def test_features_are_known_when_the_last_reading_of_their_window_has_arrived(se
     random = np.random.default_rng(seed)
     count, window_rows = 200, 4
     entity, arrived = random.integers(0, 3, count), random.integers(0, 1_000, count)
-    time = pa.array(arrived).cast(pa.timestamp("us", "UTC"))
-    rows = pa.table({"device": ["d"] * count, "epoch": ["e"] * count, "engine": [f"e{i}" for i in entity], ARRIVED: time})
+    names = Strings.of([f"e{i}" for i in entity])
     wanted = [max(arrived[np.flatnonzero(entity[: i + 1] == entity[i])[-window_rows:]]) for i in range(count)]
-    known, cuts = Known("engine", window_rows), [0, *sorted(random.integers(0, count, 9).tolist()), count]
-    parts = [known.into(rows.slice(start, stop - start)) for start, stop in itertools.pairwise(cuts)]
-    assert pa.concat_tables(parts)[ARRIVED].cast(pa.int64()).to_pylist() == wanted
+    known, cuts = Known(window_rows, entities_max=3), [0, *sorted(random.integers(0, count, 9).tolist()), count]
+    parts = [known.push(names[start:stop], arrived[start:stop]) for start, stop in itertools.pairwise(cuts)]
+    assert np.concatenate(parts).tolist() == wanted
 
 
 @pytest.mark.parametrize("keys_max", [1_000, 4])
@@ -238,6 +238,15 @@ def follow_the_page(project: Path) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(snippet.replace('"feature_repo")', f'"{project}/feature_repo")'), names)
     return names
+
+
+def test_windows_that_close_are_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    project = turbofan_project(tmp_path / "project")
+    params = project / "pipelines/params.yaml"
+    params.write_text(params.read_text().replace("windows: trailing", "windows: tumbling"))
+    (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n[[regions]]\nname = 'eu'\nport = 18831\n")
+    with pytest.raises(ConfigError, match=r"features\.windows is tumbling, .* fenceline features materialise"):
+        build(load_context(project, tmp_path / "state"))
 
 
 def ingesting(settings: Settings, stop: threading.Event) -> list[threading.Thread]:

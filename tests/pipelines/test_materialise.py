@@ -15,8 +15,10 @@ import pytest
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import online_writer
+from pipelines.feature_sources import Source, storage_of
 from pipelines.feature_store import Repo
 from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
+from tests.object_store import BUCKET, WRITER, ObjectStore, object_store  # noqa: F401
 from tests.pipelines.repos import TIME, at, make_repo, redis_store, rows, served, write_source
 from tests.redis_server import redis_server
 
@@ -150,6 +152,41 @@ def test_killed_run_is_done_again_and_ends_the_same(repo: Repo, tmp_path: Path, 
     assert run(repo).written == 6_000
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(DISTINCT entity_key), count(*) FROM test_pumps").fetchone() == (6_000, 12_000)
+
+
+@pytest.mark.parametrize("delta", [False, True], ids=["parquet", "delta"])
+def test_source_in_s3_is_read_like_one_on_disk(tmp_path: Path, object_store: ObjectStore, seed: int, delta: bool) -> None:  # noqa: F811
+    path, tags = f"s3://{BUCKET}/materialise-{seed}-{delta}", f'tags={{"credentials": "{WRITER}"}}'
+    stored = Source("pumps", path, delta, storage=storage_of(path, object_store.endpoint, WRITER))
+    source = f'path="{path}", s3_endpoint_override="{object_store.endpoint}", {tags}' + ", file_format=DeltaFormat()" * delta
+    repo = make_repo(tmp_path, source=source)
+    with pytest.raises(ConfigError, match="is not there"):
+        run(repo)
+    first = pumps(3_000, seed)
+    stored.append(pa.Table.from_batches([first]))
+    assert run(repo).written == 3_000
+    stored.append(pa.Table.from_batches([rows(("p7", HOUR, HOUR + CREATED_LATER, 7.0), ("new", HOUR, HOUR + CREATED_LATER, 8.0))]))
+    done = run(repo)
+    assert (done.full, done.written) == ("", 3_001)  # the first lie in the overlap
+    assert served(repo, ["p7", "new", "p8"]) == [7.0, 8.0, first["pressure_mean"][8].as_py()]
+
+
+def test_delta_version_that_a_source_names_is_materialised(tmp_path: Path) -> None:
+    stored = Source("pumps", str(tmp_path / "table"), delta=True)
+    for mean in (1.0, 2.0, 3.0):
+        stored.append(pa.Table.from_batches([rows(("a", mean, mean, mean))]))
+    repo = make_repo(tmp_path, source=f'path="{tmp_path / "table"}", file_format=DeltaFormat(), tags={{"delta_version": "1"}}')
+    run(repo)
+    assert served(repo, ["a"]) == [2.0]
+
+
+@pytest.mark.parametrize("format_", ["", ", file_format=DeltaFormat()"])
+def test_s3_that_does_not_answer_is_unavailable_and_sets_no_mark(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(UnavailableError, match="source of view 'pumps' does not read"):
+        run(make_repo(tmp_path, source=f'path="s3://nothing/here", s3_endpoint_override="http://127.0.0.1:9"{format_}'))
+    assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists()
 
 
 @pytest.mark.needs_redis

@@ -164,10 +164,24 @@ def test_long_runs_and_small_pieces_give_the_same_bits(spec: FeatureSpec, monkey
     assert whole["features"] == np.where(np.isnan(want), np.nan, want).tobytes()
     for cells, share in ((30, 0.0), (7 * 5 * 2, 0.5), (1 << 20, 2.0)):
         monkeypatch.setattr(trailing, "CELLS_MAX", cells)
-        monkeypatch.setattr(trailing, "RUN_CELLS_MAX", cells)
+        monkeypatch.setattr(trailing, "RUN_CELLS_MAX", cells // 5)
+        monkeypatch.setattr(trailing, "PIECE_ROWS_MIN", cells + 1)
+        monkeypatch.setattr(trailing, "PIECE_CELLS_MAX", 1)
         monkeypatch.setattr(closing, "CELLS_MAX", cells)
         monkeypatch.setattr(trailing, "RUN_SHARE_MIN", share)
         assert bits(Windows(spec).push(entity, event_us, table)) == whole
+
+
+@pytest.mark.parametrize("rows", [219, 220, 221])
+def test_a_run_that_leaves_one_window_for_the_last_piece_gives_the_same_bits(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over the steps of a single window would be made pairwise, from eight steps on."""
+    spec = FeatureSpec(features=[Feature("t", a) for a in ALL], window_rows=20, window_s=10.0**9)
+    entity, event_us = Strings.of(["a"] * rows), np.cumsum(np.random.default_rng(rows).integers(1, HOUR_US, rows))
+    table = {"t": np.random.default_rng(4).normal(500, 20, rows)}
+    readings = [oracle.Reading(i, "a", us, x) for i, (us, x) in enumerate(zip(event_us.tolist(), table["t"].tolist(), strict=True))]
+    want = [[oracle.value(a, w.readings) for a in ALL] for w in oracle.membership(spec, readings).windows]
+    monkeypatch.setattr(trailing, "RUN_CELLS_MAX", 10)
+    assert Windows(spec).push(entity, event_us, table).features.tobytes() == np.array(want).tobytes()
 
 
 def test_late_readings_are_counted_and_named() -> None:
