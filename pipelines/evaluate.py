@@ -150,10 +150,7 @@ def load_champion(context: Context, onnx_model: bytes) -> Champion | None:
 
     store, found = tracking.client(context), json.loads(context.champion.read_text())
     while found is not None:
-        folder, evaluated, split = (
-            Path(download_artifacts(run_id=found["run_id"], artifact_path=path))
-            for path in ("bundle", "evaluate/gate.json", "train/split.json")
-        )
+        folder, split = (Path(download_artifacts(run_id=found["run_id"], artifact_path=path)) for path in ("bundle", "train/split.json"))
         champion = Champion(
             version=found["version"],
             manifest=msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest),
@@ -162,8 +159,9 @@ def load_champion(context: Context, onnx_model: bytes) -> Champion | None:
         )
         if (champion.model, champion.manifest.features) != (onnx_model, context.params.spec):
             return champion
-        before = json.loads(evaluated.read_text()).get("champion_version")
-        found = before and {"version": before, "run_id": store.get_model_version(context.params.register.model, before).run_id}
+        gate = json.loads(Path(download_artifacts(run_id=found["run_id"], artifact_path="evaluate/gate.json")).read_text())
+        before = gate.get("champion_version")
+        found = before and tracking.registered(store, context.params.register.model, before)
     return None
 
 

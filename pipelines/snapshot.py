@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from cloud.lake import Lake
 from cloud.roots import Roots
-from edge_agent.contract.errors import ConfigError, UnavailableError
+from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
 from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
@@ -118,19 +118,12 @@ def forget_foreign_registration(context: Context, store: Any) -> None:
     Raises:
         UnavailableError: MLflow does not say.
     """
-    from mlflow.exceptions import MlflowException
-
     path = context.build / "register/registered.json"
     if not path.exists():
         return
     last = json.loads(path.read_text())
-    try:
-        if store.get_model_version(last["model"], last["version"]).run_id == last["run_id"]:
-            return
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise UnavailableError(f"MLflow refuses to name version {last['version']} of {last['model']}: {e}") from e
-    shutil.rmtree(path.parent)
+    if tracking.registered(store, last["model"], last["version"]) != {"version": last["version"], "run_id": last["run_id"]}:
+        shutil.rmtree(path.parent)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -69,6 +69,23 @@ def champion(store: Any, model: str) -> dict[str, str] | None:
     return {"version": str(found.version), "run_id": found.run_id}
 
 
+def registered(store: Any, model: str, version: str) -> dict[str, str] | None:
+    """`version` and `run_id` of a version of a model; None if it is not there.
+
+    Raises:
+        UnavailableError: MLflow does not say.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = store.get_model_version(model, version)
+    except MlflowException as e:
+        if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise UnavailableError(f"MLflow refuses to name version {version} of {model}: {e}") from e
+    return {"version": str(found.version), "run_id": found.run_id}
+
+
 def current_run(context: Context) -> str:
     """The id of the parent run: the one that FENCELINE_RUN_ID names, the one that this pipeline run has opened, or a new one."""
     given = os.environ.get("FENCELINE_RUN_ID")
