@@ -1,12 +1,12 @@
 """snapshot: the lake as it is now, in two Parquet files, and the table versions that name it.
 
-- Runs every time; the stages after it run only if the readings or labels have changed.
+- Runs every time; the stages after it run only if what it writes has changed.
+- `spec.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the contract, and who
+  is champion in MLflow. A registration that this MLflow does not know is forgotten, so that register runs again.
 - `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
   (30 days; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table a new
   version without changing a row.
-- `spec.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the contract, and who
-  is champion in MLflow. A registration that this MLflow does not know is forgotten, so that register runs again.
 """
 
 from __future__ import annotations
