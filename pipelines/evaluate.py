@@ -1,14 +1,17 @@
 """evaluate: how good the model is on engines it never saw, and whether it may become champion.
 
 - The gate: rmse on the hold-out at most `rmse_max`, and not worse than the champion's by more than `champion_slack`.
-- The champion is scored on the same rows, by its own bundle, from raw readings (its features may differ from ours); only on
-  engines that it was not trained on either. If there are none, the comparison is left out and the gate says so.
+- The champion is the one that the snapshot stage saw. If it is this very model, it was judged when it became champion, and is judged
+  against the same one again: the gate says what it said then, and nothing is registered.
+- It is scored on the same labels, by its own bundle, from raw readings (its features may differ from ours): a label gets its newest
+  score, at most `dataset.ttl_s` old; only on engines that it was not trained on either. What cannot be compared is not; the gate says why.
 - Importance of a field: how much rmse grows when all its features are shuffled together among the hold-out rows.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +21,19 @@ import joblib  # type: ignore[import-untyped]
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edge_agent.contract.bundle import Manifest
+from edge_agent.contract.errors import BundleError
 from edge_agent.contract.stream import StreamContract
-from pipelines import cluster, stage, tracking
+from edge_agent.core.functions import Functions, check_functions
+from pipelines import asof, cluster, stage, tracking
 from pipelines.cli import progress
 from pipelines.features import EVENT_TIME, windows_of
+from pipelines.forest import to_onnx
 from pipelines.scoring import score
 from pipelines.stage import Context
 from pipelines.train import Floats, load
@@ -36,7 +44,7 @@ NEAR_FAILURE = 30.0
 
 @dataclass(frozen=True)
 class Champion:
-    """The model that carries the alias now."""
+    """The model to beat."""
 
     version: str
     manifest: Manifest
@@ -54,7 +62,8 @@ def work(context: Context) -> None:
     metrics["rmse_of_mean"] = float(np.sqrt(np.mean((y[held] - y[~held].mean()) ** 2)))
     progress(f"hold-out: {int(held.sum())} rows of {len(set(engines[held]))} engines, rmse {metrics['rmse']:.2f} cycles")
     importance = rank_fields(context, model, x[held], y[held])
-    gate = judge(context, metrics["rmse"], engines[held], y[held], predicted)
+    champion = load_champion(context, to_onnx(model, x.shape[1]))
+    gate = judge(context, champion, metrics["rmse"], engines[held], y[held], predicted)
     progress(f"gate: {'passed' if gate['passed'] else 'failed'}: {'; '.join(gate['reasons'])}")
     out = context.folder("evaluate")
     stage.write_json(out / "metrics.json", metrics)
@@ -106,27 +115,25 @@ def _shuffled_rmse(model: Any, x: npt.NDArray[np.float32], y: Floats, columns: l
     return float(np.sqrt(np.mean((model.predict(shuffled) - y) ** 2)))
 
 
-def judge(context: Context, rmse: float, engines: npt.NDArray[Any], target: Floats, predicted: Floats) -> dict[str, Any]:
+def judge(
+    context: Context, champion: Champion | None, rmse: float, engines: npt.NDArray[Any], target: Floats, predicted: Floats
+) -> dict[str, Any]:
     """Whether the model may become champion, and why."""
     limits = context.params.evaluate
     gate: dict[str, Any] = {"passed": rmse <= limits.rmse_max, "rmse": rmse, "rmse_max": limits.rmse_max}
     gate["reasons"] = [f"rmse {rmse:.3f} is {'at most' if gate['passed'] else 'above'} rmse_max {limits.rmse_max}"]
-    champion = load_champion(context)
     if champion is None:
         gate["reasons"].append("there is no champion to compare with")
         return gate
     gate["champion_version"] = champion.version
     fair = np.array([e not in champion.trained_on for e in engines])
-    theirs = score_champion(context, champion, sorted(set(engines[fair]))) if fair.any() else {}
-    times = pq.read_table(context.dataset, columns=[context.contract.entity, EVENT_TIME])
-    rows = _rows_of(context, engines, times)
-    both = np.array([row in theirs for row in rows]) & fair
-    if not both.any():
-        gate["reasons"].append(f"no hold-out engine is new to champion version {champion.version}: not compared")
+    theirs, obstacle = compare(context, champion, engines, fair)
+    if obstacle:
+        gate["reasons"].append(f"not compared with champion version {champion.version}: {obstacle}")
         return gate
-    scores = np.array([theirs[row] for row, ok in zip(rows, both, strict=True) if ok])
+    both = ~np.isnan(theirs)
     # Labels may have been cut off elsewhere when the champion was trained: both are measured up to our label_max.
-    errors = [np.minimum(s, context.params.dataset.label_max) - target[both] for s in (scores, predicted[both])]
+    errors = [np.minimum(s, context.params.dataset.label_max) - target[both] for s in (theirs[both], predicted[both])]
     gate["champion_rmse"], gate["challenger_rmse"] = (float(np.sqrt(np.mean(e**2))) for e in errors)
     better = gate["challenger_rmse"] <= gate["champion_rmse"] * (1 + limits.champion_slack)
     gate["passed"] = bool(gate["passed"] and better)
@@ -137,51 +144,74 @@ def judge(context: Context, rmse: float, engines: npt.NDArray[Any], target: Floa
     return gate
 
 
-def load_champion(context: Context) -> Champion | None:
-    """The champion of the registered model, from its run's artifacts; None if no version carries the alias."""
+def load_champion(context: Context, onnx_model: bytes) -> Champion | None:
+    """The champion that a model has to beat, from its run's artifacts; None if there is none."""
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
 
-    store, name = tracking.client(context), context.params.register.model
+    store, found = tracking.client(context), json.loads(context.champion.read_text())
+    while found is not None:
+        folder, split = (Path(download_artifacts(run_id=found["run_id"], artifact_path=path)) for path in ("bundle", "train/split.json"))
+        champion = Champion(
+            version=found["version"],
+            manifest=msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest),
+            model=(folder / "model.onnx").read_bytes(),
+            trained_on=set(json.loads(split.read_text())["train"]),
+        )
+        if (champion.model, champion.manifest.features) != (onnx_model, context.params.spec):
+            return champion
+        gate = json.loads(Path(download_artifacts(run_id=found["run_id"], artifact_path="evaluate/gate.json")).read_text())
+        before = gate.get("champion_version")
+        found = before and tracking.registered(store, context.params.register.model, before)
+    return None
+
+
+def compare(context: Context, champion: Champion, engines: npt.NDArray[Any], fair: npt.NDArray[np.bool_]) -> tuple[Floats, str]:
+    """The champion's score for each of our hold-out rows, NaN where it has none; and why there is none at all, else an empty text.
+
+    Args:
+        engines: of each row.
+        fair: whether the champion never saw the row's engine.
+    """
+    spec, none = champion.manifest.features, np.full(len(engines), np.nan)
+    missing = sorted(set(spec.fields) - {f.name for f in context.contract.fields})
+    if missing:
+        return none, f"the contract no longer has {', '.join(missing)}"
     try:
-        version = store.get_model_version_by_alias(name, "champion")
-    except MlflowException as e:
-        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-    folder = Path(download_artifacts(run_id=version.run_id, artifact_path="bundle"))
-    split = Path(download_artifacts(run_id=version.run_id, artifact_path="train/split.json"))
-    return Champion(
-        version=str(version.version),
-        manifest=msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest),
-        model=(folder / "model.onnx").read_bytes(),
-        trained_on=set(msgspec.json.decode(split.read_bytes())["train"]),
+        check_functions(spec, context.params.functions)
+    except BundleError as e:
+        return none, str(e)
+    if not fair.any():
+        return none, "no hold-out engine is new to it"
+    labels = pq.read_table(context.dataset, columns=[context.contract.entity, EVENT_TIME])
+    labels = labels.filter(pc.is_in(labels[context.contract.entity], pa.array(sorted(set(engines)))))
+    scores = score_champion(context, champion, sorted(set(engines[fair])), labels)
+    scores[~fair] = np.nan
+    if np.isnan(scores).all():
+        return none, f"it has no score at most dataset.ttl_s {context.params.dataset.ttl_s} s older than a label of an engine new to it"
+    return scores, ""
+
+
+def score_champion(context: Context, champion: Champion, engines: list[str], labels: pa.Table) -> Floats:
+    """The champion's newest score of each label (engine, event time), NaN if there is none; of these engines' readings only."""
+    contract, functions = context.contract, context.params.functions
+    made: tuple[list[str], npt.NDArray[np.int64], Floats] = cluster.run(
+        _score_readings, context.readings, contract, champion.manifest, champion.model, engines, functions
     )
-
-
-def score_champion(context: Context, champion: Champion, engines: list[str]) -> dict[tuple[str, int], float]:
-    """The champion's score by engine and event time."""
-    keys, scores = cluster.run(_score_readings, context.readings, context.contract, champion.manifest, champion.model, engines)
-    return dict(zip(keys, scores.tolist(), strict=True))
+    features = pl.DataFrame({contract.entity: made[0], asof.AT: made[1], "score": made[2]}, schema_overrides={contract.entity: pl.String})
+    keys = pl.DataFrame({contract.entity: labels[contract.entity].to_pylist()})
+    asked = asof.Labels.of(keys, pl.Series(labels[EVENT_TIME].cast(pa.int64()).to_numpy()))
+    rule = asof.Rule(ttl=round(context.params.dataset.ttl_s * 1e6))
+    found = asof.join(asof.candidates(features, asked, rule), asked, rule)["score"]
+    return found.fill_null(np.nan).to_numpy(writable=True)
 
 
 def _score_readings(
-    readings: Path, contract: StreamContract, manifest: Manifest, model: bytes, engines: list[str]
-) -> tuple[list[tuple[str, int]], Floats]:
+    readings: Path, contract: StreamContract, manifest: Manifest, model: bytes, engines: list[str], functions: Functions
+) -> tuple[list[str], npt.NDArray[np.int64], Floats]:
+    """Engine, time and score of each window."""
     table = pq.read_table(readings, filters=[(contract.entity, "in", engines)])
-    made = windows_of(table, contract, manifest.features)
-    times = pa.chunked_array([pa.array(made.end_us)])
-    return _keys(table[contract.entity].take(pa.array(made.rows)), times), score(model, made.features)
-
-
-def _rows_of(context: Context, engines: npt.NDArray[Any], times: pa.Table) -> list[tuple[str, int]]:
-    """(engine, event time) of the dataset's rows of these engines, in the dataset's order."""
-    held = set(engines)
-    return [key for key in _keys(times[context.contract.entity], times[EVENT_TIME]) if key[0] in held]
-
-
-def _keys(engines: pa.ChunkedArray, times: pa.ChunkedArray) -> list[tuple[str, int]]:
-    return list(zip(engines.to_pylist(), times.cast(pa.int64()).to_pylist(), strict=True))
+    made = windows_of(table, contract, manifest.features, functions)
+    return table[contract.entity].take(pa.array(made.rows)).to_pylist(), made.end_us, score(model, made.features)
 
 
 def draw(out: Path, target: Floats, predicted: Floats, importance: list[tuple[str, float]]) -> None:

@@ -6,7 +6,7 @@
 - Devices are dealt out to Ray tasks. A task reads record batches and writes as it goes: it holds a batch and the open windows only.
 - The result does not depend on the number of tasks or on how readings are cut into batches.
 - A window's row says when it was known: `event_time` is the reading's (trailing) or the end of the window (tumbling, hopping),
-  `created_time` when the lake had all the readings that it may hold (`pipelines.arrival`).
+  `created_time` when the lake had all the readings that it may hold, and the one that closes it (`pipelines.arrival`).
 - Windows that are still open at the end of the lake are not made: the device has not made them either.
 """
 
@@ -30,7 +30,7 @@ from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Made, Windows
 from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from pipelines import cluster, stage
-from pipelines.arrival import ARRIVED, Known
+from pipelines.arrival import ARRIVED, Known, KnownHops
 from pipelines.cli import progress
 from pipelines.stage import Context
 
@@ -58,7 +58,7 @@ class _Device:
     """What is remembered of a device and epoch: open windows, last arrivals, the newest ordinal."""
 
     windows: Windows
-    known: Known
+    known: Known | KnownHops
     newest: int = -1
 
 
@@ -105,7 +105,11 @@ class LakeWindows:
                 part = self._fresh(device, part)
             entity, event_us, fields = readings_of(part, self._contract, self._spec)
             made = device.windows.push(entity, event_us, fields)
-            known_us = device.known.push(entity, _microseconds(part[ARRIVED]))
+            arrived_us = _microseconds(part[ARRIVED])
+            if isinstance(device.known, Known):
+                known_us = device.known.push(entity, arrived_us)
+            else:
+                known_us = device.known.push(entity, event_us, arrived_us, made)
             counts += Counts(part.num_rows, len(made.rows), len(made.late), len(made.overfull))
             parts.append(self._table(part, made, known_us))
         return (pa.concat_tables(parts) if parts else self._table(rows, _nothing(self._spec), np.zeros(0, np.int64))), counts
@@ -115,8 +119,10 @@ class LakeWindows:
         key = (part["device"][0].as_py(), part["epoch"][0].as_py())
         device = self._devices.pop(key, None)
         if device is None:
-            windows = Windows(self._spec, self._functions)
-            device = _Device(windows, Known(self._spec.window_rows, windows.entities_max))
+            windows, spec = Windows(self._spec, self._functions), self._spec
+            trailing = spec.kind is WindowKind.TRAILING
+            known = Known(spec.window_rows, windows.entities_max) if trailing else KnownHops(spec, windows.entities_max)
+            device = _Device(windows, known)
         self._devices[key] = device
         for old in list(islice(self._devices, max(0, len(self._devices) - self._devices_max))):
             del self._devices[old]
@@ -139,7 +145,7 @@ class LakeWindows:
             {
                 self._contract.entity: done[self._contract.entity],
                 EVENT_TIME: pa.array(made.end_us).cast(time),
-                CREATED_TIME: pa.array(known_us if trailing else known_us[made.rows]).cast(time),
+                CREATED_TIME: pa.array(known_us).cast(time),
                 "device": done["device"],
                 **start,
                 **{name: pa.array(np.ascontiguousarray(made.features[:, i])) for i, name in enumerate(self._spec.names)},

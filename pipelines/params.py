@@ -1,25 +1,31 @@
 """The settings of the pipeline: pipelines/params.yaml, typed and strict.
 
-- A key that is not known here is refused.
+- A key that is not known here is refused, and so is a number that cannot work; infinity and NaN never do.
 - `Params.spec` is the one list of features: the features stage, Feast's feature view and the bundle all take it from here.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import yaml
+from msgspec import Meta
 
 from edge_agent.contract.errors import BundleError, ConfigError, ContractError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind, check_spec
 from edge_agent.contract.odcs import parse_contract
-from edge_agent.contract.stream import StreamContract
+from edge_agent.contract.stream import FieldType, StreamContract
 from edge_agent.core.functions import Functions
 from edge_agent.installed_functions import load_functions
 
 PARAMS = Path("pipelines/params.yaml")
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,44 +50,44 @@ class Features(_Section, frozen=True):
     every_s: float = 0.0
     lateness_s: float = 0.0
     functions: str = ""
-    parts: int = 4
+    parts: Count = 4
 
 
 class Dataset(_Section, frozen=True):
-    ttl_s: float
-    label_max: float
+    ttl_s: Positive
+    label_max: Positive
     known_by_then: bool = False
 
 
 class Setting(_Section, frozen=True):
     """Hyper-parameters of one trial; names are scikit-learn's."""
 
-    learning_rate: float
-    max_iter: int
-    max_leaf_nodes: int
-    min_samples_leaf: int
-    l2_regularization: float
-    max_features: float = 1.0
+    learning_rate: Positive
+    max_iter: Count
+    max_leaf_nodes: Annotated[int, Meta(ge=2)]
+    min_samples_leaf: Count
+    l2_regularization: NotNegative
+    max_features: Annotated[float, Meta(gt=0, le=1)] = 1.0
 
 
 class Train(_Section, frozen=True):
-    holdout: float
-    folds: int
-    seed: int
-    search: list[Setting]
+    holdout: Annotated[float, Meta(gt=0, lt=1)]
+    folds: Annotated[int, Meta(ge=2)]
+    seed: Annotated[int, Meta(ge=0, lt=2**32)]
+    search: Annotated[list[Setting], Meta(min_length=1)]
 
 
 class Evaluate(_Section, frozen=True):
-    rmse_max: float
-    champion_slack: float
+    rmse_max: Positive
+    champion_slack: NotNegative
 
 
 class Export(_Section, frozen=True):
-    tolerance: float
-    golden_rows: int
+    tolerance: NotNegative
+    golden_rows: Count
     score_min: float
     score_max: float
-    probation_rows: int
+    probation_rows: Annotated[int, Meta(ge=0)]
     zones: list[str] = []
 
 
@@ -135,21 +141,27 @@ class Params(_Section, frozen=True):
         return f"{self.stream.replace('-', '_')}_windows"
 
 
+def params_file(project: Path) -> Path:
+    """The parameters of the project.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    path = project / PARAMS
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; run in a Fenceline project or give --project DIR")
+    return path
+
+
 def load_params(project: Path) -> Params:
     """Read the parameters of the project.
 
     Raises:
         ConfigError: the file is missing, is not YAML, has a wrong or unknown key, or values that cannot work.
     """
-    path = project / PARAMS
+    path = params_file(project)
     try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; run in a Fenceline project or give --project DIR") from None
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{path}: not YAML: {e}") from e
-    try:
-        params = msgspec.convert(tree, Params)
+        params = msgspec.convert(_tree(path), Params)
     except msgspec.ValidationError as e:
         raise ConfigError(f"{path}: {e}") from e
     _check(params, path)
@@ -160,17 +172,19 @@ def load_contract(project: Path, params: Params) -> StreamContract:
     """The contract of the pipeline's stream.
 
     Raises:
-        ConfigError: the file is missing, is no contract or that of another stream, or lacks a field of the features.
+        ConfigError: the file is missing, is no contract or that of another stream, or a feature's field is not there or holds no numbers.
     """
     path = project / params.contract
     try:
         contract = parse_contract(path.read_bytes(), str(path))
-        for name in params.features.fields:
-            contract.field(name)
+        types = {name: contract.field(name).type for name in params.features.fields}
     except FileNotFoundError:
         raise ConfigError(f"contract {path} does not exist; `contract` in {PARAMS} must name it") from None
     except ContractError as e:
         raise ConfigError(f"{PARAMS} does not fit its contract: {e}") from e
+    other = [f"{name} ({kind})" for name, kind in types.items() if kind not in (FieldType.INTEGER, FieldType.NUMBER)]
+    if other:
+        raise ConfigError(f"{PARAMS}: features.fields: {', '.join(other)} in {path}; features are made of numbers")
     if contract.stream != params.stream:
         raise ConfigError(f"{path} is the contract of stream {contract.stream!r}; {PARAMS} says {params.stream!r}")
     return contract
@@ -180,19 +194,23 @@ def override(project: Path, assignments: list[str]) -> None:
     """Write `section.key=value` assignments into params.yaml, comments kept; the value is YAML.
 
     Raises:
-        ConfigError: an assignment has no `=`, names no known key, or gives parameters that cannot work; the file is then as before.
+        ConfigError: there is no such file or it is not YAML; an assignment has no `=`, names no known key, or gives parameters that cannot
+            work. The file is then as before.
     """
     if not assignments:
         return
-    from dvc.utils.serialize import modify_yaml
+    from dvc.utils.serialize import YAMLFileCorruptedError, modify_yaml
 
-    path = project / PARAMS
+    path = params_file(project)
+    _tree(path)
     before = path.read_text()
     try:
         with modify_yaml(str(path)) as tree:
             for assignment in assignments:
                 _assign(tree, assignment)
         load_params(project)
+    except YAMLFileCorruptedError as e:  # stricter than `_tree`: a key that is there twice
+        raise ConfigError(f"{path}: not YAML: {e.__cause__ or e}") from e
     except ConfigError:
         path.write_text(before)
         raise
@@ -201,10 +219,10 @@ def override(project: Path, assignments: list[str]) -> None:
 def _assign(tree: Any, assignment: str) -> None:
     name, separator, text = assignment.partition("=")
     *parents, key = name.split(".")
-    node = tree
+    node, known = tree, _keys(Params)
     for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    if not separator or not isinstance(node, dict) or key not in node:
+        node, known = node.get(parent) if isinstance(node, dict) else None, _keys(known.get(parent))
+    if not separator or not isinstance(node, dict) or key not in known:
         raise ConfigError(f"--set {assignment!r}: want section.key=value with a key of {PARAMS}, such as train.folds=4")
     try:
         node[key] = yaml.safe_load(text)
@@ -212,14 +230,36 @@ def _assign(tree: Any, assignment: str) -> None:
         raise ConfigError(f"--set {assignment!r}: the value is not YAML: {e}") from e
 
 
+def _keys(kind: Any) -> dict[str, Any]:
+    """The keys of a section with their types, also those that the file leaves out; none of what is no section."""
+    return {f.name: f.type for f in msgspec.structs.fields(kind)} if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else {}
+
+
+def _tree(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: not YAML: {e}") from e
+
+
 def _check(params: Params, path: Path) -> None:
+    endless = _not_finite(msgspec.to_builtins(params), "")
+    if endless:
+        raise ConfigError(f"{path}: {', '.join(endless)}: want a finite number")
     try:
         check_spec(params.spec)
     except BundleError as e:
         raise ConfigError(f"{path}: features: {e}") from e
-    if not params.train.search or not 0 < params.train.holdout < 1 or params.train.folds < 2:
-        raise ConfigError(f"{path}: train needs at least one setting in search, a holdout between 0 and 1, and at least 2 folds")
-    if min(params.features.parts, params.export.golden_rows) < 1:
-        raise ConfigError(f"{path}: features.parts and export.golden_rows must be positive")
-    if params.dataset.ttl_s <= 0 or params.dataset.label_max <= 0 or params.export.score_min >= params.export.score_max:
-        raise ConfigError(f"{path}: dataset.ttl_s and label_max must be positive, export.score_min below score_max")
+    twice = sorted({name for name in params.spec.names if params.spec.names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: features: {', '.join(twice)} more than once; name each field and each aggregate once")
+    if params.export.score_min >= params.export.score_max:
+        raise ConfigError(f"{path}: export.score_min must be below score_max")
+
+
+def _not_finite(node: Any, name: str) -> list[str]:
+    """The names of numbers that are infinite or NaN."""
+    if isinstance(node, dict | list):
+        inner = node.items() if isinstance(node, dict) else enumerate(node)
+        return [found for key, value in inner for found in _not_finite(value, f"{name}.{key}" if name else str(key))]
+    return [name] if isinstance(node, float) and not math.isfinite(node) else []

@@ -2,7 +2,7 @@
 
 - The parent run gets params, metrics, plots, the dataset, lake, DVC and git versions, the bundle's two files, and the model
   (ONNX flavour with signature and input example), whichever stages of it were taken over unchanged from an earlier run.
-- The new version gets the alias `challenger`; if the gate has passed, `champion` too.
+- The new version gets the alias `challenger`; if the gate has passed, `champion` too, unless another has become champion meanwhile.
 - `pipeline/dvc.lock` is kept as an artifact: `dvc_lock_sha256` in the bundle is its hash. It holds every stage before this one.
 """
 
@@ -20,16 +20,17 @@ import pyarrow.parquet as pq
 import yaml
 
 from edge_agent.contract.bundle import Manifest, Provenance
+from edge_agent.contract.errors import UnavailableError
 from pipelines import forest, stage, tracking
 from pipelines.cli import progress
 from pipelines.dataset import TARGET
 from pipelines.stage import Context
+from pipelines.tracking import CHALLENGER, CHAMPION
 from pipelines.train import load
 
 LOCK = "pipelines/dvc.lock"
 EXAMPLE_ROWS = 3
 NAME_LENGTH_MAX = 500
-CHALLENGER, CHAMPION = "challenger", "champion"
 
 
 def work(context: Context) -> None:
@@ -151,12 +152,28 @@ def _log_model(context: Context, store: Any, run_id: str, gate: dict[str, Any]) 
     name = context.params.register.model
     registered = mlflow.register_model(logged.model_uri, name)
     version = str(registered.version)
-    store.set_registered_model_alias(name, CHALLENGER, version)
-    if gate["passed"]:
-        store.set_registered_model_alias(name, CHAMPION, version)
     for key, value in (("gate", "; ".join(gate["reasons"])), ("run_id", run_id), ("holdout_rmse", f"{gate['rmse']:.4f}")):
         store.set_model_version_tag(name, version, key, value)
+    store.set_registered_model_alias(name, CHALLENGER, version)
+    if gate["passed"]:
+        promote(context, store, version)
     return version
+
+
+def promote(context: Context, store: Any, version: str) -> None:
+    """Make a version champion.
+
+    Raises:
+        UnavailableError: the champion is no longer the one that the gate had before it.
+    """
+    name, judged = context.params.register.model, json.loads(context.champion.read_text())
+    now = tracking.champion(store, name)
+    if now != judged:
+        before, after = (f"version {one['version']}" if one else "none" for one in (judged, now))
+        raise UnavailableError(
+            f"{name} version {version} stays {CHALLENGER}: the champion was {before} when it was judged and is {after} now; train again"
+        )
+    store.set_registered_model_alias(name, CHAMPION, version)
 
 
 def _lock(context: Context) -> bytes:

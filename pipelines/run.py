@@ -11,11 +11,11 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +29,9 @@ from typing import Any
 from cloud.lake import Lake
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from pipelines import cli, cluster, tracking
-from pipelines.params import override
+from pipelines.params import override, params_file
 from pipelines.snapshot import pick_versions
-from pipelines.stage import Context, load_context, write_json
+from pipelines.stage import BUILD, Context, load_context
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
 OUTPUT_LINES_KEPT = 40
@@ -39,8 +39,8 @@ STOP_S = 10.0
 
 Say = Callable[[str], None]
 
-_STARTS = re.compile(r"Running stage '(?:[^']*:)?(\w+)'")
-_SKIPPED = re.compile(r"Stage '(?:[^']*:)?(\w+)' didn't change, skipping")
+_STARTS = re.compile(r"Running stage '(?:[^':]*:)?([^']+)'")
+_SKIPPED = re.compile(r"Stage '(?:[^':]*:)?([^']+)' didn't change, skipping")
 
 
 @dataclass(frozen=True)
@@ -91,22 +91,23 @@ def run(
     """
     started = time.monotonic()
     project = project.absolute()
-    override(project, overrides or [])
-    context = load_context(project, state)
-    pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
-    os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
-    _init_dvc(project)
-    _forget_foreign_registration(context)
-    with _ray(ray_address, say) as ray_environment:
-        stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
-    return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
+    with _alone(project):
+        override(project, overrides or [])
+        context = load_context(project, state)
+        pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
+        os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
+        _init_dvc(project)
+        tracking.leave_run(context)
+        with _ray(ray_address, say) as ray_environment:
+            stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
+        return replace(_result(context, stages), seconds=round(time.monotonic() - started, 3))
 
 
 def submit(address: str, arguments: list[str], say: Say) -> int:
-    """Run this command as a job of the Ray cluster whose dashboard is at `address`; the job's exit code.
+    """Run this command as a job of the Ray cluster whose dashboard is at `address`; the job's exit code. Interrupted, it stops the job.
 
     Raises:
-        UnavailableError: nothing answers there.
+        UnavailableError: nothing answers there, or no longer.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -120,6 +121,18 @@ def submit(address: str, arguments: list[str], say: Say) -> int:
     except (ConnectionError, RuntimeError) as e:
         raise UnavailableError(f"the Ray cluster at {address} does not take the job: {e}") from e
     say(f"Ray job {job} at {address}")
+    try:
+        status, code = _follow(client, job, say)
+    except (ConnectionError, RuntimeError) as e:
+        raise UnavailableError(f"the Ray cluster at {address} no longer answers ({e}); job {job} may still run there") from e
+    except BaseException:
+        client.stop_job(job)
+        raise
+    return code if code is not None else 0 if status == JobStatus.SUCCEEDED else 1
+
+
+def _follow(client: Any, job: str, say: Say) -> tuple[Any, int | None]:
+    """Pass on what a job writes until it has ended; its status and exit code."""
     shown = 0
     while True:
         status = client.get_job_status(job)
@@ -128,10 +141,25 @@ def submit(address: str, arguments: list[str], say: Say) -> int:
             say(line)
         shown = len(lines)
         if status.is_terminal():
-            break
+            return status, client.get_job_info(job).driver_exit_code
         time.sleep(1.0)
-    code = client.get_job_info(job).driver_exit_code
-    return code if code is not None else 0 if status == JobStatus.SUCCEEDED else 1
+
+
+@contextmanager
+def _alone(project: Path) -> Iterator[None]:
+    """Be the only training of the project: a second one would change the first one's parameters and end its MLflow run.
+
+    Raises:
+        ConfigError: there is no such project, or a training runs already.
+    """
+    params_file(project)
+    (project / BUILD).mkdir(parents=True, exist_ok=True)
+    with (project / BUILD / "train.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"a training runs already in {project}; wait for its end, or stop it") from None
+        yield
 
 
 @contextmanager
@@ -176,28 +204,9 @@ def _init_dvc(project: Path) -> None:
         raise ConfigError(f"{project} cannot become a DVC repository: {made.stderr.strip()}")
 
 
-def _forget_foreign_registration(context: Context) -> None:
-    """Let register run again if what it registered last is not in this MLflow (another server, or a new state directory)."""
-    from mlflow.exceptions import MlflowException
-
-    path = context.build / "register/registered.json"
-    if not path.exists():
-        return
-    last = json.loads(path.read_text())
-    try:
-        found = tracking.client(context).get_model_version(last["model"], last["version"])
-        if found.run_id == last["run_id"]:
-            return
-    except MlflowException as e:
-        if e.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise UnavailableError(f"MLflow refuses to name version {last['version']} of {last['model']}: {e}") from e
-    shutil.rmtree(path.parent)
-
-
 def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str, float | None]:
     """Run DVC and pass its stages' progress on; seconds by stage."""
-    for name in ("error.json", tracking.RUN_FILE):
-        (context.build / name).unlink(missing_ok=True)
+    (context.build / "error.json").unlink(missing_ok=True)
     command = [sys.executable, "-m", "dvc", "repro", "pipelines/dvc.yaml"]
     process = subprocess.Popen(
         command,
@@ -222,7 +231,7 @@ def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str,
         _close_run(context, "FINISHED" if finished else "FAILED")
     if not finished:
         raise _stage_error(context, watch.tail)
-    return {name: watch.seconds.get(name) for name in STAGES}
+    return {**dict.fromkeys(STAGES), **watch.seconds}
 
 
 class _Watch:
@@ -241,10 +250,10 @@ class _Watch:
         if starts:
             self.end()
             self._stage, self._since = starts.group(1), time.monotonic()
-            self._say(f"[{STAGES.index(self._stage) + 1}/{len(STAGES)}] {self._stage}")
+            self._say(_numbered(self._stage))
         elif skipped:
             self.end()
-            self._say(f"[{STAGES.index(skipped.group(1)) + 1}/{len(STAGES)}] {skipped.group(1)}: unchanged")
+            self._say(f"{_numbered(skipped.group(1))}: unchanged")
         elif self._stage and line.startswith(cli.BULLET):
             self._say(f"      {line.removeprefix(cli.BULLET)}")
 
@@ -252,6 +261,11 @@ class _Watch:
         if self._stage:
             self.seconds[self._stage] = round(time.monotonic() - self._since, 3)
         self._stage = ""
+
+
+def _numbered(stage: str) -> str:
+    """A stage with its place; one that the project has added has none."""
+    return f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage}" if stage in STAGES else stage
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
@@ -274,23 +288,22 @@ def _stage_error(context: Context, tail: list[str]) -> StageError:
 
 
 def _close_run(context: Context, status: str) -> None:
-    """End the MLflow run that the snapshot stage opened, if it came so far."""
-    path = context.build / tracking.RUN_FILE
-    if path.exists():
-        tracking.client(context).set_terminated(json.loads(path.read_text())["run_id"], status)
+    """End the MLflow run that a stage opened, if it came so far."""
+    opened = tracking.opened_run(context)
+    if opened is not None:
+        tracking.client(context).set_terminated(opened, status)
 
 
 def _result(context: Context, stages: dict[str, float | None]) -> Result:
     registered = json.loads((context.build / "register/registered.json").read_text())
-    opened = json.loads((context.build / tracking.RUN_FILE).read_text())["run_id"]
-    unchanged = stages["register"] is None
+    unchanged, opened = stages["register"] is None, tracking.opened_run(context)
     store = tracking.client(context)
-    if unchanged and opened != registered["run_id"]:
-        store.delete_run(opened)  # nothing to see there
-        write_json(context.build / tracking.RUN_FILE, {"run_id": registered["run_id"]})
-    elif not unchanged:
+    if not unchanged:
         reused = [name for name, seconds in stages.items() if seconds is None]
-        store.set_tag(opened, "fenceline.stages_unchanged", ",".join(reused))
+        store.set_tag(registered["run_id"], "fenceline.stages_unchanged", ",".join(reused))
+    elif opened is not None:
+        store.delete_run(opened)  # trials that led to the model of last time
+        (context.build / tracking.RUN_FILE).unlink()
     gate = json.loads((context.build / "evaluate/gate.json").read_text())
     return Result(
         run_id=registered["run_id"],

@@ -1,6 +1,8 @@
 """snapshot: the lake as it is now, in two Parquet files, and the table versions that name it.
 
-- Runs every time; the stages after it run only if the readings or labels have changed.
+- Runs every time; the stages after it run only if what it writes has changed.
+- `spec.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the contract, and who
+  is champion in MLflow. A registration that this MLflow does not know is forgotten, so that register runs again.
 - `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
   (7 days, 30 at most; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table
@@ -9,10 +11,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,13 +37,17 @@ ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "arrive
 
 
 def work(context: Context) -> None:
-    """Write the snapshot, and open the MLflow run that this pipeline run belongs to."""
+    """Write the snapshot, and what else the later stages depend on."""
     versions = pick_versions(Lake(context.lake), context)
     progress(f"lake {context.lake}, stream {context.params.stream}: " + ", ".join(f"{k}@{v}" for k, v in versions.items()))
     out = context.folder("snapshot")
     found = cluster.run(write_snapshot, context.lake, out, context.params, context.contract, versions)
     stage.write_json(context.lake_version, found)
-    tracking.current_run(context, fresh=True)
+    write_spec(context)
+    tracking.leave_run(context)
+    store = tracking.client(context)
+    write_champion(context, store)
+    forget_foreign_registration(context, store)
     progress(f"{found['rows']} readings, {found['labels']} labels")
 
 
@@ -89,6 +99,31 @@ def write_snapshot(roots: Roots, out: Path, params: Params, contract: StreamCont
         "labels": labels.num_rows,
         "contract_version": contract.version,
     }
+
+
+def write_spec(context: Context) -> None:
+    """Write down what features are made with."""
+    contract = hashlib.sha256((context.project / context.params.contract).read_bytes()).hexdigest()
+    stage.write_json(context.spec, {"features": msgspec.to_builtins(context.params.spec), "contract_sha256": contract})
+
+
+def write_champion(context: Context, store: Any) -> None:
+    """Write down who is champion now."""
+    stage.write_json(context.champion, tracking.champion(store, context.params.register.model))
+
+
+def forget_foreign_registration(context: Context, store: Any) -> None:
+    """Let register run again if what it registered last is not in this MLflow (another server, or a new state directory).
+
+    Raises:
+        UnavailableError: MLflow does not say.
+    """
+    path = context.build / "register/registered.json"
+    if not path.exists():
+        return
+    last = json.loads(path.read_text())
+    if tracking.registered(store, last["model"], last["version"]) != {"version": last["version"], "run_id": last["run_id"]}:
+        shutil.rmtree(path.parent)
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -51,6 +51,16 @@ class Context:
         return self.build / "snapshot/lake_version.json"
 
     @property
+    def spec(self) -> Path:
+        """What features are made with, for DVC to see: their spec with the digests of functions, and the contract's SHA-256."""
+        return self.build / "snapshot/spec.json"
+
+    @property
+    def champion(self) -> Path:
+        """Version and run of the champion when this pipeline run began; `null` if there was none."""
+        return self.build / "snapshot/champion.json"
+
+    @property
     def features(self) -> Path:
         """A folder of Parquet files: entity, event_time, created_time, device and the features."""
         return self.build / "features"

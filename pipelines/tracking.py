@@ -1,6 +1,7 @@
 """MLflow: one parent run per pipeline run, found again by every stage.
 
-- The run's id travels in `build/pipeline/run.json`; the snapshot stage opens the run, unless FENCELINE_RUN_ID names one.
+- The first stage that has something to log opens the run, unless FENCELINE_RUN_ID names one; its id travels in `build/pipeline/run.json`.
+  Register ends it. One that was cut off is ended by the next pipeline run.
 - The tracking server is MLFLOW_TRACKING_URI; without it a SQLite file under the state directory.
 - Numbers are sent with `log_batch`.
 - Code version: FENCELINE_GIT_COMMIT, else the commit of the checkout that this package runs from, else nothing.
@@ -22,6 +23,7 @@ from edge_agent.contract.errors import UnavailableError
 from pipelines.stage import Context, write_json
 
 RUN_FILE = "run.json"
+CHALLENGER, CHAMPION = "challenger", "champion"
 PARAM_LENGTH_MAX = 500
 
 
@@ -54,18 +56,69 @@ def client(context: Context) -> Any:
     return found
 
 
-def current_run(context: Context, fresh: bool = False) -> str:
-    """The id of the parent run. `fresh` opens a new one unless FENCELINE_RUN_ID names one."""
-    path = context.build / RUN_FILE
+def champion(store: Any, model: str) -> dict[str, str] | None:
+    """`version` and `run_id` of the model that carries the alias; None if none does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = store.get_model_version_by_alias(model, CHAMPION)
+    except MlflowException as e:
+        if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+    return {"version": str(found.version), "run_id": found.run_id}
+
+
+def registered(store: Any, model: str, version: str) -> dict[str, str] | None:
+    """`version` and `run_id` of a version of a model; None if it is not there.
+
+    Raises:
+        UnavailableError: MLflow does not say.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = store.get_model_version(model, version)
+    except MlflowException as e:
+        if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise UnavailableError(f"MLflow refuses to name version {version} of {model}: {e}") from e
+    return {"version": str(found.version), "run_id": found.run_id}
+
+
+def current_run(context: Context) -> str:
+    """The id of the parent run: the one that FENCELINE_RUN_ID names, the one that this pipeline run has opened, or a new one."""
     given = os.environ.get("FENCELINE_RUN_ID")
     if given:
-        write_json(path, {"run_id": given})
         return given
-    if path.exists() and not fresh:
-        return str(json.loads(path.read_text())["run_id"])
-    run_id = open_run(context)
-    write_json(path, {"run_id": run_id})
+    run_id = opened_run(context)
+    if run_id is None:
+        run_id = open_run(context)
+        write_json(context.build / RUN_FILE, {"run_id": run_id})
     return run_id
+
+
+def opened_run(context: Context) -> str | None:
+    """The id of the run that this pipeline run has opened, if it has."""
+    path = context.build / RUN_FILE
+    return str(json.loads(path.read_text())["run_id"]) if path.exists() else None
+
+
+def leave_run(context: Context) -> None:
+    """Begin a new pipeline run: what the last one opened is its own. If it was cut off, its run is ended here."""
+    from mlflow.exceptions import MlflowException
+
+    run_id = opened_run(context)
+    if run_id is None:
+        return
+    store = client(context)
+    try:
+        if store.get_run(run_id).info.status == "RUNNING":
+            store.set_terminated(run_id, "FAILED")
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_DOES_NOT_EXIST":  # it lies in another MLflow
+            raise UnavailableError(f"MLflow refuses to name run {run_id}: {e}") from e
+    (context.build / RUN_FILE).unlink()
 
 
 def open_run(context: Context) -> str:
@@ -82,14 +135,15 @@ def open_run(context: Context) -> str:
 
 @contextmanager
 def resumed(context: Context, run_id: str) -> Iterator[Any]:
-    """MLflow's fluent API on the parent run, for what the client cannot do (models, datasets); yields the client."""
+    """MLflow's fluent API on the parent run, for what the client cannot do (models, datasets); yields the client. Ends the run."""
     import mlflow
 
     store = client(context)
     mlflow.set_experiment(experiment_id=store.get_run(run_id).info.experiment_id)
     with mlflow.start_run(run_id=run_id, log_system_metrics=False):
         yield store
-    store.update_run(run_id, status="RUNNING")  # leaving the block has ended it; whoever opened the run ends it
+    if os.environ.get("FENCELINE_RUN_ID") == run_id:
+        store.update_run(run_id, status="RUNNING")  # leaving the block has ended it, but whoever opened it ends it
 
 
 def log_batch(store: Any, run_id: str, metrics: Mapping[str, float] = {}, params: Mapping[str, Any] = {}, step: int = 0) -> None:
