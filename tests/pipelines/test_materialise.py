@@ -347,7 +347,7 @@ def test_delta_version_that_a_source_names_is_materialised(tmp_path: Path) -> No
 def test_s3_that_does_not_answer_is_unavailable_and_sets_no_mark(tmp_path: Path, format_: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "x")
-    with pytest.raises(UnavailableError, match="'pumps_source' at s3:.* could not be read"):
+    with pytest.raises(UnavailableError, match=r"'pumps_source' at s3:.* could not be read"):
         run(make_repo(tmp_path, source=f'path="s3://nothing/here", s3_endpoint_override="http://127.0.0.1:9"{format_}'))
     assert not (tmp_path / "feature_repo/data/materialised/pumps.json").exists()
 
