@@ -114,7 +114,8 @@ class BufferSettings(Settings, frozen=True, kw_only=True):
 
 
 class FlushSettings(Settings, frozen=True, kw_only=True):
-    """When a batch is stored and becomes a block: at so many rows or bytes, or this long after its first message.
+    """When a batch is stored and becomes a block: at so many rows or bytes, or this long after its first message; up to four times as long
+    while messages come in their tens of thousands a second.
 
     A block of one reading costs some 600 bytes, one of hundreds a twentieth of their JSON: slow sensors on a metered link want a
     longer `ms_max` (a minute, say). Messages are acknowledged to the sensor broker when the batch is stored, so its window of messages in

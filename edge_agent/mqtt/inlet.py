@@ -1,7 +1,8 @@
 """The hand-over from the sensor sides to the data path: any number of sides put batches in, one consumer takes them out.
 
 - A side collects messages in an `OpenBatch` and hands it over when it is full, or when its first message is `ms` old and the
-  consumer has nothing else to do: low latency when quiet, large batches under load.
+  consumer has nothing else to do; a batch that has FAST_ROWS by then goes on while messages come, up to FAST_TIMES as long: low latency
+  when quiet, large batches under load.
 - Back-pressure: while `batches_max` batches wait there is no `room`; a side whose open batch is full then reads no socket.
 - A batch carries its own acknowledgement: `release`, once, from any thread, without blocking.
 - A side that dies of a defect says so (`fail`), or the consumer would wait for ever, or go on deaf with the other sides. What waits
@@ -19,6 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_agent.contract.errors import ConfigError
+
+FAST_ROWS = 256
+FAST_TIMES = 4
+PAUSE = 0.25
+"""Of `ms`: after so long without a message nothing more is expected, as the sender's window may be full. A batch is some milliseconds of
+work however few rows it has, so at tens of thousands of readings a second larger ones halve the processor time of a reading."""
 
 
 class Batch:
@@ -44,7 +51,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """When an open batch is handed over: at so many rows or bytes, or `ms` after its first message."""
+    """When an open batch is handed over: at so many rows or bytes, or `ms` after its first message (FAST_TIMES that while many come)."""
 
     rows_max: int = 4_096
     bytes_max: int = 4 * 1024 * 1024
@@ -64,7 +71,7 @@ class OpenBatch:
         self.payloads: list[bytes] = []
         self.received_us = 0
         self._bytes = 0
-        self._opened = 0.0
+        self._opened = self._added = 0.0
 
     def __len__(self) -> int:
         return len(self.payloads)
@@ -76,8 +83,9 @@ class OpenBatch:
 
     def add(self, topics: list[str], payloads: list[bytes]) -> int:
         """Append messages, received now; returns their bytes."""
+        self._added = time.monotonic()
         if not self.payloads:
-            self._opened = time.monotonic()
+            self._opened = self._added
         self.received_us = time.time_ns() // 1_000
         self.topics += topics
         self.payloads += payloads
@@ -87,7 +95,13 @@ class OpenBatch:
 
     def due_s(self, now: float) -> float:
         """Seconds until it is old enough; infinite while it is empty."""
-        return self._opened + self._limits.ms / 1_000 - now if self.payloads else float("inf")
+        if not self.payloads:
+            return float("inf")
+        wait_s = self._limits.ms / 1_000
+        due = self._opened + wait_s
+        if len(self.payloads) >= FAST_ROWS:
+            due = min(max(due, self._added + PAUSE * wait_s), self._opened + FAST_TIMES * wait_s)
+        return due - now
 
     def ready(self, hungry: bool) -> bool:
         """Whether it is to be handed over now."""
