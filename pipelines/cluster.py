@@ -71,12 +71,17 @@ def at_hand() -> Iterator[None]:
         yield
 
 
+def local_environment() -> dict[str, str]:
+    """What Ray must find in the environment when it is imported, for a local head to be closed to others."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+    # On Linux Ray turns 127.0.0.1 into the machine's outer address, unless it thinks it cannot form a cluster.
+    return {**_QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 @contextmanager
 def local_head() -> Iterator[dict[str, str]]:
     """Start a local cluster; yields the environment with which child processes find it."""
-    token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
-    # On Linux Ray turns 127.0.0.1 into the machine's outer address, unless it thinks it cannot form a cluster.
-    here = {**_QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    here = local_environment()
     os.environ.update(here)
     os.environ.pop("RAY_ADDRESS", None)
     import ray

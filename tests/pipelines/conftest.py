@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from pipelines import cluster
+
+# Ray reads it when it is imported, which any test may do before one starts a cluster.
+os.environ.update(cluster.local_environment())
 
 
 @pytest.fixture(scope="package")

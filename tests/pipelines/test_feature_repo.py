@@ -127,9 +127,9 @@ TWIN = 'twin = FeatureView(name="PUMPS", entities=[pump], schema=fields, source=
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("view = ", "view = = ", r"feature_definitions\.py: SyntaxError: .*line 10"),
-        ("view = ", "import nothing_there\nview = ", r"feature_definitions\.py, line 10: ModuleNotFoundError: .*nothing_there"),
-        ("hours=2", "seconds=float('inf')", r"feature_definitions\.py, line 10: OverflowError"),
+        ("view = ", "view = = ", r"feature_definitions\.py: SyntaxError: .*line 11"),
+        ("view = ", "import nothing_there\nview = ", r"feature_definitions\.py, line 11: ModuleNotFoundError: .*nothing_there"),
+        ("hours=2", "seconds=float('inf')", r"feature_definitions\.py, line 11: OverflowError"),
         ("service = ", "service = 1\nother = ", "defines no 'service'"),
         ("service =", f"{TWIN}\nservice =", r"feature_definitions\.py cannot be applied: .*Conflicting.*PUMPS"),
     ],
