@@ -49,6 +49,8 @@ RANDOM = "random"
 LAST = "last life"
 LIFE_S_MAX = 4.0  # on an idle machine; on a busy one as much longer as it is overloaded
 RANDOM_S = (0.02, 1.5)
+UPKEEP_S = 0.5
+"""Under load upkeep comes once a minute; no life lasts that long."""
 
 
 def die() -> None:
@@ -69,6 +71,7 @@ class Doom:
 
     def arm(self) -> None:
         """Put the steps where they belong."""
+        ingest.UPKEEP_S = UPKEEP_S
         self._before(Lake, "append", "before write")
         self._before(Lake, "_index", "reading the index")
         self._before(Receipts, "add", "before receipt")
