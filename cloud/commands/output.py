@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -20,6 +21,7 @@ Command = Callable[[argparse.Namespace], int]
 SECONDS_MAX = 100 * 365 * 86_400.0
 PIPE_WIDTH = 140  # of tables that no terminal shows
 CELL_CHARACTERS_MAX = 60
+COLUMN_CHARACTERS_MIN = 8
 _JSON = msgspec.json.Encoder(enc_hook=str, decimal_format="number")  # the sum of whole numbers is a decimal in Arrow
 
 
@@ -69,6 +71,19 @@ def print_table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     with console.capture() as captured:  # it would end the process itself when nobody reads the table
         console.print(table)
     print(captured.get(), end="")
+
+
+def print_records(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    """As `print_table`; rows with more columns than a line can show go one under the other, a line for each value."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else PIPE_WIDTH
+    if len(heads) * COLUMN_CHARACTERS_MIN <= width:
+        print_table(heads, rows)
+        return
+    name_width = max(map(len, heads))
+    for number, row in enumerate(rows, 1):
+        print(f"row {number}")
+        for head, cell in zip(heads, row, strict=True):
+            print(f"  {printable(head):<{name_width}}  {'-' if cell is None else printable(str(cell))}")
 
 
 def short(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, print_json, print_table, say, short
+from cloud.commands.output import add_command, print_json, print_records, say, short
 from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _query(args: argparse.Namespace) -> int:
     elif args.json:
         print_json([dict(zip(found.column_names, row, strict=True)) for row in _rows(found)])
     else:
-        print_table(tuple(found.column_names), [tuple(map(short, row)) for row in _rows(found.slice(0, SHOWN_ROWS_MAX))])
+        print_records(tuple(found.column_names), [tuple(map(short, row)) for row in _rows(found.slice(0, SHOWN_ROWS_MAX))])
         more = f" (the first {SHOWN_ROWS_MAX} are shown; --csv prints all)" if found.num_rows > SHOWN_ROWS_MAX else ""
         say(f"{found.num_rows} rows{more}")
     return 0

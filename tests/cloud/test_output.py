@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import pytest
 
-from cloud.commands.output import positive, print_devices, print_json, print_table, printable, seconds
+from cloud.commands.output import positive, print_devices, print_json, print_records, print_table, printable, seconds
 
 
 def test_cells_are_no_markup_and_no_escape_codes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +45,13 @@ def test_json_keeps_what_text_would_escape_and_whole_numbers_are_numbers(capsys:
 def test_numbers_that_make_no_sense_are_refused(reads: Callable[[str], float], text: str) -> None:
     with pytest.raises(ArgumentTypeError, match="is not a"):
         reads(text)
+
+
+def test_rows_too_wide_for_a_line_are_printed_value_by_value(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = tuple(f"sensor_{i}" for i in range(30))
+    print_records(heads, [tuple(range(30)), (None, "a\x1bb", *range(28))])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 62 and lines[0] == "row 1" and lines[30] == "  sensor_29  29"
+    assert lines[32:34] == ["  sensor_0   -", "  sensor_1   a\\x1bb"]
+    print_records(heads[:3], [(1, 2, 3)])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["1", "2", "3"]
