@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from deltalake.table import TableOptimizer
 
 import cloud.lake
-from cloud import config, ingest
+from cloud import config, ingest, upkeep
 from cloud.intake import Intake
 from cloud.lake import Lake
 from cloud.receipts import Receipts
@@ -76,8 +75,8 @@ class Doom:
         self._before(Lake, "_index", "reading the index")
         self._before(Receipts, "add", "before receipt")
         self._before(Intake, "release", "before puback")
-        self._before(TableOptimizer, "compact", "before compaction")
-        self._after(TableOptimizer, "compact", "after compaction")
+        self._before(upkeep, "merge_date", "before compaction")
+        self._after(upkeep, "merge_date", "after compaction")
         self._after(cloud.lake, "write_deltalake", "committed")
         if self._step == "files written":
             self._while_writing()
