@@ -185,8 +185,13 @@ class Ingest:
         return max(0.0, min(waits))
 
     def _begin(self, now: float) -> None:
-        """Give the lake's thread something to do, if it has nothing: the batch that failed, the next batch, or upkeep."""
+        """Give the lake's thread something to do, if it has nothing: upkeep that is due, the batch that failed, or the next batch."""
         if self._work is not None or now < self._retry_due:
+            return
+        busy = self._committing.messages or self._next.messages
+        if now >= self._upkept_at + (UPKEEP_S if busy else IDLE_S):
+            self._upkept_at = now
+            self._start(self._upkeep)
             return
         lingered = now >= self._next.began + self.limits.linger_ms / 1_000
         if not self._committing.messages and self._next.messages and (lingered or self._full):
@@ -194,9 +199,6 @@ class Ingest:
             self._committing, self._next = self._next, Batch()
         if self._committing.messages:
             self._start(self.lake.append, self.gate.region, self._committing.stacks)
-        elif now >= self._upkept_at + (UPKEEP_S if self._next.messages else IDLE_S):
-            self._upkept_at = now
-            self._start(self._upkeep)
 
     def _start(self, work: Callable[..., Settled | None], *arguments: object) -> None:
         self._work = self._lake_thread.submit(work, *arguments)

@@ -247,6 +247,23 @@ def test_a_flood_of_refused_messages_keeps_nobody_s_blocks_waiting_nor_a_stop(se
         thread.join()
 
 
+def test_upkeep_has_its_turn_however_busy_the_lake_is(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "UPKEEP_S", 0.2)
+    work, done = ingest.build(settings, "eu"), list[int]()
+    monkeypatch.setattr(work, "_upkeep", lambda: done.append(work.status.blocks))
+    for sequence in range(1, 400):
+        work.intake.queue.put(Received("fenceline/v1/d1/up/europe/pump", block_bytes(sequence), 1, sequence, False))
+    work.limits = IngestLimits(batch_blocks_max=4)
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    try:
+        wait_until(lambda: work.status.blocks >= 399)
+    finally:
+        work.stop = True
+        thread.join()
+    assert [blocks for blocks in done if 0 < blocks < 380], f"only before or after all of it: {done}"
+
+
 def test_a_batch_is_as_large_as_what_its_blocks_unpack_to(settings: Settings) -> None:
     header, table = block(1, rows=2_000)
     texts = Strings(np.arange(2_000, dtype=np.int32), tuple(f"{n:01000}" for n in range(2_000)))
