@@ -329,8 +329,8 @@ class Lake:
     def compact(self, files_max: int) -> dict[str, int]:
         """Merge small files of tables that got more than `files_max` of them; files removed by table.
 
-        One call looks at one table at most, and works on few of its dates: ingest calls it when it has nothing else to do. It can always
-        wait: a table that does not answer is logged, and looked at again after its next commit.
+        One call looks at one table at most, and works on few of its dates: ingest calls it when idle, and once a minute when it is not. It
+        can always wait: a table that does not answer is logged, and looked at again after its next commit.
         """
         crowded = next((handle for handle in self._handles.values() if handle.small > files_max), None)
         if crowded is None:
