@@ -353,13 +353,14 @@ def test_ingest_vacuums_one_table_a_call_each_once_a_day_and_goes_on_writing(tmp
     assert again.read("pump").num_rows == 4
 
 
-def test_a_vacuum_that_fails_is_put_off_and_appends_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError("storage is away"), Exception("what delta-rs raises")])
+def test_a_vacuum_that_fails_is_put_off_and_appends_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     lake = open_lake(tmp_path)
     lake.append("eu", [on(1, 0)])
     with monkeypatch.context() as patch:
 
         def away(*_: object, **__: object) -> list[str]:
-            raise OSError("storage is away")
+            raise error
 
         patch.setattr("cloud.upkeep.DeltaTable.vacuum", away)
         assert lake.vacuum(168) == {}
