@@ -227,6 +227,9 @@ def _set_up(writer: apsw.Connection, log_bytes_max: int, building: bool) -> None
         writer.execute("COMMIT")
     elif found != list(SCHEMA):
         raise DamagedError(f"its {len(found)} tables are not those of this version")
+    free = writer.pragma("freelist_count")  # of the header as it is: SQLite does not look at it before it takes a page, we count with it
+    if not 0 <= free < max(1, pages):
+        raise DamagedError(f"its header says that {free} of its {pages} pages are free")
 
 
 def _lost_commits(log: bytes, writer: apsw.Connection) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
 
 SMALL_APPENDS = 4
+HEADER_BYTES = 100  # of SQLite's database file
 FLIPS_SAMPLED = 100
 CUTS_SAMPLED = 60
 LARGE_APPENDS = 600
@@ -132,6 +133,12 @@ def test_a_small_buffer_survives_random_bit_flips(memory_disk: Path, seed: int) 
         for suffix in parts(image):
             for bit in chance.sample(range(8 * len(image.files[suffix])), FLIPS_SAMPLED):
                 flip_and_survive(memory_disk / "run", image, suffix, bit)
+
+
+def test_a_small_buffer_survives_each_bit_flip_in_its_header(memory_disk: Path) -> None:
+    for image in cases(memory_disk):
+        for bit in range(8 * HEADER_BYTES):
+            flip_and_survive(memory_disk / "run", image, "", bit)
 
 
 def test_a_small_buffer_survives_being_cut_off(memory_disk: Path, seed: int) -> None:
