@@ -27,6 +27,7 @@ from edge_agent.store import BLOCK_PAGES_MORE, PAGE_BYTES, PAGE_PAYLOAD_BYTES, S
 _NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us")
 _COUNTS = (
     "SELECT shelf, count(*), count(*) FILTER (WHERE settled = 0), count(*) FILTER (WHERE settled = ?),"
+    f" count(*) FILTER (WHERE typeof({' + '.join(_NUMBERS)}) = 'integer'),"  # min and max see no NULL, and a fraction only at the ends
     " coalesce(sum(bytes) FILTER (WHERE settled = 0), 0), coalesce(sum(rows) FILTER (WHERE settled = 0), 0),"
     " min(sequence) FILTER (WHERE settled = 0), min(sequence) FILTER (WHERE settled <> 0),"
     f" {', '.join(f'min({n}), max({n})' for n in _NUMBERS)},"
@@ -59,9 +60,9 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Cata
         catalogue.add_shelf(Shelf(_number(number, 1), check_lane(lane), check_name(stream, "stream")))
     counts, newest = Counter[str](), (0, 0)  # id and age count of the newest block that has a place
     for row in store.execute(_COUNTS, (SETTLED,)):
-        shelf = _count_shelf(catalogue, row)
-        counts[shelf.lane] += row[1]
-        newest = max(newest, (row[11], row[23]))
+        shelf, blocks, shelf_newest = _count_shelf(catalogue, row)
+        counts[shelf.lane] += blocks
+        newest = max(newest, shelf_newest)
     for stream, ordinal in store.execute("SELECT stream, next_ordinal FROM streams"):
         name = check_name(stream, "stream")
         catalogue.ordinals[name] = max(catalogue.ordinals.get(name, 0), _number(ordinal))
@@ -123,20 +124,22 @@ def _epoch(store: Store) -> str:
     return epoch
 
 
-def _count_shelf(catalogue: Catalogue, row: Row) -> Shelf:
-    number, blocks, waiting, settled, size, rows, first_waiting, first_settled = row[:8]
+def _count_shelf(catalogue: Catalogue, row: Row) -> tuple[Shelf, int, tuple[int, int]]:
+    """The shelf of a row of _COUNTS, how many places it has, and id and age count of its newest."""
+    number, blocks, waiting, settled, numbers, size, rows, first_waiting, first_settled, *bounds, settled_bytes = row
     shelf = catalogue.shelves.get(number)
-    if shelf is None or waiting + settled != blocks:
-        raise DamagedError(f"shelf {number}: {blocks} places, {waiting} waiting, {settled} settled")
-    for name, low, high in zip(_NUMBERS, row[8:-1:2], row[9:-1:2], strict=True):
+    if shelf is None or waiting + settled != blocks or numbers != blocks:
+        raise DamagedError(f"shelf {number}: {blocks} places, {waiting} waiting, {settled} settled, {numbers} of nothing but numbers")
+    for name, low, high in zip(_NUMBERS, bounds[::2], bounds[1::2], strict=True):
         _number(low, 1 if name in ("sequence", "id", "rows", "bytes") else -_INT_MAX)
         _number(high)
+    highest = dict(zip(_NUMBERS, bounds[1::2], strict=True))
     shelf.waiting, shelf.waiting_bytes, shelf.waiting_rows = waiting, size, rows
-    shelf.first_waiting = first_waiting or row[9] + 1
-    shelf.first_settled, shelf.settled_bytes = first_settled, row[-1]
-    catalogue.sequences[shelf.lane] = max(catalogue.sequences.get(shelf.lane, 0), row[9])
-    catalogue.ordinals[shelf.stream] = max(catalogue.ordinals.get(shelf.stream, 0), row[17] + 1)
-    return shelf
+    shelf.first_waiting = first_waiting or highest["sequence"] + 1
+    shelf.first_settled, shelf.settled_bytes = first_settled, settled_bytes
+    catalogue.sequences[shelf.lane] = max(catalogue.sequences.get(shelf.lane, 0), highest["sequence"])
+    catalogue.ordinals[shelf.stream] = max(catalogue.ordinals.get(shelf.stream, 0), highest["last_ordinal"] + 1)
+    return shelf, blocks, (highest["id"], highest["stored_us"])
 
 
 def _tail(

@@ -301,10 +301,9 @@ def _read_owed(db: apsw.Connection, old: _Old) -> None:
 
 
 def _read_fixes(db: apsw.Connection, old: _Old) -> None:
-    rows = [(int(str(time_us)), str(text)) for time_us, text in db.execute("SELECT time_us, lane FROM fixes").fetchall()]
-    for time_us, text in rows:
-        from_text(time_us, text)
-    old.fixes = rows
+    found = db.execute("SELECT time_us, CAST(lane AS BLOB) FROM fixes").fetchall()
+    rows = [(t, text.decode(errors="replace")) for t, text in found if isinstance(t, int) and isinstance(text, bytes)]
+    old.fixes = [row for row in rows if from_text(*row) is not None]
 
 
 def _read_places(db: apsw.Connection, old: _Old) -> None:

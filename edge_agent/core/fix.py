@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -74,14 +75,23 @@ def stored(fix: Fix, precision: Precision) -> Fix:
 
 
 def to_text(fix: Fix) -> str:
-    """A fix as text, without its time; one that is only a lane is that lane."""
+    """A fix as text, without its time; one that is only a lane is that lane. A checksum of both stands in front: a fix that a flipped
+    bit has moved would put readings into another zone."""
     plain = fix.lane if fix == Fix(fix.time_us, fix.lane) else None
-    return plain or msgspec.json.encode(fix).decode()
+    text = plain or msgspec.json.encode(fix).decode()
+    return f"{_checksum(fix.time_us, text)} {text}"
 
 
-def from_text(time_us: int, text: str) -> Fix:
-    """The fix of `to_text`."""
+def from_text(time_us: int, text: str) -> Fix | None:
+    """The fix of `to_text`; None if time or text are not what was written."""
+    checksum, _, text = text.partition(" ")
+    if checksum != _checksum(time_us, text):
+        return None
     return msgspec.json.decode(text, type=Fix) if text.startswith("{") else Fix(time_us, text)
+
+
+def _checksum(time_us: int, text: str) -> str:
+    return f"{zlib.crc32(f'{time_us} {text}'.encode()):08x}"
 
 
 @dataclass(frozen=True)

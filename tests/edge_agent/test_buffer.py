@@ -153,6 +153,29 @@ def test_fixes_are_kept_newest_first_up_to_the_limit(tmp_path: Path) -> None:
     assert buffer.fixes()[-1] == Fix(FIXES_MAX + 9, "europe")
 
 
+@pytest.mark.parametrize("change", ["time_us = time_us + 1", "lane = replace(lane, 'europe', 'eurooe')", "lane = '{'", "lane = x'ff'"])
+def test_a_fix_that_is_not_what_was_written_is_not_used(tmp_path: Path, change: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It would put readings of its time into another zone."""
+    buffer = open_buffer(tmp_path)
+    buffer.append([], [Fix(t, "europe", ((9, "switzerland"),)) for t in (1, 3, 5)], NOW)
+    buffer.close()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
+        db.execute(f"UPDATE fixes SET {change} WHERE time_us = 3")
+    assert [fix.time_us for fix in open_buffer(tmp_path).fixes()] == [1, 5]
+    assert "stored fixes damaged, not used count=1 of=3" in caplog.text
+
+
+def test_a_fraction_among_the_places_is_damage(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    stored = buffer.append([draft(list(np.random.default_rng(n).normal(size=n))) for n in (1, 10, 100)], [], NOW)
+    buffer.close()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
+        assert db.execute("UPDATE places SET bytes = bytes + 0.5 WHERE sequence = 2").rowcount == 1
+    again = open_buffer(tmp_path)
+    assert list(tmp_path.glob("buffer.db.damaged-*"))
+    assert [b.block for b in again.pending("europe", 0, 3)] == [b.block for b in stored]
+
+
 def test_a_damaged_file_is_moved_aside_and_a_new_epoch_begins(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     old_epoch = buffer.epoch

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent.core.fix import Fix
 from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
 
 SMALL_APPENDS = 4
+FIXES = 4
 HEADER_BYTES = 100  # of SQLite's database file
 FLIPS_SAMPLED = 100
 CUTS_SAMPLED = 60
@@ -30,6 +32,7 @@ class Image:
 
     files: dict[str, bytes]
     acknowledged: dict[Name, bytes]
+    fixes: list[Fix]
 
     def write(self, folder: Path, changed: dict[str, bytes]) -> Path:
         folder.mkdir()
@@ -53,12 +56,14 @@ def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3) -> Image:
     folder.mkdir()
     path = folder / "buffer.db"
     acknowledged: dict[Name, bytes] = {}
+    fixes: list[Fix] = []
     buffer = open_buffer(path)
     for number in range(1, appends + 1):
         if number == appends // 2 + 1:
             buffer.close()  # brings the log into the file
             buffer = open_buffer(path)
-        stored = buffer.append([draft(number, rows)], [], moment(number))
+        fixes += [Fix(number, "europe", ((1_000_000, "europe,switzerland"),) if number % 2 else ())] * (number <= FIXES)
+        stored = buffer.append([draft(number, rows)], fixes[-1:] * (number <= FIXES), moment(number))
         acknowledged |= {(buffer.epoch, s.lane, s.sequence): s.block for s in stored}
     if in_log:
         files = read(folder)
@@ -67,7 +72,7 @@ def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3) -> Image:
         buffer.close()
         files = read(folder)
     shutil.rmtree(folder)
-    return Image(files, acknowledged)
+    return Image(files, acknowledged, fixes)
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -81,6 +86,7 @@ def survive(folder: Path, image: Image, changed: dict[str, bytes], what: str) ->
     try:
         buffer = open_buffer(path)
         found = check(buffer, image.acknowledged)
+        assert all(fix in image.fixes for fix in buffer.fixes()), "a fix was altered"
         fresh = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(900), draft(901)], [], moment(900))}
         assert not fresh.keys() & image.acknowledged.keys(), "a name was used twice"
         buffer.close()

@@ -256,6 +256,7 @@ def test_a_stored_fix_holds_no_finer_place_than_it_may(zones: Zones, precision: 
     finest = {Precision.ZONE_ONLY: "0.1", Precision.ROUNDED: "0.123", Precision.EXACT: "0.1234567"}[precision]
     assert finest not in text
     again = from_text(7 * S, text)
+    assert again is not None
     assert (again.lane, again.later) == (fix.lane, fix.later) and (again.position is None) is (precision is Precision.ZONE_ONLY)
     restarted = Track(zones, RULES, fixes=[again])
     assert lanes(restarted, 7, 100, 607) == lanes(track, 7, 100, 607)
