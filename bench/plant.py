@@ -28,8 +28,8 @@ from deltalake import DeltaTable
 
 from cloud import brokers, config
 from cloud.config import Settings
+from cloud.handle import blocks_of
 from cloud.ingest_status import read_status
-from cloud.lake import BLOCKS_KEY
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.status import ask
 from tests.brokers import Broker, mosquitto_broker
@@ -164,8 +164,7 @@ class Plant:
         table = DeltaTable(self.table)
         commits = {}
         for commit in table.history():
-            for block in json.loads(commit.get(BLOCKS_KEY, "[]")):
-                commits[tuple(block)] = commit["timestamp"] * 1_000
+            commits |= dict.fromkeys(blocks_of(commit), commit["timestamp"] * 1_000)
         rows = table.to_pyarrow_table(columns=["ts", "engine", "epoch", "lane", "sequence"])
         event_us = rows["ts"].cast("int64").to_numpy()
         names = zip(rows["epoch"].to_pylist(), rows["lane"].to_pylist(), rows["sequence"].to_pylist(), strict=True)

@@ -25,13 +25,14 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import CommitProperties, DeltaTable, PostCommitHookProperties, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from cloud import upkeep
 from cloud.clocks import Boot, Clocks, Place, correct
 from cloud.evolution import disagreement
 from cloud.gate import Refusal
+from cloud.handle import BLOCKS_KEY, Handle, blocks_of
 from cloud.portions import portions
 from cloud.reading import read_rows
 from cloud.roots import Roots
@@ -47,8 +48,9 @@ from edge_agent.contract.stream import AGENT_STREAMS, LOSSES, StreamContract
 log = logging.getLogger(__name__)
 
 ATTEMPTS_MAX = 20
-BLOCKS_KEY = "fenceline.blocks"
 PARQUET = WriterProperties(compression="ZSTD")
+NO_CLEANUP = PostCommitHookProperties(cleanup_expired_logs=False)
+"""Looking for expired commits lists the whole log, with each commit; compaction does it."""
 REFRESH_S = 5.0
 """How often a lane is read again for what others committed to it, while its receipts are cut off."""
 
@@ -64,19 +66,6 @@ class Settled:
 
 
 @dataclass
-class _Handle:
-    """An open table. Blocks of all commits up to `seen` are in the settled index."""
-
-    stream: str
-    lane: str
-    table: DeltaTable
-    seen: int
-    small: int = 0  # files since the last look at its partitions
-    columns: frozenset[str] = frozenset()
-    verdicts: dict[str, str | None] = field(default_factory=dict)  # why a contract version does not fit, by version
-
-
-@dataclass
 class Lake:
     """The lake in a directory, or in `Roots`. `contracts` are needed only to append. One object belongs to one thread."""
 
@@ -86,7 +75,7 @@ class Lake:
     def __post_init__(self) -> None:
         self.roots = Roots.at(self.where)
         self._tables = Tables(self.roots)
-        self._handles: dict[tuple[str, str], _Handle] = {}
+        self._handles: dict[tuple[str, str], Handle] = {}
         self._settled = SettledIndex()
         self._lanes_seen: set[str] = set()
         self._refresh_due: dict[str, float] = {}
@@ -165,7 +154,7 @@ class Lake:
                 refused |= {h.identity: Refusal(h.device, lane, stream, *problem, h.identity) for h in stack.headers}
         return fit
 
-    def _verdict(self, handle: _Handle, header: BlockHeader) -> str | None:
+    def _verdict(self, handle: Handle, header: BlockHeader) -> str | None:
         """Why a block's contract does not fit its table; None if it does."""
         version = header.contract_version
         if version not in handle.verdicts:
@@ -178,6 +167,9 @@ class Lake:
                 handle = self._handle(stream, lane, group[0].headers[0])
                 if attempt:
                     self._sync(handle)
+                elif handle.worn:
+                    handle.reopen(self._tables.open(stream, lane))
+                    self._absorb(handle)  # at once: what it brings of others is no conflict for Delta any more
                 fresh = [new for stack in group if (new := stack.only(lambda header: header.identity not in self._settled)) is not None]
                 headers = [header for stack in fresh for header in stack.headers]
                 if fresh:
@@ -209,7 +201,7 @@ class Lake:
             raise ContractError(f"block {header.identity}: no contract for {header.stream!r} version {header.contract_version!r}")
         return contract
 
-    def _commit(self, handle: _Handle, rows: pa.Table, headers: list[BlockHeader]) -> None:
+    def _commit(self, handle: Handle, rows: pa.Table, headers: list[BlockHeader]) -> None:
         highest: dict[str, int] = {}
         for header in headers:
             app = "/".join(header.identity[:3])
@@ -224,6 +216,7 @@ class Lake:
                 custom_metadata={BLOCKS_KEY: json.dumps([list(h.identity) for h in headers])},
                 app_transactions=[Transaction(app, version) for app, version in highest.items()],
             ),
+            post_commithook_properties=NO_CLEANUP,
         )
         for header in headers:
             self._settled.add(header.identity)
@@ -237,17 +230,17 @@ class Lake:
         else:
             self._absorb(handle)
 
-    def _handle(self, stream: str, lane: str, header: BlockHeader) -> _Handle:
+    def _handle(self, stream: str, lane: str, header: BlockHeader) -> Handle:
         if (stream, lane) in self._handles:
             return self._handles[stream, lane]
         contract = self._contract(header)
         try:
             table = self._tables.create(lane, contract)
-            handle = _new_handle(stream, lane, table, -1)
+            handle = Handle.of(stream, lane, table, seen=False)
             self._sync(handle)  # another process may have created it, and more, a moment ago
         except CommitFailedError:
             table = self._tables.open(stream, lane)  # another process was faster
-            handle = _new_handle(stream, lane, table, -1)
+            handle = Handle.of(stream, lane, table, seen=False)
             self._sync(handle)
         except (DeltaError, OSError) as e:
             raise UnavailableError(f"lake {lane}/{stream} cannot be made: {e}") from e
@@ -273,7 +266,7 @@ class Lake:
                     self._clocks.index((stream, lane), table)
                 except (DeltaError, OSError) as e:
                     raise UnavailableError(f"lake {lane}/{stream} does not read: {e}") from e
-                self._handles[stream, lane] = _new_handle(stream, lane, table, table.version())
+                self._handles[stream, lane] = Handle.of(stream, lane, table, seen=True)
         self._lanes_seen.add(lane)
 
     def _refresh(self, lane: str) -> None:
@@ -299,30 +292,23 @@ class Lake:
             for device, epoch, sequence in sorted(zip(*(c.to_pylist() for c in found.columns), strict=True)):
                 self._settled.add((device, epoch, lane, sequence))
 
-    def _sync(self, handle: _Handle) -> None:
+    def _sync(self, handle: Handle) -> None:
         """See the commits of others."""
         handle.table.update_incremental()
         self._absorb(handle)
 
-    def _absorb(self, handle: _Handle) -> None:
+    def _absorb(self, handle: Handle) -> None:
         """Take the blocks of the commits after `seen` into the index."""
-        newest = handle.table.version()
-        limit = newest - handle.seen
-        if limit == 0:
-            return
-        commits = handle.table.history(limit)
-        while len(commits) == limit and min(c["version"] for c in commits) > handle.seen + 1:
-            limit *= 2  # history starts from the newest commit, and others commit while we read
-            commits = handle.table.history(limit)
-        if min((c["version"] for c in commits), default=newest) > handle.seen + 1:  # Delta has cleaned up its log since
+        commits = handle.news()
+        if commits is None:
             self._index(handle.stream, handle.lane, handle.table)
-        found = {(d, e, lane, n) for commit in commits for d, e, lane, n in json.loads(commit.get(BLOCKS_KEY, "[]"))}
+        found = {identity for commit in commits or () for identity in blocks_of(commit)}
         for identity in sorted(found):
             self._settled.add(identity)
         if found and handle.stream == LOSSES.stream:
             theirs = pc.field("sequence").isin(sorted({identity[3] for identity in found}))
             self._settled.give_up(handle.table.to_pyarrow_dataset().to_table(columns=list(LEDGER_COLUMNS), filter=theirs))
-        handle.seen = newest
+        handle.seen = handle.table.version()
 
     # Upkeep
 
@@ -420,7 +406,7 @@ class Lake:
         self._sync_or_forget(handle)
         return rows
 
-    def _sync_or_forget(self, handle: _Handle) -> None:
+    def _sync_or_forget(self, handle: Handle) -> None:
         try:
             self._sync(handle)
         except (DeltaError, OSError) as e:
@@ -488,8 +474,3 @@ class Lake:
         """The newest version of the labels; None if there are none."""
         root = self.roots.default
         return open_table(root.path(LABELS, stream), root).version() if is_table(root, LABELS, stream) else None
-
-
-def _new_handle(stream: str, lane: str, table: DeltaTable, seen: int) -> _Handle:
-    files = len(table.file_uris()) if seen >= 0 else 0
-    return _Handle(stream, lane, table, seen, files, frozenset(f.name for f in table.schema().fields))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -307,3 +309,34 @@ def test_a_writer_that_slept_longer_than_the_log_is_kept_stores_nothing_twice(tm
     again = eu.append("eu", [block(3), block(8)])
 
     assert [i[3] for i in again.committed] == [8] and set(counts(open_lake(tmp_path)).values()) == {1}
+
+
+def test_a_table_opened_anew_knows_what_another_writer_has_stored_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.handle.REOPEN_COMMITS", 3)
+    ours, theirs = open_lake(tmp_path), open_lake(tmp_path)
+    for sequence in (1, 2, 3):
+        ours.append("eu", [block(sequence)])
+    theirs.append("us", [block(4), block(5)])
+
+    settled = ours.append("eu", [block(4), block(6)])
+
+    assert [i[3] for i in settled.committed] == [6] and [i[3] for i in settled.duplicates] == [4]
+    assert set(counts(ours).values()) == {1} and len(counts(ours)) == 18
+
+
+def test_only_compaction_looks_for_expired_commits(tmp_path: Path) -> None:
+    """Delta would list the whole log for them with every commit: each would take longer than the one before."""
+    lake = open_lake(tmp_path)
+    for sequence in range(1, 103):  # beyond a checkpoint
+        lake.append("eu", [block(sequence)])
+    table = tmp_path / "europe" / "pump"
+    before = datetime.now(UTC) - timedelta(days=31)
+    for file in (table / "_delta_log").glob("0*"):
+        os.utime(file, (before.timestamp(), before.timestamp()))
+    old = sorted((table / "_delta_log").glob("*.json"))[:50]
+
+    lake.append("eu", [block(200)])
+    assert all(commit.exists() for commit in old)
+    lake.compact(files_max=10)
+    assert not any(commit.exists() for commit in old)
+    assert len(lake.append("eu", [block(1), block(201)]).committed) == 1

@@ -81,6 +81,7 @@ def test_many_histories_of_the_lake(tmp_path: Path, seed: int, monkeypatch: pyte
 def play(path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One history: steps of several writers, looked at by a reader of its own now and then."""
     print(f"history {seed}")
+    monkeypatch.setattr("cloud.handle.REOPEN_COMMITS", 2)
     rng, model = random.Random(seed), Model()
     lakes = [open_lake(path) for _ in range(WRITERS)]
     for step in range(STEPS):
