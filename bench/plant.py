@@ -162,7 +162,7 @@ class Plant:
     def arrivals(self) -> Arrivals:
         """All rows of the lake, with the time at which each became visible."""
         table = DeltaTable(self.table)
-        commits = {}
+        commits: dict[tuple[str, str, str, int], int] = {}
         for commit in table.history():
             commits |= dict.fromkeys(blocks_of(commit), commit["timestamp"] * 1_000)
         rows = table.to_pyarrow_table(columns=["ts", "engine", "epoch", "lane", "sequence"])

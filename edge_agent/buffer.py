@@ -32,7 +32,7 @@ from edge_agent.appending import Appender
 from edge_agent.clock import Moment
 from edge_agent.contract.columns import Table
 from edge_agent.contract.receipt import Receipt
-from edge_agent.core.fix import Fix, from_text
+from edge_agent.core.fix import Fix
 from edge_agent.core.retention import FillForecast
 from edge_agent.draft import BufferState, Draft, LaneState, Retention, StoredBlock
 from edge_agent.eviction import Eviction
@@ -149,15 +149,8 @@ class Buffer:
         return self._reader.newest(stream, contract_version)
 
     def fixes(self) -> list[Fix]:
-        """The newest stored position fixes, oldest first; damaged ones are left out: the fix before them ages, its circle grows."""
-        self._file.recover()
-        with self._file.noting_faults():
-            rows = self._file.store.read("SELECT time_us, CAST(lane AS BLOB) FROM fixes ORDER BY time_us")
-        fixes = [from_text(time_us, (text or b"").decode(errors="replace")) for time_us, text in rows]
-        whole = [fix for fix in fixes if fix is not None]
-        if len(whole) < len(fixes):
-            log.warning("stored fixes damaged, not used count=%s of=%s", len(fixes) - len(whole), len(fixes))
-        return whole
+        """The newest stored position fixes, oldest first; damaged ones are left out."""
+        return self._reader.fixes()
 
     def tidy(self, now: Moment) -> list[StoredBlock]:
         """Housekeeping between two batches: give up what is too old, bring the log into the file; returns new ledger blocks."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from edge_agent.clock import Moment
 from edge_agent.contract.block import ORDINAL, decode_block, read_header
 from edge_agent.contract.columns import Table, concat, take
 from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.core.fix import Fix, from_text
 from edge_agent.core.retention import Place
 from edge_agent.draft import StoredBlock
 from edge_agent.loss_ledger import LossLedger
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 READ_ATTEMPTS = 3
 DAMAGED_BLOCKS_MAX = 64  # kept for study
 
+T = TypeVar("T")
 Read = Callable[[str], list[tuple[int, bytes]]]
 
 
@@ -59,17 +62,30 @@ class Reader:
         assert isinstance(ordinals, np.ndarray)
         return take(rows, np.argsort(ordinals, kind="stable"))
 
+    def fixes(self) -> list[Fix]:
+        """The newest stored position fixes, oldest first; damaged ones are left out: the fix before them ages, its circle grows."""
+        rows = self._twice(lambda: self._file.store.read("SELECT time_us, CAST(lane AS BLOB) FROM fixes ORDER BY time_us"))
+        fixes = [from_text(time_us, (text or b"").decode(errors="replace")) for time_us, text in rows]
+        whole = [fix for fix in fixes if fix is not None]
+        if len(whole) < len(fixes):
+            log.warning("stored fixes damaged, not used count=%s of=%s", len(fixes) - len(whole), len(fixes))
+        return whole
+
     def _look(self, find: Callable[[], list[Place]]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
-        """What `find` finds, read; after a fault of the file once more, when it is open again."""
+        """What `find` finds, read."""
+        return self._twice(lambda: self._read_blocks(find()))
+
+    def _twice(self, read: Callable[[], T]) -> T:
+        """What `read` reads; after a fault of the file once more, when it is open again."""
         try:
             self._file.recover()
             with self._file.noting_faults():
-                return self._read_blocks(find())
+                return read()
         except (DiskError, DamagedError) as e:
             log.error("buffer cannot be read, opened again error=%s", e)
             self._file.recover()
             with self._file.noting_faults():
-                return self._read_blocks(find())
+                return read()
 
     def _read_blocks(self, places: list[Place], read: Read | None = None) -> tuple[list[tuple[Place, bytes]], list[Place]]:
         """The blocks of places, and the places whose blocks are damaged, or gone meanwhile. `read` is for who holds the lock.

@@ -165,6 +165,20 @@ def test_a_fix_that_is_not_what_was_written_is_not_used(tmp_path: Path, change: 
     assert "stored fixes damaged, not used count=1 of=3" in caplog.text
 
 
+def test_fixes_on_a_damaged_page_keep_no_agent_from_starting(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    stored = buffer.append([draft([1.0])], [Fix(1, "europe")], NOW)
+    buffer.close()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as db:
+        ((page, size),) = db.execute("SELECT rootpage, page_size FROM sqlite_schema, pragma_page_size WHERE name = 'fixes'")
+    with (tmp_path / "buffer.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\0")
+    again = open_buffer(tmp_path)
+    assert again.fixes() == []
+    assert [b.block for b in again.pending("europe", 0, 1)] == [b.block for b in stored]
+
+
 def test_a_fraction_among_the_places_is_damage(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path)
     stored = buffer.append([draft(list(np.random.default_rng(n).normal(size=n))) for n in (1, 10, 100)], [], NOW)

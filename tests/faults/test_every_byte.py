@@ -167,6 +167,7 @@ def test_an_undamaged_buffer_has_lost_nothing(memory_disk: Path) -> None:
 
 @pytest.mark.long
 def test_a_small_buffer_survives_every_bit_flip(memory_disk: Path) -> None:
+    failed: list[str] = []
     for image in cases(memory_disk):
         for suffix in parts(image):
             bits = 8 * len(image.files[suffix])
@@ -178,6 +179,7 @@ def test_a_small_buffer_survives_every_bit_flip(memory_disk: Path) -> None:
                         f"{number} of {len(mine)} bits of {bits} of buffer.db{suffix} (in the log: {bool(image.files.get('-wal'))})",
                         flush=True,
                     )
+    assert failed == []
 
 
 @pytest.mark.long
