@@ -81,6 +81,20 @@ def test_a_block_read_in_the_moment_of_its_commit_is_not_taken_for_damaged(tmp_p
     assert [(b.sequence, b.stream) for b in buffer.pending("europe", 0, 2 * APPENDS)] == [(n, "pump") for n in range(1, APPENDS + 1)]
 
 
+def test_a_block_is_found_while_its_place_is_being_written(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=100, clock=lambda: NOW)
+    for i in range(3):
+        buffer.append([draft([float(i)])], [], NOW)
+    with buffer._file.writing():  # as every TAIL_BLOCKS_MAX blocks, and as the uplink's thread does when it settles
+        buffer._file.catalogue.write_tail()
+        assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2, 3]
+        history = buffer.history("pump", "1.0.0")
+        assert history is not None and history["t"].tolist() == [0.0, 1.0, 2.0]
+        assert buffer.lanes()[0].oldest_us == NOW.monotonic_us
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2, 3]
+    assert buffer._file.catalogue.committed() == []
+
+
 def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -> None:
     buffer = open_buffer(tmp_path, history_rows=3)
     for i in range(6):
