@@ -56,9 +56,18 @@ class RepositoryConfig:
     bundle_bytes_max: int = BUNDLE_BYTES_MAX
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.url)
-        if url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK):
+        try:
+            url = urlsplit(self.url)
+            port = url.port
+        except ValueError as e:
+            raise ConfigError(f"releases.url {self.url!r}: {e}") from e
+        if not url.hostname or port == 0 or (url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK)):
             raise ConfigError(f"releases.url {self.url!r} must be https://…, or http:// to loopback ({', '.join(LOOPBACK)})")
+        try:
+            if self.ca_file is not None:
+                ssl.create_default_context(cafile=self.ca_file)
+        except OSError as e:
+            raise ConfigError(f"releases.ca_file {self.ca_file} does not load: {e}; it must hold certificates in PEM") from e
 
 
 class Repository:
