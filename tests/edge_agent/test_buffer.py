@@ -16,6 +16,7 @@ import pytest
 from edge_agent.buffer import Buffer, BufferFullError, Draft
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, decode_block
+from edge_agent.contract.columns import Strings
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.core.fix import Fix
 from edge_agent.core.track import FIXES_MAX
@@ -188,6 +189,14 @@ def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path:
         db.execute("UPDATE blocks SET block = zeroblob(100) WHERE id = 3")
     history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [2.0]
+
+
+def test_history_leaves_out_columns_that_were_text_at_times(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=10)
+    texts = {"t": Strings.of(["cold"]), "u": np.array([2.0])}
+    buffer.append([replace(draft([1.0]), table={"t": np.array([1.0]), "u": np.array([1.0])}), replace(draft([1.0]), table=texts)], [], NOW)
+    history = buffer.history("pump", "1.0.0")
+    assert history is not None and sorted(history) == ["ordinal", "u"] and history["u"].tolist() == [1.0, 2.0]
 
 
 def test_receipt_that_waits_while_the_file_is_made_new_settles_none_of_the_new_blocks(
