@@ -184,7 +184,8 @@ class Agent:
         while True:
             try:
                 with contextlib.ExitStack() as attempt:
-                    self._read_state(attempt)
+                    with systemd.patience():
+                        self._read_state(attempt)
                     stack.push(attempt.pop_all())
                     return held
             except UnavailableError as e:

@@ -74,3 +74,17 @@ def test_notify_socket_on_which_nobody_listens_ends_nothing(
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "gone"))
     systemd.notify("WATCHDOG=1")
     assert "systemd not told state=WATCHDOG=1" in caplog.text
+
+
+def test_systemd_is_asked_to_wait_while_something_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(systemd, "ASK_S", 0.05)
+    monkeypatch.setattr(systemd, "ASKS_MAX", 2)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(tmp_path / "notify"))
+        listener.settimeout(10.0)
+        with systemd.patience():
+            assert [listener.recv(100) for _ in range(2)] == [b"EXTEND_TIMEOUT_USEC=300000\nWATCHDOG=1"] * 2
+            listener.settimeout(0.3)
+            with pytest.raises(TimeoutError):  # what hangs is ended in the end
+                listener.recv(100)

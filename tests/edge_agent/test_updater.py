@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from securesystemslib.signer import CryptoSigner
 
-from edge_agent import updater
+from edge_agent import releases, updater
 from edge_agent.contract.bundle import Limits
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
 from edge_agent.contract.state import BundleRef, Desired, Phase
@@ -454,22 +454,41 @@ def test_download_that_breaks_off_is_tried_again_not_rejected(repository: TufRep
         fetch(repository, tmp_path, ref)
 
 
-def test_server_that_drips_is_given_up(tmp_path: Path) -> None:
+def test_answer_that_breaks_off_in_its_head_is_tried_again_not_rejected(tmp_path: Path) -> None:
     made = TufRepository(tmp_path / "repository")
     ref = made.add(bundle_of(1))
     with socket.create_server(("127.0.0.1", 0)) as server:
         made.port = server.getsockname()[1]
-        threading.Thread(target=_drip, args=(server,), daemon=True).start()
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"HTTP/1.1 200 OK\r\nServer: x\r\nContent-Le")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UnavailableError, match="does not say where it ends"):
+            fetch(made, tmp_path, ref)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-"], ids=["body", "head"])
+def test_server_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(releases, "HEAD_S_MAX", 0.5)
+    made = TufRepository(tmp_path / "repository")
+    ref = made.add(bundle_of(1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        made.port = server.getsockname()[1]
+        threading.Thread(target=_drip, args=(server, head), daemon=True).start()
         began = time.monotonic()
         with pytest.raises(UnavailableError):
             fetch(made, tmp_path, ref, silence_s_max=1.0, download_s_max=0.5)
         assert time.monotonic() - began < 4.0
 
 
-def _drip(server: socket.socket) -> None:
+def _drip(server: socket.socket, head: bytes) -> None:
     peer, _ = server.accept()
     peer.recv(4096)
-    peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    peer.sendall(head)
     for _ in range(100):
         try:
             peer.sendall(b"{")
