@@ -37,7 +37,7 @@ class StatusServer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._thread = threading.Thread(target=self._serve, name="status", daemon=True)
         self._thread.start()
-        self._tried.wait()
+        self._tried.wait(TIMEOUT_S)
 
     def close(self) -> None:
         self._closing.set()
