@@ -42,7 +42,7 @@ def write(home: Path, port: int, upstream: int, *, model: bool, listener: bool) 
     """agent.toml and what it names; with `model` a released one is there already."""
     (home / "zones.geojson").write_bytes(ZONES.read_bytes())
     (home / "vibration.odcs.yaml").write_text(CONTRACT)
-    (home / "root.json").write_text("{}")
+    (home / "root.json").write_text('{"signed": {"_type": "root"}}')
     sensors = f'listen = "mqtt://{HOST}:{port}"' if listener else f'url = "mqtt://{HOST}:{port}"\nsubscribe = "sensors/#"'
     text = AGENT.format(releases=RELEASES if model else "", sensors=sensors, upstream=upstream)
     (home / "agent.toml").write_text(text)

@@ -15,6 +15,7 @@ import fcntl
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,7 +32,7 @@ from edge_agent.clock import Clock
 from edge_agent.config import AgentConfig, gpsd_address
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.state import Reported, decode_desired
-from edge_agent.contract.stream import QUARANTINE
+from edge_agent.contract.stream import QUARANTINE, StreamContract
 from edge_agent.core.deadline import DeadlineLimits
 from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.outbox import OutboxLimits
@@ -87,6 +88,7 @@ class Agent:
         self.metrics = metrics.Metrics()
         self._updater: Updater | None = None
         self._model = UpdaterState()
+        self._reporting = threading.Lock()  # a report that began earlier must not be published later: it is retained
         self._report_due, self._told_policy = 0.0, ""
         self._lane: str | None = None
 
@@ -145,29 +147,30 @@ class Agent:
         self._uplink.publish_event(msgspec.json.encode({"event": event, "at_us": time.time_ns() // 1_000, **fields}))
 
     def _report(self) -> None:
-        model, waiting = self._model, self._buffer.lanes()
-        self._uplink.publish_reported(
-            Reported(
-                device=self._config.device,
-                agent_version=__version__,
-                desired_version=model.desired_version,
-                phase=model.phase,
-                active=model.active,
-                reason=model.reason,
-                detail=model.detail,
-                at_us=time.time_ns() // 1_000,
-                epoch=self._buffer.epoch,
-                zone=self._track.lane_now(),
-                blocks_waiting=sum(s.blocks for s in waiting),
-                readings_stored=self._buffer.readings_stored(),
-                policy=self._fence.policy,
+        with self._reporting:
+            model, waiting = self._model, self._buffer.lanes()
+            self._uplink.publish_reported(
+                Reported(
+                    device=self._config.device,
+                    agent_version=__version__,
+                    desired_version=model.desired_version,
+                    phase=model.phase,
+                    active=model.active,
+                    reason=model.reason,
+                    detail=model.detail,
+                    at_us=time.time_ns() // 1_000,
+                    epoch=self._buffer.epoch,
+                    zone=self._track.lane_now(),
+                    blocks_waiting=sum(s.blocks for s in waiting),
+                    readings_stored=self._buffer.readings_stored(),
+                    policy=self._fence.policy,
+                )
             )
-        )
-        self.metrics.waiting.clear()  # lanes that have nothing any more
-        self.metrics.waiting_bytes.clear()
-        for lane in waiting:
-            self.metrics.waiting.labels(lane.lane).set(lane.blocks)
-            self.metrics.waiting_bytes.labels(lane.lane).set(lane.bytes)
+            self.metrics.waiting.clear()  # lanes that have nothing any more
+            self.metrics.waiting_bytes.clear()
+            for lane in waiting:
+                self.metrics.waiting.labels(lane.lane).set(lane.blocks)
+                self.metrics.waiting_bytes.labels(lane.lane).set(lane.bytes)
 
     # Starting and housekeeping.
 
@@ -181,7 +184,8 @@ class Agent:
         while True:
             try:
                 with contextlib.ExitStack() as attempt:
-                    self._read_state(attempt)
+                    with systemd.patience():
+                        self._read_state(attempt)
                     stack.push(attempt.pop_all())
                     return held
             except UnavailableError as e:
@@ -228,9 +232,16 @@ class Agent:
         pseudonyms = Pseudonyms(config.pii_key) if config.pii_key else None
         self._intake = Intake(config.contracts, position.topic, self._fence, recent_rows, self._node_state.load(), pseudonyms)
         for contract in config.contracts:
-            stored = self._buffer.history(contract.stream, contract.version)
+            self._remember(contract)
+
+    def _remember(self, contract: StreamContract) -> None:
+        """Take the stored readings of a stream as seen."""
+        stored = self._buffer.history(contract.stream, contract.version)
+        try:
             if stored is not None:
                 self._intake.remember(contract.stream, stored)
+        except ContractError as e:  # the contract was changed, and its version was not
+            log.warning("readings that come again will not be known stream=%s: stored ones have other fields error=%s", contract.stream, e)
 
     def _start(self, stack: contextlib.ExitStack) -> None:
         """Bring up every other part; `stack` takes them down in the opposite order."""
@@ -276,6 +287,8 @@ class Agent:
         stack.callback(self._sensors.stop)
         status = StatusServer(config.state_dir, self.describe)
         stack.callback(status.close)
+        if self._profile is not None:
+            stack.callback(self._profile.sum)  # a last look at threads that end now
 
     def _make_updater(self, repository: RepositoryConfig) -> Updater:
         return Updater(

@@ -60,6 +60,7 @@ class Catalogue:
     tail: tuple[Place, ...] = ()
     next_id: int = 1
     committed_id: int = 0  # the tail beyond it is in a transaction under way: readers do not see it yet
+    leaving: tuple[Place, ...] = ()  # of the tail: what that transaction has written into `places`, where readers do not see it yet
     lanes_changed: bool = False
     age: Age = field(default_factory=lambda: Age(0, 0))  # how much time the file has seen pass
     receipts: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # by lane: the ranges that the last receipt settled
@@ -126,11 +127,16 @@ class Catalogue:
         self.store.execute_many(f"INSERT INTO places ({_PLACE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self.store.execute_many("INSERT OR REPLACE INTO streams VALUES (?, ?)", list(self.ordinals.items()))
         self.write_lanes()
-        self.tail = ()
+        self.leaving, self.tail = (*self.leaving, *self.tail), ()
+
+    def note_commit(self) -> None:
+        """The transaction is on disk: readers see in `places` what it has written there."""
+        self.committed_id, self.leaving = self.next_id - 1, ()
 
     def committed(self) -> list[Place]:
-        """The tail as far as it is on disk."""
-        return [p for p in self.tail if p.id <= self.committed_id]
+        """Places on disk that readers may not see in `places` yet; look there afterwards, for what has been written meanwhile."""
+        tail, leaving = self.tail, self.leaving  # in this order: what is not in the tail any more is among those that leave it
+        return [p for p in (*leaving, *tail) if p.id <= self.committed_id]
 
     def waiting(self, lane: str, after: int, limit: int) -> list[Place]:
         """The next places of a lane that wait for a receipt, by rising sequence."""
@@ -144,7 +150,7 @@ class Catalogue:
 
     def first_waiting(self, lane: str) -> Place | None:
         """The waiting block of a lane that was stored first."""
-        found = [p for p in self.tail if not p.settled and self.shelves[p.shelf].lane == lane][:1]
+        found = [p for p in self.committed() if not p.settled and self.shelves[p.shelf].lane == lane][:1]
         for shelf in self.of_lane(lane):
             query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence >= ? AND settled = 0 ORDER BY sequence LIMIT 1"
             found += [_place(row) for row in self.store.read(query, (shelf.number, shelf.first_waiting))]

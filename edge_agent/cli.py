@@ -1,7 +1,7 @@
 """`edge-agent`: run, check and look at the agent of one gateway.
 
-Exit codes: 0 done, 1 it failed while running, 2 a setting or the command line has to change. Heavy modules are imported by the
-command that needs them, so that `--help` and `status` answer at once on small hardware.
+Exit codes: 0 done, 1 it failed while running, 2 a setting or the command line has to change, 128 and the number of a signal: that ended it.
+Heavy modules are imported by the command that needs them, so that `--help` and `status` answer at once on small hardware.
 """
 
 from __future__ import annotations
@@ -9,12 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 from edge_agent import __version__
-from edge_agent.contract.errors import ConfigError, FencelineError
+from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
+
+STOPPED = 128  # and the signal's number, as shells say it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,7 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     logging.basicConfig(level=args.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
     try:
-        return int(args.command(args))
+        code = int(args.command(args))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read our output has seen enough: `edge-agent export … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds back
+        return STOPPED + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("edge-agent: stopped", file=sys.stderr)
+        return STOPPED + signal.SIGINT
     except ConfigError as e:
         print(f"edge-agent: {e}", file=sys.stderr)
         return 2
@@ -130,10 +142,10 @@ def _status(args: argparse.Namespace) -> int:
 
     # Only the state directory is needed: `status` must work, and fast, while other settings are being mended.
     try:
-        state_dir = tomllib.loads(args.config.read_text())["state_dir"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as e:
+        state_dir = args.config.resolve().parent / tomllib.loads(args.config.read_text("utf-8"))["state_dir"]
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as e:  # TypeError: it is no text
         raise ConfigError(f"cannot read state_dir from {args.config}: {e}; `edge-agent check` tells more") from e
-    _print(ask(args.config.resolve().parent / state_dir), args.json)
+    _print(ask(state_dir), args.json)
     return 0
 
 
@@ -159,8 +171,11 @@ def _export(args: argparse.Namespace) -> int:
     path, keys, contracts = _buffer(args)
     file = BufferFile(path, keys)
     if args.output:
-        with args.output.open("w", newline="", encoding="utf-8") as out:
-            readings = export(file, out, as_csv=args.csv, stream=args.stream, contracts=contracts)
+        try:
+            with args.output.open("w", newline="", encoding="utf-8") as out:
+                readings = export(file, out, as_csv=args.csv, stream=args.stream, contracts=contracts)
+        except OSError as e:
+            raise UnavailableError(f"cannot write {args.output}: {e.strerror}") from e
     else:
         readings = export(file, sys.stdout, as_csv=args.csv, stream=args.stream, contracts=contracts)
     print(f"{readings} readings" + (f"; {file.damaged} blocks are damaged" if file.damaged else ""), file=sys.stderr)

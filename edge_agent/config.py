@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,7 +28,7 @@ from edge_agent.addresses import (
 )
 from edge_agent.addresses import Tls as Tls
 from edge_agent.contract.block import BLOCK_BYTES_MAX, NOWHERE, ROWS_MAX
-from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.errors import UNREADABLE, ConfigError, ContractError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.privacy import PiiKind
 from edge_agent.contract.stream import AGENT_STREAMS, StreamContract
@@ -250,7 +250,7 @@ def load(path: Path) -> AgentConfig:
         fixed=fixed,
         sensors=sensors,
         endpoints=endpoints,
-        root=read_file(base / settings.releases.root, "releases.root") if settings.releases else None,
+        root=_root(base / settings.releases.root) if settings.releases else None,
         releases_ca=base / settings.releases.ca_file if settings.releases and settings.releases.ca_file else None,
         key_file=_key_file(settings.buffer, base),
         functions=load_functions(settings.functions),
@@ -261,6 +261,18 @@ def load(path: Path) -> AgentConfig:
 def _contract(path: Path, device: str) -> StreamContract:
     contract = parse_contract(read_file(path, "contract"), path.name)
     return replace(contract, topic=contract.topic.replace("{device}", device))
+
+
+def _root(path: Path) -> bytes:
+    """The trusted first root.json. Another file in its place would make every bundle look tampered with."""
+    root = read_file(path, "releases.root")
+    try:
+        kind = msgspec.json.decode(root, type=dict[str, Any])["signed"]["_type"]
+    except (*UNREADABLE, KeyError, TypeError):
+        kind = None
+    if kind != "root":
+        raise ConfigError(f"releases.root: {path} is no TUF root; take the root.json that `fenceline device add` wrote")
+    return root
 
 
 def _key_file(buffer: BufferSettings, base: Path) -> Path | None:

@@ -22,6 +22,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import NoReturn
@@ -38,6 +39,7 @@ from edge_agent.core.golden import check_golden
 log = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0
+END_S = 1.0  # a process that is killed ends in milliseconds
 ROWS_MAX = 8_192
 ERROR_BYTES_MAX = 64 * 1024
 RECV_BYTES = 256 * 1024
@@ -105,7 +107,7 @@ class ModelWorker:
         if features.ndim != 2 or features.shape[1] != self._features:
             raise ContractError(f"features of shape {features.shape}; the model takes (rows, {self._features})")
         give_up = time.monotonic() + patience_s
-        if self._asked is not None and self._answer(give_up if patience_s == math.inf else 0.0) is None:
+        if not self.free(give_up if patience_s == math.inf else 0.0):
             return None
         parts = []
         for first in range(0, len(features), ROWS_MAX):
@@ -115,11 +117,23 @@ class ModelWorker:
             parts.append(part)
         return np.concatenate(parts) if parts else np.zeros(0)
 
+    def free(self, give_up: float = 0.0) -> bool:
+        """Whether it has answered what it was asked, by `give_up` (monotonic seconds). An answer that came too late is thrown away here.
+
+        Raises:
+            WorkerError: it has not within the limits, or it failed.
+        """
+        return self._asked is None or self._answer(give_up) is not None
+
     def close(self) -> None:
-        """End the process."""
+        """End the process. One that the kernel does not let go at once (its pages are on a disk that hangs) is left to it: nobody waits."""
         self._peer.close()
         self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            log.error("model worker killed, not gone yet pid=%s", self._process.pid)
+            threading.Thread(target=self._process.wait, name="model-end", daemon=True).start()
 
     def _score(self, features: Floats, give_up: float) -> Floats | None:
         rows = len(features)
@@ -177,7 +191,7 @@ class ModelWorker:
                     kind, length = worker.HEAD.unpack_from(request.received)
                     if length > max(request.reply_bytes, ERROR_BYTES_MAX):
                         self._fail(Reason.BAD_SCORES, f"worker answers {length} bytes; want {request.reply_bytes}")
-                    if len(request.received) == worker.HEAD.size + length:
+                    if len(request.received) >= worker.HEAD.size + length:  # more than asked for is judged as an answer of that length
                         return kind, bytes(request.received[worker.HEAD.size :])
         return None
 
@@ -190,7 +204,7 @@ class ModelWorker:
         """Called when the worker has closed its end."""
         code = None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.wait(1.0)
+            code = self._process.wait(END_S)
         raise ConnectionResetError(f"it ended with code {code}")
 
     def _fail(self, reason: Reason, detail: str) -> NoReturn:

@@ -131,7 +131,7 @@ class OwnedFile:
 
     def _note_commit(self) -> None:
         self._committed = dict(self.catalogue.sequences)
-        self.catalogue.committed_id = self.catalogue.next_id - 1
+        self.catalogue.note_commit()
 
     def _write_marks(self) -> None:
         first: dict[str, int] = {}

@@ -93,7 +93,7 @@ class PolicyStore:
             return msgspec.json.decode(path.read_bytes(), type=ZonesRef)
         except FileNotFoundError:
             return None
-        except UNREADABLE as e:
+        except (OSError, *UNREADABLE) as e:
             log.error("name of the stored policy damaged path=%s error=%s", path, e)
             self.damaged = True
             return None

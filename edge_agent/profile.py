@@ -4,7 +4,7 @@
   agent without a profile runs as if this module did not exist.
 - A step's time is its own, without that of the steps inside it, and only that of the thread that runs the data path.
 - Sensor sides, uplink and everything else beside the data path are counted as processor time of their threads, the model as that
-  of its process.
+  of its process. What has ended counts as far as it was seen, at the last `sum`.
 
     with Profile() as profile:
         agent.run()
@@ -58,6 +58,7 @@ STEPS: tuple[tuple[Any, str, str], ...] = (
 
 OTHER, MODEL = "other threads", "model worker"
 _THREADS = {"source": "source", "listener": "source", **dict.fromkeys(("uplink", "backlog", "paho", "connect"), "uplink")}
+_Beside = tuple[str, int]  # what it is for, and the kernel's number of the thread or process
 _OF_A_PROCESS, _OF_A_THREAD = 2, 6  # the kernel's processor clocks of others, as in pthread_getcpuclockid
 
 
@@ -122,12 +123,13 @@ class Profile:
         self._inner: list[Spent] = []  # of each step under way: what the steps inside it have spent
         self._batches = self._readings = 0
         self._began = 0.0
+        self._seen: dict[_Beside, float] = {}
         self._beside_before: dict[str, float] = {}
         self._thread = 0
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Profile:
-        self._began, self._thread, self._beside_before = time.monotonic(), threading.get_ident(), _beside()
+        self._began, self._thread, self._beside_before = time.monotonic(), threading.get_ident(), self._beside()
         for owner, name, step in STEPS:
             plain = getattr(owner, name)
             setattr(owner, name, self._timed(plain, self._steps[step], batches=step == REST))
@@ -139,9 +141,17 @@ class Profile:
 
     def sum(self) -> Sum:
         """What has been spent so far; from any thread."""
-        threads = {name: s - self._beside_before.get(name, 0.0) for name, s in _beside().items()}
+        threads = {name: s - self._beside_before[name] for name, s in self._beside().items()}
         steps = {name: Spent(s.wall_s, s.cpu_s) for name, s in self._steps.items()}
         return Sum(time.monotonic() - self._began, self._batches, self._readings, steps, threads)
+
+    def _beside(self) -> dict[str, float]:
+        """Seconds of processor time beside the data path, by what they were for."""
+        self._seen.update(_look_beside())
+        found = dict.fromkeys((*_THREADS.values(), OTHER, MODEL), 0.0)
+        for (kind, _), seconds in list(self._seen.items()):
+            found[kind] += seconds
+        return found
 
     def _timed(self, plain: Callable[..., Any], spent: Spent, *, batches: bool) -> Callable[..., Any]:
         inner = self._inner
@@ -191,16 +201,14 @@ def report_regularly(profile: Profile, say: Callable[[str], None], every_s: floa
         say(f"in all, {profile.sum().text()}")
 
 
-def _beside() -> dict[str, float]:
-    """Seconds of processor time of the threads beside the data path, by what they do, and of the model's process."""
-    found = dict.fromkeys((*dict.fromkeys(_THREADS.values()), OTHER, MODEL), 0.0)
+def _look_beside() -> dict[_Beside, float]:
+    """Seconds of processor time of each thread beside the data path, and of the model's process."""
+    found = {}
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and thread.native_id is not None:
             kind = next((kind for start, kind in _THREADS.items() if thread.name.startswith(start)), OTHER)
-            found[kind] += _cpu_s(thread.native_id, _OF_A_THREAD)
-    for child in _children():
-        found[MODEL] += _cpu_s(child, _OF_A_PROCESS)
-    return found
+            found[kind, thread.native_id] = _cpu_s(thread.native_id, _OF_A_THREAD)
+    return found | {(MODEL, child): _cpu_s(child, _OF_A_PROCESS) for child in _children()}
 
 
 def _cpu_s(number: int, clock: int) -> float:

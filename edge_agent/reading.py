@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_agent.clock import Moment
 from edge_agent.contract.block import ORDINAL, decode_block, read_header
-from edge_agent.contract.columns import Table, concat, take
+from edge_agent.contract.columns import Strings, Table, concat, take
 from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.core.fix import Fix, from_text
 from edge_agent.core.retention import Place
@@ -56,7 +56,8 @@ class Reader:
         tables = [table for header, table in (decode_block(b) for _, b in blocks) if header.contract_version == contract_version]
         if not tables:
             return None
-        shared = set(tables[0]).intersection(*tables)  # blocks without a model have no scores
+        kinds = [{(name, isinstance(column, Strings)) for name, column in table.items()} for table in tables]
+        shared = {name for name, _ in kinds[0].intersection(*kinds)}  # blocks without a model have no scores; contracts are changed by hand
         rows = concat([{name: column for name, column in table.items() if name in shared} for table in tables])
         ordinals = rows[ORDINAL]
         assert isinstance(ordinals, np.ndarray)

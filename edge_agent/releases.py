@@ -11,10 +11,13 @@ python-tuf is imported with the first fetch: it is large, and most of a device's
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
+import socket
 import ssl
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +37,7 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CHUNK_BYTES = 64 * 1024
 ZONES_BYTES_MAX = 16 * 1024 * 1024
+HEAD_S_MAX = 60.0
 
 
 class RefusedError(BundleError):
@@ -56,9 +60,18 @@ class RepositoryConfig:
     bundle_bytes_max: int = BUNDLE_BYTES_MAX
 
     def __post_init__(self) -> None:
-        url = urlsplit(self.url)
-        if url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK):
+        try:
+            url = urlsplit(self.url)
+            port = url.port
+        except ValueError as e:
+            raise ConfigError(f"releases.url {self.url!r}: {e}") from e
+        if not url.hostname or port == 0 or (url.scheme != "https" and not (url.scheme == "http" and url.hostname in LOOPBACK)):
             raise ConfigError(f"releases.url {self.url!r} must be https://…, or http:// to loopback ({', '.join(LOOPBACK)})")
+        try:
+            if self.ca_file is not None:
+                ssl.create_default_context(cafile=self.ca_file)
+        except OSError as e:
+            raise ConfigError(f"releases.ca_file {self.ca_file} does not load: {e}; it must hold certificates in PEM") from e
 
 
 class Repository:
@@ -136,6 +149,8 @@ class Repository:
         try:
             with self._open(url, timeout=self._config.silence_s_max) as response:
                 promised = response.headers.get("Content-Length")
+                if promised is None and not response.chunked:  # or its head broke off, and what follows would count as tampered with
+                    raise DownloadError(f"{url}: the answer does not say where it ends")
                 while chunk := response.read1(CHUNK_BYTES):
                     got += len(chunk)
                     yield chunk
@@ -151,12 +166,47 @@ class Repository:
     @cached_property
     def _open(self) -> Callable[..., Any]:
         url = urlsplit(self._config.url)
-        handlers: list[Any] = [_NoRedirect()]
+        handlers: list[Any] = [_NoRedirect(), _Http()]
         if url.scheme == "https":
-            handlers.append(urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=self._config.ca_file)))
+            handlers.append(_Https(ssl.create_default_context(cafile=self._config.ca_file)))
         if url.hostname in LOOPBACK:
             handlers.append(urllib.request.ProxyHandler({}))
         return urllib.request.build_opener(*handlers).open
+
+
+class _Connection(http.client.HTTPConnection):
+    """Its server has HEAD_S_MAX for the head of an answer: the timeout of a socket bounds each silence, not their number."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        cut = threading.Timer(HEAD_S_MAX, self._cut)
+        cut.daemon = True
+        cut.start()
+        try:
+            return super().getresponse()
+        finally:
+            cut.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):  # the server was faster
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _TlsConnection(_Connection, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def __init__(self, context: ssl.SSLContext) -> None:
+        super().__init__(context=context)
+        self._tls = context
+
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_TlsConnection, req, context=self._tls)
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

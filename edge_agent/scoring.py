@@ -9,10 +9,15 @@
   caller stores the readings unscored.
 - The data path waits PATIENCE_S for the scores of a batch and no longer; without them its readings are stored unscored. The worker has
   until the manifest's limit to answer, then it counts as hanging.
+- One that is late again and again is asked less and less often, down to once in PAUSE_S_MAX: waiting in vain takes a tenth of the path's
+  time at most.
 - After `probation_rows` good scores the bundle is proved.
 """
 
 from __future__ import annotations
+
+import logging
+import time
 
 import numpy as np
 
@@ -24,7 +29,10 @@ from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.updater import Activation
 
+log = logging.getLogger(__name__)
+
 PATIENCE_S = 0.5
+PAUSE_S_MAX = 5.0
 
 
 class Scoring:
@@ -41,6 +49,7 @@ class Scoring:
         self._contract = contract
         self._windows = Windows(self._manifest.features, functions)
         self._good_rows = 0 if activation.on_probation else self._manifest.probation_rows
+        self._pause_s, self._ask_at = 0.0, 0.0
         self._worker: ModelWorker | None = self.start_worker()
 
     @property
@@ -49,9 +58,12 @@ class Scoring:
         return self._good_rows >= self._manifest.probation_rows
 
     def warm(self, history: Table | None) -> None:
-        """Take the stored readings as the past of the windows."""
-        if history is not None:
-            self._windows.warm(*self._columns(history), history)
+        """Take the stored readings as the past of the windows. Those that have not the fields of the contract are not taken."""
+        try:
+            if history is not None:
+                self._windows.warm(*self._columns(history), history)
+        except ContractError as e:  # the contract was changed, and its version was not
+            log.warning("windows begin empty stream=%s: stored readings have other fields error=%s", self.stream, e)
 
     def score(self, table: Table) -> Floats | None:
         """Score fresh readings in the order seen, one score per row; None if there are no scores in time, or no worker now.
@@ -63,7 +75,7 @@ class Scoring:
             made = self._windows.push(*self._columns(table), table)
         except ContractError as e:
             raise WorkerError(Reason.BAD_SCORES, str(e)) from e
-        scores = None if self._worker is None else self._worker.try_score(made.features, PATIENCE_S)
+        scores = None if self._worker is None else self._ask(self._worker, made.features)
         if scores is None:
             return None
         self._check(scores)
@@ -71,6 +83,19 @@ class Scoring:
         out = np.full(len(table[self._contract.entity]), np.nan)
         out[made.rows] = scores  # of several on one row the last stays: the newest window's
         return out
+
+    def _ask(self, worker: ModelWorker, features: Floats) -> Floats | None:
+        if not worker.free() or time.monotonic() < self._ask_at:
+            return None
+        scores = worker.try_score(features, PATIENCE_S)
+        if scores is None:
+            pause_s = min(PAUSE_S_MAX, max(PATIENCE_S, 2 * self._pause_s))
+            if pause_s != self._pause_s:
+                log.warning("scores late sha256=%s patience_s=%s asked_again_in_s=%s", self.sha256, PATIENCE_S, pause_s)
+            self._pause_s, self._ask_at = pause_s, time.monotonic() + pause_s
+        elif len(scores):
+            self._pause_s = 0.0
+        return scores
 
     def _check(self, scores: Floats) -> None:
         low, high = self._manifest.score_min, self._manifest.score_max
@@ -92,6 +117,7 @@ class Scoring:
         """Go on with this worker instead of the one before, which is ended; None: without one for now."""
         self.close()
         self._worker = worker
+        self._pause_s, self._ask_at = 0.0, 0.0
 
     def close(self) -> None:
         """End the worker."""
@@ -99,6 +125,7 @@ class Scoring:
             self._worker.close()
 
     def _columns(self, table: Table) -> tuple[Strings, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-        entity, event_us = table[self._contract.entity], table[self._contract.event_time]
-        assert isinstance(entity, Strings) and isinstance(event_us, np.ndarray)
+        entity, event_us = table.get(self._contract.entity), table.get(self._contract.event_time)
+        if not isinstance(entity, Strings) or not isinstance(event_us, np.ndarray):
+            raise ContractError(f"{self._contract.entity} is no column of text, or {self._contract.event_time} none of times")
         return entity, event_us.astype(np.int64, copy=False)

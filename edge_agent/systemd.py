@@ -1,12 +1,23 @@
-"""Talking to systemd (`Type=notify`, watchdog): one datagram to the socket in NOTIFY_SOCKET. See sd_notify(3)."""
+"""Talking to systemd (`Type=notify`, watchdog): one datagram to the socket in NOTIFY_SOCKET. See sd_notify(3).
+
+with patience():
+    ...  # what may take minutes
+notify("READY=1")
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import threading
+from collections.abc import Iterator
 
 log = logging.getLogger(__name__)
+
+ASK_S = 10.0
+ASKS_MAX = 360  # an hour: what takes longer hangs
 
 
 def notify(state: str) -> None:
@@ -22,3 +33,23 @@ def notify(state: str) -> None:
             s.sendall(state.encode())
     except OSError as e:
         log.warning("systemd not told state=%s error=%s", state, e)
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """Within it systemd is asked to wait on: a slow disk salvages a large buffer for minutes, and from the beginning if it is ended."""
+    done = threading.Event()
+
+    def ask() -> None:
+        for _ in range(ASKS_MAX):
+            if done.wait(ASK_S):
+                return
+            notify(f"EXTEND_TIMEOUT_USEC={round(6 * ASK_S * 1e6)}\nWATCHDOG=1")
+
+    thread = threading.Thread(target=ask, name="systemd", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

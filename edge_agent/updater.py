@@ -6,6 +6,7 @@
 - One that fails any of that is rejected: what was active stays, and this desired version is not tried again.
 - A repository that does not answer is asked again, with growing waits; what was active stays.
 - The previous bundle is kept on disk: `rollback` needs no network.
+- A disk that fails ends nothing: what it does not give back was never there, what it does not take is written later.
 - A zone policy is taken if the release keys signed it under the version that the document names, and that is not lower than the last
   one accepted (`policy.PolicyStore`). It is fetched before a bundle. A document that only changes the policy leaves the bundle alone.
 
@@ -14,6 +15,7 @@ Its thread does all the work; `handle`, `confirm` and `rollback` only leave a me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import queue
@@ -39,6 +41,7 @@ from edge_agent.whole_file import replace_whole, sync
 log = logging.getLogger(__name__)
 
 SAVE_RETRY_S = 5.0
+RESUME_S = 10.0  # so long are sensors kept waiting for the model that was active: most load in a second or two
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -96,7 +99,7 @@ class Updater:
         on_report: takes the state whenever it has changed; `status` returns it too.
         policies: takes new zone policies; None: they are left alone.
 
-    The callbacks run in the thread of `start`, then in the updater's own.
+    The callbacks run in the updater's own thread.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Updater:
         self._retry_s, self._retry_at = 0.0, 0.0
         self._state, self._saved = UpdaterState(), UpdaterState()
         self._thread = threading.Thread(target=self._run, name="updater", daemon=True)
+        self._resumed = threading.Event()
         self.failure: BaseException | None = None
 
     def status(self) -> UpdaterState:
@@ -131,13 +135,13 @@ class Updater:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Activate what was active before the restart, and go on with what was not finished."""
-        (self._store / "bundles").mkdir(parents=True, exist_ok=True)
-        self._state = self._saved = _read_state(self._store / "state.json")
-        self._resume()
-        self._save()
-        self._on_report(self._state)
+        """Activate what was active before the restart, and go on with what was not finished.
+
+        Returns when the model is ready, so that no reading after a restart lacks its score; after RESUME_S at the latest.
+        """
         self._thread.start()
+        if not self._resumed.wait(RESUME_S):
+            log.warning("model not ready after %s s: readings are stored unscored until it is", RESUME_S)
 
     def stop(self) -> None:
         """End the thread; a download under way is left behind after a second and begins again at the next start."""
@@ -159,6 +163,8 @@ class Updater:
 
     def _run(self) -> None:
         try:
+            self._resume()
+            self._resumed.set()
             while True:
                 message = self._next()
                 if isinstance(message, _Stop):
@@ -172,6 +178,7 @@ class Updater:
                     self._save()
         except Exception as e:
             self.failure = e
+            self._resumed.set()
             log.exception("updater failed")
             raise
 
@@ -233,7 +240,8 @@ class Updater:
             bundle = self._check(ref, self._repository.fetch(ref, self._path(ref)))
             sync(self._path(ref))
             sync(self._path(ref).parent)
-            self._on_activate(Activation(ref, bundle, on_probation=True))
+            phase = Phase.PROBATION if bundle.manifest.probation_rows else Phase.ACTIVE
+            self._on_activate(Activation(ref, bundle, on_probation=phase is Phase.PROBATION))
         except (RefusedError, WorkerError) as e:
             log.warning("bundle rejected target=%s version=%s reason=%s detail=%s", ref.target, self._state.desired_version, e.reason, e)
             self._change(phase=Phase.REJECTED, wanted=None, reason=e.reason, detail=str(e))
@@ -244,7 +252,7 @@ class Updater:
             return
         else:
             log.info("bundle activated target=%s sha256=%s", ref.target, ref.sha256)
-            self._change(phase=Phase.PROBATION, wanted=None, active=ref, previous=self._state.active, reason=None, detail="")
+            self._change(phase=phase, wanted=None, active=ref, previous=self._state.active, reason=None, detail="")
         self._sweep()
 
     def _wait_longer(self) -> None:
@@ -303,14 +311,16 @@ class Updater:
             self._roll_back(e.reason, str(e))
 
     def _resume(self) -> None:
-        if self._state.active is None:
-            return
-        try:
-            found = self._load(self._state.active)
-        except RefusedError as e:
-            self._roll_back(e.reason, str(e))
-        else:
-            self._reactivate(found)
+        self._state = self._saved = _read_state(self._store / "state.json")
+        if self._state.active is not None:
+            try:
+                found = self._load(self._state.active)
+            except RefusedError as e:
+                self._roll_back(e.reason, str(e))
+            else:
+                self._reactivate(found)
+        self._save()
+        self._on_report(self._state)
 
     def _load_previous(self) -> Activation | None:
         if self._state.previous is None:
@@ -361,6 +371,7 @@ class Updater:
         if self._state == self._saved:
             return
         try:
+            (self._store / "bundles").mkdir(parents=True, exist_ok=True)
             replace_whole(self._store / "state.json", msgspec.json.encode(self._state))
         except OSError as e:
             log.error("updater state not stored error=%s retry_s=%s", e, SAVE_RETRY_S)
@@ -393,12 +404,17 @@ def _is(ref: BundleRef | None, sha256: str) -> bool:
 
 
 def _read_state(path: Path) -> UpdaterState:
+    """The state as saved; a new one if there is none, or none that can be read: then the cloud's document decides anew."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=UpdaterState)
     except FileNotFoundError:
         return UpdaterState()
+    except OSError as e:
+        log.error("updater state unreadable path=%s error=%s", path, e)
+        return UpdaterState()
     except UNREADABLE as e:
         aside = path.with_suffix(".damaged")
         log.error("updater state damaged path=%s error=%s moved_to=%s", path, e, aside)
-        path.rename(aside)
+        with contextlib.suppress(OSError):  # a disk that does not let it go: it is replaced when there is something to save
+            path.rename(aside)
         return UpdaterState()

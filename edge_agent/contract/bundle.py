@@ -21,6 +21,9 @@ from edge_agent.contract.feature_spec import FORMAT_MAX, FeatureSpec, WindowKind
 
 BUNDLE_BYTES_MAX = 256 * 1024 * 1024
 MANIFEST_BYTES_MAX = 8 * 1024 * 1024
+MEMORY_MB_MAX = 1024 * 1024
+SCORE_TIMEOUT_S_MAX = 3_600.0
+_INT64 = range(-(2**63), 2**63)
 # What zipfile raises for bytes that are no zip: it was not made for hostile ones.
 _NO_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, ValueError, KeyError, OverflowError, EOFError, OSError, RuntimeError)
 
@@ -50,7 +53,10 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model worker may use; past a limit it is ended and the bundle rolled back."""
+    """What the model worker may use; past a limit it is ended and the bundle rolled back.
+
+    `memory_mb`: 1 to MEMORY_MB_MAX, above the bare runtime; `score_timeout_s`: above 0, at most SCORE_TIMEOUT_S_MAX.
+    """
 
     memory_mb: int = 512
     score_timeout_s: float = 2.0
@@ -59,8 +65,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything about a model but its weights.
 
-    Scores outside [score_min, score_max] count as bad; `probation_rows` scored readings after activation must
-    hold none. An empty `zones` allows all. `format` is at least that of `features`, so that a device that would misread them refuses.
+    Scores outside [score_min, score_max] count as bad; `probation_rows` scored readings after activation must hold none (0: there is no
+    probation). An empty `zones` allows all. `format` is at least that of `features`, so that a device that would misread them refuses.
     """
 
     model: str
@@ -123,7 +129,7 @@ def read_bundle(data: bytes) -> Bundle:
 
 def check_manifest(manifest: Manifest) -> None:
     """Raise BundleError unless the manifest is within limits and agrees with itself."""
-    spec, golden = manifest.features, manifest.golden
+    spec, limits = manifest.features, manifest.limits
     if not 1 <= manifest.format <= FORMAT_MAX:
         raise BundleError(f"manifest format {manifest.format}; this version reads formats 1 to {FORMAT_MAX}")
     check_spec(spec)
@@ -131,6 +137,15 @@ def check_manifest(manifest: Manifest) -> None:
         raise BundleError(f"manifest format {manifest.format} has no such features; they need format {spec.format}")
     if not manifest.score_min < manifest.score_max:
         raise BundleError(f"score_min {manifest.score_min} is not below score_max {manifest.score_max}")
+    if not 1 <= limits.memory_mb <= MEMORY_MB_MAX or not 0 < limits.score_timeout_s <= SCORE_TIMEOUT_S_MAX or manifest.probation_rows < 0:
+        raise BundleError(
+            f"memory_mb {limits.memory_mb}, score_timeout_s {limits.score_timeout_s}, probation_rows {manifest.probation_rows}; "
+            f"want 1 to {MEMORY_MB_MAX}, above 0 and at most {SCORE_TIMEOUT_S_MAX:g}, 0 or more"
+        )
+    _check_golden(spec, manifest.golden)
+
+
+def _check_golden(spec: FeatureSpec, golden: Golden) -> None:
     rows, made = len(golden.entity), len(golden.scores)
     columns: list[Sequence[object]] = [golden.event_us, *golden.fields.values()]
     if (
@@ -141,6 +156,8 @@ def check_manifest(manifest: Manifest) -> None:
         or any(len(f) != len(spec.features) for f in golden.features)
     ):
         raise BundleError("golden vectors are empty or of unequal length")
+    if any(t not in _INT64 for t in golden.event_us):
+        raise BundleError("golden vectors have event times beyond 64 bits")
     missing = sorted({f.field for f in spec.features} - set(golden.fields))
     if missing:
         raise BundleError(f"golden vectors lack the fields {missing}")

@@ -2,11 +2,13 @@
 
 - An unknown key is refused, with the nearest known one.
 - A wrong type or a missing key is named with its place.
+- TOML has `nan` and `inf`; no setting has: compared with them, nothing is ever due.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 import typing
 from typing import Any, TypeVar
@@ -33,9 +35,11 @@ def parse_settings(document: str, kind: type[T], origin: str) -> T:
         raise ConfigError(f"{origin}: not TOML: {e}") from e
     _refuse_unknown(tree, kind, origin, "")
     try:
-        return msgspec.convert(tree, kind)
+        settings = msgspec.convert(tree, kind)
     except msgspec.ValidationError as e:
         raise ConfigError(f"{origin}: {e}") from e
+    _refuse_boundless(tree, origin, "$")
+    return settings
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -60,6 +64,17 @@ def _refuse_unknown(tree: Any, kind: Any, origin: str, path: str) -> None:
                 if key not in fields:
                     raise ConfigError(f"{origin}: unknown key {path + '.' if path else ''}{key}{nearest(key, fields)}")
                 _refuse_unknown(value, fields[key], origin, f"{path}.{key}" if path else key)
+
+
+def _refuse_boundless(tree: Any, origin: str, path: str) -> None:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            _refuse_boundless(value, origin, f"{path}.{key}")
+    elif isinstance(tree, list):
+        for i, item in enumerate(tree):
+            _refuse_boundless(item, origin, f"{path}[{i}]")
+    elif isinstance(tree, float) and not math.isfinite(tree):
+        raise ConfigError(f"{origin}: {tree} is no setting; write a number - at `{path}`")
 
 
 def _structs(kind: Any) -> list[type[msgspec.Struct]]:

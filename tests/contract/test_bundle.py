@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent.contract.bundle import MANIFEST_BYTES_MAX, Bundle, Golden, Manifest, Provenance, check_manifest, pack_bundle, read_bundle
+from edge_agent.contract.bundle import (
+    MANIFEST_BYTES_MAX,
+    Bundle,
+    Golden,
+    Limits,
+    Manifest,
+    Provenance,
+    check_manifest,
+    pack_bundle,
+    read_bundle,
+)
 from edge_agent.contract.errors import BundleError
 from edge_agent.contract.feature_spec import FEATURES_MAX, WINDOW_ROWS_MAX, Feature, FeatureSpec
 
@@ -134,6 +144,14 @@ def test_manifest_may_not_be_huge() -> None:
     ("manifest", "message"),
     [
         (changed(format=3), "format 3"),
+        (changed(limits=Limits(memory_mb=0)), "memory_mb 0"),
+        (changed(limits=Limits(memory_mb=-1)), "memory_mb -1"),
+        (changed(limits=Limits(memory_mb=2**32)), "memory_mb 4294967296"),
+        (changed(limits=Limits(score_timeout_s=0.0)), "score_timeout_s 0"),
+        (changed(limits=Limits(score_timeout_s=1e300)), "at most 3600"),
+        (changed(limits=Limits(score_timeout_s=float("nan"))), "score_timeout_s nan"),
+        (changed(probation_rows=-1), "probation_rows -1"),
+        (with_golden(event_us=[2**63] * len(GOLDEN.event_us)), "event times beyond 64 bits"),
         (with_features(features=[]), "0 features"),
         (with_features(features=[Feature("t", "mean")] * (FEATURES_MAX + 1)), "features"),
         (with_features(window_rows=0), "over 0 rows"),

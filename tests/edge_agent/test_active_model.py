@@ -181,6 +181,31 @@ def test_a_worker_frozen_before_it_has_read_a_large_batch_does_not_hold_the_path
     assert path.slowest_s < BOUND_S
 
 
+def test_a_worker_that_is_late_every_time_is_asked_less_and_less_often(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(scoring, "PAUSE_S_MAX", 0.5)
+    path.activate(bundle())
+    assert path.take() == "aa"
+    worker = path.model._scoring._worker  # type: ignore[union-attr]
+    assert worker is not None
+    asked: list[float] = []
+
+    def late(features: Floats, patience_s: float) -> None:
+        asked.append(time.monotonic())
+        time.sleep(patience_s)
+
+    monkeypatch.setattr(worker, "try_score", late)
+    until = time.monotonic() + 3.0
+    while time.monotonic() < until:
+        assert path.take() is None
+        time.sleep(0.005)
+    pauses = np.diff(asked)
+    assert len(asked) <= 9 and (pauses >= np.minimum(0.5, 0.05 * 2.0 ** np.arange(len(pauses)))).all()
+    monkeypatch.undo()
+    path.take_until(lambda: path.take() == "aa")
+    path.assert_scores_are_right_where_there_are_any()
+
+
 def test_a_hanging_model_on_probation_is_given_up_at_its_limit(path: Path) -> None:
     path.activate(bundle(models.endless(), limits=Limits(memory_mb=256, score_timeout_s=1.0)), on_probation=True)
     assert path.take() is None
@@ -218,6 +243,21 @@ def test_a_swap_leaves_no_batch_without_scores(path: Path) -> None:
     path.activate(bundle(), "bb")  # loads while the first one works
     used += [path.take() for _ in range(5)]
     assert used == ["aa"] * 5 + ["bb"] * 5
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        {"ts": np.array([1, 2]), "pump": Strings.of(["p", "p"])},
+        {"ts": np.array([1, 2]), "t": np.array([1.0, 2.0])},
+    ],
+    ids=["no field", "no entity"],
+)
+def test_stored_readings_with_other_fields_warm_nothing_and_end_nothing(path: Path, history: Table) -> None:
+    path.model._history = lambda *_: history
+    path.activate(bundle())
+    assert path.take() == "aa"
+    assert path.assert_scores_are_right_where_there_are_any() == 0
 
 
 def test_a_worker_that_comes_back_after_a_swap_is_not_used(path: Path) -> None:

@@ -72,6 +72,21 @@ def test_without_a_receipt_blocks_stay_on_disk_over_a_restart(bench: Bench) -> N
     wait_for(lambda: bench.status()["buffer"]["waiting_blocks"] == 0, bench.log)
 
 
+def test_a_contract_that_was_changed_under_its_version_ends_nothing(bench: Bench) -> None:
+    bench.start()
+    bench.publish(reading(1))
+    wait_for(lambda: bench.cloud.readings(), bench.log)
+    bench.kill()
+    contract = bench.path / "turbofan.odcs.yaml"
+    text = contract.read_text()
+    assert "- name: engine\n" in text and "value: engine}" in text
+    contract.write_text(text.replace("- name: engine\n", "- name: motor\n").replace("value: engine}", "value: motor}"))
+    bench.start()
+    assert "readings that come again will not be known stream=turbofan" in bench.log()
+    bench.publish(reading(2).replace(b'"engine"', b'"motor"'))
+    wait_for(lambda: len(bench.cloud.readings()) == 2, bench.log)
+
+
 def test_a_moving_device_stamps_each_reading_where_it_was_captured(bench: Bench) -> None:
     bench.replace('source = "static"\nlat = 50.0\nlon = 9.0', 'source = "mqtt"\ntopic = "sensors/plane-01/position"')
     bench.start()

@@ -16,6 +16,7 @@ import pytest
 from edge_agent.buffer import Buffer, BufferFullError, Draft
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, decode_block
+from edge_agent.contract.columns import Strings
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.core.fix import Fix
 from edge_agent.core.track import FIXES_MAX
@@ -79,6 +80,20 @@ def test_a_block_read_in_the_moment_of_its_commit_is_not_taken_for_damaged(tmp_p
     done.set()
     reader.join()
     assert [(b.sequence, b.stream) for b in buffer.pending("europe", 0, 2 * APPENDS)] == [(n, "pump") for n in range(1, APPENDS + 1)]
+
+
+def test_a_block_is_found_while_its_place_is_being_written(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=100, clock=lambda: NOW)
+    for i in range(3):
+        buffer.append([draft([float(i)])], [], NOW)
+    with buffer._file.writing():  # as every TAIL_BLOCKS_MAX blocks, and as the uplink's thread does when it settles
+        buffer._file.catalogue.write_tail()
+        assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2, 3]
+        history = buffer.history("pump", "1.0.0")
+        assert history is not None and history["t"].tolist() == [0.0, 1.0, 2.0]
+        assert buffer.lanes()[0].oldest_us == NOW.monotonic_us
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1, 2, 3]
+    assert buffer._file.catalogue.committed() == []
 
 
 def test_settled_blocks_stay_as_history_and_are_not_sent_again(tmp_path: Path) -> None:
@@ -211,6 +226,14 @@ def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path:
         db.execute("UPDATE blocks SET block = zeroblob(100) WHERE id = 3")
     history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [2.0]
+
+
+def test_history_leaves_out_columns_that_were_text_at_times(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path, history_rows=10)
+    texts = {"t": Strings.of(["cold"]), "u": np.array([2.0])}
+    buffer.append([replace(draft([1.0]), table={"t": np.array([1.0]), "u": np.array([1.0])}), replace(draft([1.0]), table=texts)], [], NOW)
+    history = buffer.history("pump", "1.0.0")
+    assert history is not None and sorted(history) == ["ordinal", "u"] and history["u"].tolist() == [1.0, 2.0]
 
 
 def test_receipt_that_waits_while_the_file_is_made_new_settles_none_of_the_new_blocks(

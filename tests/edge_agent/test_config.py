@@ -52,6 +52,9 @@ url = "mqtt://127.0.0.1:18831"
     return path
 
 
+RELEASES = '[releases]\nurl = "https://h"\nroot = "zones.geojson"\n[position]'
+
+
 def test_a_good_config_is_read_with_its_documents(tmp_path: Path) -> None:
     config = load(write(tmp_path))
     assert config.fixed_lane == "europe"
@@ -119,6 +122,12 @@ def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
         ("lat = 50.0=>lat = 50.0\nspeed_m_s_max = 0", r"Expected `float` > 0(.0)? - at `\$.position.speed_m_s_max`"),
         ("lat = 50.0=>lat = 50.0\nhome = 'mars'", "position.home 'mars' is not a zone"),
         ('contract = "turbofan.odcs.yaml"=>contract = "turbofan.odcs.yaml"\nlocation = "near"', "Invalid enum value 'near'"),
+        (
+            "[position]=>[uplink]\nreceipt_timeout_s = inf\n[position]",
+            r"inf is no setting; write a number - at `\$.uplink.receipt_timeout_s`",
+        ),
+        ("lat = 50.0=>lat = 50.0\naccuracy_m = -inf", r"-inf is no setting; write a number - at `\$.position.accuracy_m`"),
+        (f"[position]=>{RELEASES}", "releases.root: .*zones.geojson is no TUF root; take the root.json that"),
         ("[sensors]=>[sensors", "not TOML"),
         ("[position]=>[flush]\nrows_max = 100000\n[position]", r"Expected `int` <= 65536 - at `\$.flush.rows_max`"),
         ("[position]=>[buffer]\nhistory_rows = 0\n[position]", r"Expected `int` >= 1 - at `\$.buffer.history_rows`"),

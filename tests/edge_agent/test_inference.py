@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from edge_agent import inference
 from edge_agent.contract.bundle import Limits
 from edge_agent.contract.errors import BundleError, ContractError, Reason
 from edge_agent.inference import ROWS_MAX, ModelWorker, WorkerError, self_test
@@ -177,6 +178,42 @@ def test_closed_worker_leaves_neither_process_nor_file_descriptor() -> None:
     running.close()
     assert not Path(f"/proc/{pid}").exists()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_worker_that_the_kernel_does_not_let_go_holds_nobody() -> None:
+    running = worker(models.linear([1.0, 2.0]))
+    seize = "import ctypes, sys; print(ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), 0, 0), flush=True); sys.stdin.read()"
+    tracer = subprocess.Popen([sys.executable, "-c", seize, str(running.pid)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert tracer.stdin is not None and tracer.stdout is not None
+    seized = tracer.stdout.readline() == b"0\n"
+    began = time.monotonic()
+    running.close()  # killed, but its parent learns of that only when the tracer is gone
+    closed_s = time.monotonic() - began
+    with tracer:
+        assert (Path(f"/proc/{running.pid}").exists() and closed_s < 10.0) or not seized
+    deadline = time.monotonic() + 10.0
+    while Path(f"/proc/{running.pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_worker_that_never_stops_talking_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    babbler = tmp_path / "babbler.py"
+    babbler.write_text(
+        "import socket\n"
+        "parent = socket.socket(fileno=0)\n"
+        "parent.recv(9)\n"
+        "parent.sendall(b'R' + (8).to_bytes(4, 'little') + bytes(8))\n"
+        "parent.recv(1)\n"
+        "parent.sendall(b'S' + (12).to_bytes(4, 'little'))\n"
+        "while True: parent.sendall(bytes(65536))\n"
+    )
+    monkeypatch.setattr(inference.worker, "__file__", str(babbler))
+    with worker(b"", score_timeout_s=60.0) as running:
+        with pytest.raises(WorkerError) as caught:
+            running.score(np.ones((1, 2)))
+        assert not running.alive
+    assert caught.value.reason is Reason.BAD_SCORES
 
 
 def test_good_bundle_passes_its_self_test() -> None:

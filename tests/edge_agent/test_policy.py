@@ -149,7 +149,7 @@ def test_a_policy_waits_for_a_repository_that_is_away(device: Device) -> None:
     device.accepted(ref)
 
 
-@pytest.mark.parametrize("broken", ["document", "name", "document missing"])
+@pytest.mark.parametrize("broken", ["document", "name", "name unreadable", "document missing"])
 def test_a_damaged_policy_holds_everything_until_it_is_fetched_again(device: Device, broken: str) -> None:
     device.desire(ref := device.repository.add_zones(SECOND, 1))
     device.accepted(ref)
@@ -159,13 +159,18 @@ def test_a_damaged_policy_holds_everything_until_it_is_fetched_again(device: Dev
         (folder / f"{ref.sha256}.geojson").write_bytes(SECOND[:-3])
     elif broken == "name":
         (folder / "policy.json").write_bytes(b"{")
+    elif broken == "name unreadable":
+        (folder / "policy.json").unlink()
+        (folder / "policy.json").mkdir()
     else:
         (folder / f"{ref.sha256}.geojson").unlink()
     device.repository.stop()
     device.restart()
     assert device.zones.endpoints("west") == () and device.zones.endpoints("east") == ()
     device.repository.start()
-    if broken == "name":  # which it was, the retained document says, at the next connection
+    if broken == "name unreadable":
+        (folder / "policy.json").rmdir()
+    if broken.startswith("name"):  # which it was, the retained document says, at the next connection
         device.updater.handle(Desired(version=device.version, zones=ref))
     assert device.accepted(ref).endpoints("west") == ("us",)
 

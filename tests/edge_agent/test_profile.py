@@ -43,6 +43,7 @@ def test_an_agent_with_a_profile_says_where_its_time_goes(bench: Bench) -> None:
     last = bench.log().rpartition("in all, profile: ")[2]
     assert last.startswith("20 readings in ")
     assert "us/reading" in last and "  commit " in last
+    assert float(last.partition("uplink (beside)")[2].split()[1]) > 0  # though its thread has ended
 
 
 def test_a_step_is_not_charged_for_the_steps_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,6 +73,25 @@ def test_other_threads_are_not_counted_and_the_functions_come_back() -> None:
         assert [getattr(owner, name) for owner, name, _ in STEPS] != before
         assert all(s == Spent() for s in running.sum().steps.values())
     assert [getattr(owner, name) for owner, name, _ in STEPS] == before
+
+
+def test_a_thread_that_has_ended_counts_as_far_as_it_was_seen() -> None:
+    burnt, ended = threading.Event(), threading.Event()
+
+    def burn() -> None:
+        while time.thread_time() < 0.1:
+            pass
+        burnt.set()
+        ended.wait()
+
+    with Profile() as running:
+        thread = threading.Thread(target=burn, name="uplink")
+        thread.start()
+        burnt.wait()
+        seen = running.sum().beside["uplink"]
+        ended.set()
+        thread.join()
+        assert 0.1 <= seen == running.sum().beside["uplink"]
 
 
 def test_what_was_spent_in_between_is_the_difference() -> None:

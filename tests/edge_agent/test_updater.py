@@ -15,6 +15,8 @@ import msgspec
 import pytest
 from securesystemslib.signer import CryptoSigner
 
+from edge_agent import releases, updater
+from edge_agent.contract.bundle import Limits
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
 from edge_agent.contract.state import BundleRef, Desired, Phase
 from edge_agent.inference import WorkerError
@@ -33,6 +35,8 @@ class Device:
         self.activations: list[Activation | None] = []
         self.reports: list[UpdaterState] = []
         self.bad_models: set[str] = set()
+        self.may_load = threading.Event()
+        self.may_load.set()
         self.updater = self.make()
 
     def make(self) -> Updater:
@@ -46,6 +50,7 @@ class Device:
 
     def _activate(self, activation: Activation | None) -> None:
         self.activations.append(activation)
+        self.may_load.wait(60.0)
         if activation is not None and activation.sha256 in self.bad_models:
             raise WorkerError(Reason.WORKER_DIED, "no memory left")
 
@@ -272,7 +277,7 @@ def test_rollback_activates_the_previous_bundle_without_the_network(device: Devi
 
 
 def test_old_bundle_that_the_disk_does_not_let_go_ends_nothing(device: Device) -> None:
-    (device.store / "bundles" / "lost+found").mkdir()  # nothing that can be unlinked
+    (device.store / "bundles" / "lost+found").mkdir(parents=True)  # nothing that can be unlinked
     first, second = device.repository.add(bundle_of(1)), device.repository.add(bundle_of(2))
     device.desire(1, first, Phase.PROBATION)
     device.desire(2, second, Phase.PROBATION)
@@ -333,6 +338,48 @@ def test_damaged_state_file_is_moved_aside(device: Device) -> None:
     assert (device.store / "state.damaged").exists()
 
 
+def test_state_file_that_the_disk_does_not_give_back_ends_nothing(device: Device) -> None:
+    first, second = device.repository.add(bundle_of(1)), device.repository.add(bundle_of(2))
+    device.desire(5, first, Phase.PROBATION)
+    device.updater.stop()
+    (device.store / "state.json").unlink()
+    (device.store / "state.json").mkdir()  # it can be neither read nor replaced
+    device.restart()
+    assert device.updater.status() == UpdaterState()
+    assert device.desire(6, second, Phase.PROBATION).active == second
+    (device.store / "state.json").rmdir()
+    device.updater.confirm(second.sha256)
+    device.until(6, Phase.ACTIVE)
+    device.restart()
+    assert (device.updater.status().desired_version, device.updater.status().active) == (6, second)
+
+
+def test_model_that_hangs_while_it_loads_does_not_hold_the_start(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(updater, "RESUME_S", 0.2)
+    ref = device.repository.add(bundle_of(1))
+    device.desire(1, ref, Phase.PROBATION)
+    device.may_load.clear()
+    device.bad_models.add(ref.sha256)
+    began = time.monotonic()
+    device.restart()
+    assert time.monotonic() - began < 10.0
+    assert device.updater.alive
+    device.may_load.set()
+    state = device.until(1, Phase.ROLLED_BACK)
+    assert (state.active, state.reason) == (None, Reason.WORKER_DIED)
+
+
+def test_bundle_with_impossible_limits_is_rejected(device: Device) -> None:
+    ref = device.repository.add(bundle_of(1, limits=Limits(memory_mb=-1)))
+    assert "memory_mb -1" in device.rejected(1, ref).detail
+
+
+def test_bundle_without_probation_is_active_at_once(device: Device) -> None:
+    ref = device.repository.add(bundle_of(1, probation_rows=0))
+    assert device.desire(1, ref, Phase.ACTIVE).active == ref
+    assert [a and a.on_probation for a in device.activations] == [False]
+
+
 def test_desired_state_without_bundle_ends_the_model(device: Device) -> None:
     device.desire(1, device.repository.add(bundle_of(1)), Phase.PROBATION)
     state = device.desire(2, None, Phase.IDLE)
@@ -365,6 +412,20 @@ def test_plain_http_beyond_loopback_is_refused(url: str) -> None:
         RepositoryConfig(url, b"")
 
 
+@pytest.mark.parametrize("url", ["https://", "https://[::1", "https://host:port", "https://host:0"])
+def test_url_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"releases\.url"):
+        RepositoryConfig(url, b"")
+
+
+def test_authorities_that_do_not_load_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"releases\.ca_file .*missing\.pem does not load"):
+        RepositoryConfig("https://host", b"", tmp_path / "missing.pem")
+    (tmp_path / "empty.pem").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"releases\.ca_file .*empty\.pem does not load"):
+        RepositoryConfig("https://host", b"", tmp_path / "empty.pem")
+
+
 def fetch(repository: TufRepository, path: Path, ref: BundleRef, **limits: Any) -> bytes:
     return Repository(RepositoryConfig(repository.url, repository.root, **limits), path / "cache").fetch(ref, path / "out")
 
@@ -393,22 +454,41 @@ def test_download_that_breaks_off_is_tried_again_not_rejected(repository: TufRep
         fetch(repository, tmp_path, ref)
 
 
-def test_server_that_drips_is_given_up(tmp_path: Path) -> None:
+def test_answer_that_breaks_off_in_its_head_is_tried_again_not_rejected(tmp_path: Path) -> None:
     made = TufRepository(tmp_path / "repository")
     ref = made.add(bundle_of(1))
     with socket.create_server(("127.0.0.1", 0)) as server:
         made.port = server.getsockname()[1]
-        threading.Thread(target=_drip, args=(server,), daemon=True).start()
+
+        def answer() -> None:
+            peer, _ = server.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(b"HTTP/1.1 200 OK\r\nServer: x\r\nContent-Le")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(UnavailableError, match="does not say where it ends"):
+            fetch(made, tmp_path, ref)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-"], ids=["body", "head"])
+def test_server_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+    monkeypatch.setattr(releases, "HEAD_S_MAX", 0.5)
+    made = TufRepository(tmp_path / "repository")
+    ref = made.add(bundle_of(1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        made.port = server.getsockname()[1]
+        threading.Thread(target=_drip, args=(server, head), daemon=True).start()
         began = time.monotonic()
         with pytest.raises(UnavailableError):
             fetch(made, tmp_path, ref, silence_s_max=1.0, download_s_max=0.5)
         assert time.monotonic() - began < 4.0
 
 
-def _drip(server: socket.socket) -> None:
+def _drip(server: socket.socket, head: bytes) -> None:
     peer, _ = server.accept()
     peer.recv(4096)
-    peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+    peer.sendall(head)
     for _ in range(100):
         try:
             peer.sendall(b"{")
@@ -452,7 +532,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def test_full_disk_holds_nothing_up_and_the_state_is_stored_later(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     ref = device.repository.add(bundle_of(1))
     monkeypatch.setattr("edge_agent.updater.SAVE_RETRY_S", 0.1)
-    (device.store / "state.part").mkdir()  # the state file cannot be written
+    (device.store / "state.part").mkdir(parents=True)  # the state file cannot be written
     device.desire(1, ref, Phase.PROBATION)
     assert device.activations[-1] is not None
     assert not (device.store / "state.json").exists()
