@@ -178,6 +178,13 @@ def test_a_side_of_the_sensors_that_cannot_work_says_what_to_do(tmp_path: Path, 
         load(write(tmp_path, f"{LISTEN}=>{sensors}"))
 
 
+def test_check_refuses_an_endpoint_whose_tls_files_do_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    path = write(tmp_path, '"mqtt://127.0.0.1:18831"=>"mqtts://127.0.0.1:18831"\nca_file = "ca.pem"')
+    assert main(["check", "--config", str(path)]) == 2
+    assert "ca.pem cert=None key=None do not load" in capsys.readouterr().err
+
+
 def test_listening_to_the_network_needs_a_name_and_tls(tmp_path: Path) -> None:
     (tmp_path / "c").touch()
     secure = 'listen = "mqtts://0.0.0.0"\ncert_file = "c"\nkey_file = "c"\n'
