@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -22,12 +23,15 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent.addresses import Tls
 from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.topics import DeviceTopics
 from edge_agent.mqtt import frames, server_frames
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
+from edge_agent.mqtt.link import Connected, EndpointConfig, Link
 from edge_agent.mqtt.listener import Listener, ListenerConfig
 from edge_agent.mqtt.passwords import hash_password
 from edge_agent.mqtt.peer import PeerLimits
 from edge_agent.mqtt.wire import Version, sized, write_text
+from tests.brokers import nats_broker
 from tests.edge_agent.mqtt.certificates import make
 from tests.edge_agent.mqtt.raw_sensor import RawSensor, connect_packet, publish_packet
 
@@ -541,6 +545,41 @@ def test_connections_that_say_nothing_keep_nobody_out() -> None:
                 assert sensor.acks(1) == [1]
             assert "for a newer connection" in bench.listener.status.last_lost  # before `late` leaves, too
             assert sum(s.packet(0.2) == b"" for s in silent[:3]) == 3
+
+
+def test_however_many_sensors_there_are_the_uplink_can_connect(tmp_path: Path) -> None:
+    hold = """
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (1_200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+sensors = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20) for _ in range(1_050)]
+print("there", flush=True)
+sys.stdin.read()
+"""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with nats_broker(tmp_path) as broker, listening(PeerLimits(handshake_s=60.0), connections_max=1_100) as bench:
+            command = [sys.executable, "-c", hold, str(bench.port)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
+                assert crowd.stdout is not None and crowd.stdout.readline() == "there\n"
+                until(lambda: bench.listener.status.connections == 1_050, lambda: bench.listener.status)
+                inbox: SimpleQueue[object] = SimpleQueue()
+                link = Link(EndpointConfig("eu", broker.host, broker.port), DeviceTopics("plane-01"), inbox)
+                link.open()
+                assert isinstance(inbox.get(timeout=WAIT_S), Connected)
+                link.close()
+                crowd.communicate()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_every_listener_gets_its_descriptors() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1_024, before[1]))
+        with listening(connections_max=512), listening(connections_max=512):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256 + 512 + 512
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 CROWD = """
