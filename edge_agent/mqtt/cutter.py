@@ -11,6 +11,7 @@ The two directions differ in their control packets only: `frames.Decoder` reads 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -23,6 +24,8 @@ from edge_agent.mqtt.wire import PUBLISH, FrameError, Version, malformed
 PACKET_BYTES_MAX = 1024 * 1024
 TOPICS_KNOWN_BYTES_MAX = 1024 * 1024
 PROPERTIES_KNOWN_MAX = 256
+ENTRY_BYTES = 150  # what a known topic costs beside its bytes and its text
+PIECES_MAX = 256
 _PUBACK = b"\x40\x02"
 
 P = TypeVar("P")
@@ -94,6 +97,8 @@ class Cutter(Generic[P]):
         if data:
             self._pieces.append(data)
             self._held += len(data)
+            if len(self._pieces) > PIECES_MAX:  # a piece of few bytes costs many times those
+                self._pieces = [b"".join(self._pieces)]
         if self._held < self._need:
             return Frames()
         whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -228,13 +233,15 @@ class Cutter(Generic[P]):
         """As text, checked once per distinct topic; equal topics are one object."""
         if topics and not self._connected:
             raise FrameError(f"PUBLISH before {wire.TYPE_NAMES[self._FIRST]}")
-        new = set(topics).difference(self._topics_known)
-        self._topics_bytes += sum(len(topic) + 200 for topic in new)  # 200: what an entry costs besides
+        known = self._topics_known
+        new = {topic: _topic(topic, self._version) for topic in set(topics).difference(known)}
+        known.update(new)
+        texts = list(map(known.__getitem__, topics))
+        self._topics_bytes += sum(len(topic) + sys.getsizeof(text) + ENTRY_BYTES for topic, text in new.items())
         if self._topics_bytes > self._TOPICS_KNOWN_BYTES_MAX:
-            self._topics_known.clear()
-            self._topics_bytes, new = 0, set(topics)
-        self._topics_known.update((topic, _topic(topic, self._version)) for topic in new)
-        return list(map(self._topics_known.__getitem__, topics))
+            known.clear()
+            self._topics_bytes = 0
+        return texts
 
     def _publish_properties(self, data: bytes, at: int, stop: int) -> int:
         """Check the properties that begin at `at`; returns where the payload begins."""
