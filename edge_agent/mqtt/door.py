@@ -26,7 +26,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.mqtt import server_frames
 from edge_agent.mqtt.passwords import Users
 from edge_agent.mqtt.peer import Peer
-from edge_agent.mqtt.tls import server_context
+from edge_agent.mqtt.tls import ServerTls
 
 if TYPE_CHECKING:
     from edge_agent.addresses import Tls
@@ -48,7 +48,7 @@ class Door:
 
     def __init__(self, tls: Tls | None, users_file: Path | None, wake: Callable[[], None]) -> None:
         """Read the files; ConfigError if they cannot be used."""
-        self._tls = None if tls is None else server_context(tls)
+        self._tls = None if tls is None else ServerTls(tls)
         self._users = None if users_file is None else Users(users_file)
         self._wake = wake
         self._socket: socket.socket | None = None
@@ -122,7 +122,7 @@ class Door:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for clients without MQTT's keepalive
         for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3)):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        return sock if self._tls is None else self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock if self._tls is None else self._tls.context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def ask(self, peer: Peer, packet: server_frames.Connect) -> int | None:
         """Whether a client may come in: 0 if so, else MQTT 5's reason code; None if `answers` will tell."""

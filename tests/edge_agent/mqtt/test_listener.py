@@ -258,6 +258,27 @@ def test_tls_with_and_without_client_certificates(certificates: Path, users: Pat
         until(lambda: "certificate" in bench.listener.status.last_lost.lower(), lambda: bench.listener.status)
 
 
+def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path: Path) -> None:
+    make(tmp_path, "old", "new")
+    shown, key = tmp_path / "shown.pem", tmp_path / "shown.key"
+    trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+
+    def name(port: int) -> str:
+        with RawSensor(port, trusting) as sensor:
+            sensor.connect("x")
+            assert isinstance(sensor.socket, ssl.SSLSocket)
+            return dict(part[0] for part in sensor.socket.getpeercert()["subject"])["commonName"]  # type: ignore[index]
+
+    shown.write_bytes((tmp_path / "old.pem").read_bytes())
+    key.write_bytes((tmp_path / "old.key").read_bytes())
+    with listening(tls=Tls(None, shown, key)) as bench:
+        assert name(bench.port) == "old"
+        shown.write_bytes((tmp_path / "new.pem").read_bytes())  # its key comes a moment later
+        assert name(bench.port) == "old"
+        key.write_bytes((tmp_path / "new.key").read_bytes())
+        assert name(bench.port) == "new"
+
+
 def test_who_connects_and_vanishes_at_once_takes_nobody_along(certificates: Path) -> None:
     tls = Tls(None, certificates / "server.pem", certificates / "server.key")
     trusting = ssl.create_default_context(cafile=certificates / "ca.pem")
