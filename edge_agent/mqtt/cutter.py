@@ -217,8 +217,9 @@ class Cutter(Generic[P]):
         """What holds for control packets of both directions, then `_control`."""
         kind = head >> 4
         if kind == PUBLISH:
-            code = wire.QOS_NOT_SUPPORTED if head & 0x06 == 0x04 else wire.MALFORMED
-            raise malformed(kind, f"flags {head & 15:#x} (QoS 2 was not asked for, QoS 3 and DUP with QoS 0 do not exist)", code)
+            if head & 0x06 == 0x04:
+                raise FrameError("a message with QoS 2, which is not taken here; QoS 0 and 1 are", wire.QOS_NOT_SUPPORTED)
+            raise malformed(kind, f"flags {head & 15:#x} (QoS 3 and DUP with QoS 0 do not exist)")
         if self._connected == (kind == self._FIRST):
             raise FrameError(f"{wire.TYPE_NAMES[kind]} {'twice' if self._connected else f'before {wire.TYPE_NAMES[self._FIRST]}'}")
         if frames.payloads and not self._connected:

@@ -384,7 +384,7 @@ def scripted_broker(*answers: bytes) -> Iterator[tuple[int, list[bytes]]]:
         ([b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x00"], "granted QoS (0,)"),
         ([b"\x20\x02\x00\x00", b"\x90\x03\x00\x02\x01"], "granted QoS"),
         ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "MQTT"),
-        ([b"\x20\x02\x00\x00", b"\x34\x07\x00\x01t\x00\x01xy"], "QoS 2 was not asked for"),
+        ([b"\x20\x02\x00\x00", b"\x34\x07\x00\x01t\x00\x01xy"], "a message with QoS 2, which is not taken here"),
         ([b""], "did not complete the handshake in 0.3 s"),
     ],
 )
