@@ -35,7 +35,7 @@ P = TypeVar("P")
 class Frames(Generic[P]):
     """What one piece of the stream held: publish i is `topics[i]`, `payloads[i]`; `acks` are the PUBACKs of those with QoS 1, in order.
 
-    `more`: whole packets, or an error, may be left over; feed `b""` to get them.
+    `more`: whole packets, or an error, may be left over; feed `b""` to get them. `size`: the bytes that all of it took on the way here.
     """
 
     topics: list[str] = field(default_factory=list)
@@ -43,6 +43,7 @@ class Frames(Generic[P]):
     acks: bytes = b""
     packets: list[P] = field(default_factory=list)
     more: bool = False
+    size: int = field(default=0, compare=False)
 
     def extend(self, later: Frames[P]) -> None:
         """Append what came after."""
@@ -108,7 +109,7 @@ class Cutter(Generic[P]):
         except ContractError:
             self._connected = connected
             return self._before_the_error(whole, packets_max)
-        rest = whole[done:]
+        frames.size, rest = done, whole[done:]
         self._pieces, self._held = [rest] if rest else [], len(rest)
         return frames
 
@@ -126,6 +127,7 @@ class Cutter(Generic[P]):
                 self._error, frames.more = e, True
                 break
             frames.extend(step)
+        frames.size = at
         return frames
 
     def _control(self, head: int, body: bytes, frames: Frames[P]) -> bool:

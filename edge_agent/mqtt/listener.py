@@ -287,9 +287,9 @@ class Listener:
         finally:
             self._crowd.held += peer.decoder.held - before
         if cut.payloads:
-            size = self._open.add(cut.topics, cut.payloads)
-            self._parts.append((peer, cut.acks, size))
-            peer.owe(len(cut.acks) // 4, size)
+            self._open.add(cut.topics, cut.payloads, cut.size)
+            self._parts.append((peer, cut.acks, cut.size))
+            peer.owe(len(cut.acks) // 4, cut.size)
         for packet in cut.packets:
             self._on_packet(peer, packet)
         if peer.state is State.OPEN:

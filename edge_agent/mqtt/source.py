@@ -305,7 +305,7 @@ class _Connection:
         cut = self._decoder.feed(data, self._open.room)
         self._more = cut.more
         if cut.payloads:
-            self._open.add(cut.topics, cut.payloads)
+            self._open.add(cut.topics, cut.payloads, cut.size)
             self._acks.append(cut.acks)
         return cut.packets
 
