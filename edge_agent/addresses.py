@@ -251,8 +251,9 @@ def _address(url: str, where: str) -> tuple[str, str, int]:
         port = parts.port
     except ValueError as e:  # a port that is no number, an open bracket
         raise ConfigError(f"{where} {url!r}: {e}") from e
-    if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-        raise ConfigError(f"{where} {url!r} must be mqtt://HOST:PORT or mqtts://HOST:PORT, without a user")
+    more = parts.username is not None or parts.path.strip("/") or parts.query or parts.fragment
+    if parts.scheme not in PORTS or not parts.hostname or more or port == 0:
+        raise ConfigError(f"{where} {url!r} must be mqtt://HOST:PORT or mqtts://HOST:PORT, without a user, a path or more")
     return parts.scheme, parts.hostname, port or PORTS[parts.scheme]
 
 

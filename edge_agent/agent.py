@@ -43,6 +43,7 @@ from edge_agent.fence import Fence
 from edge_agent.gpsd import Gpsd
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
+from edge_agent.mqtt.tls import tls_context
 from edge_agent.node_state import NodeState
 from edge_agent.policy import PolicyStore
 from edge_agent.policy_updates import PolicyUpdates
@@ -373,6 +374,9 @@ class Agent:
 
 def _uplink_config(config: AgentConfig) -> UplinkConfig:
     uplink = config.settings.uplink
+    for broker in config.endpoints.values():
+        if broker.tls is not None:
+            tls_context(broker.tls)  # every connection reads the files again; here it is said at once if they do not load
     endpoints = tuple(
         EndpointConfig(name, b.host, b.port, b.username, b.password, b.tls, b.keepalive_s) for name, b in config.endpoints.items()
     )

@@ -34,6 +34,7 @@ from edge_agent.uplink import Uplink
 log = logging.getLogger(__name__)
 
 LOCATE_S = 5.0
+PART_BYTES_MAX = BLOCK_BYTES_MAX * 3 // 4  # and one row more, which may be as long as an MQTT packet
 
 Tell = Callable[..., None]
 """Tells the operator: the name of an event, and its fields as text."""
@@ -101,7 +102,7 @@ class DataPath:
         table = readings.table if scores is None else {**readings.table, SCORE: scores}
         contract, lanes = readings.contract, readings.lanes
         drafts = []
-        for code, order in _parts(lanes, len(table)):
+        for code, order in _parts(lanes, table):
             part = table if len(order) == len(lanes) else take(table, order)
             event_us = part[contract.event_time]
             assert isinstance(event_us, np.ndarray)
@@ -134,10 +135,7 @@ class DataPath:
     def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
         for r in rejected:
             self.metrics.rejected.labels(r.reason.value).inc()
-        lanes = sorted({r.lane for r in rejected})
-        return [self._quarantine_draft(lane, [r for r in rejected if r.lane == lane], received_us) for lane in lanes]
-
-    def _quarantine_draft(self, lane: str, rejected: list[Rejected], received_us: int) -> Draft:
+        lanes = Strings.of([r.lane for r in rejected])
         table: Table = {
             "captured_at": np.full(len(rejected), received_us, np.int64),
             "topic": Strings.of([r.topic for r in rejected]),
@@ -145,8 +143,13 @@ class DataPath:
             "detail": Strings.of([r.detail for r in rejected]),
             "payload": Strings.of([to_text(r.payload, treated=r.treated) for r in rejected]),
         }
+        return [
+            self._quarantine_draft(lanes.values[code], take(table, rows), len(rows), received_us) for code, rows in _parts(lanes, table)
+        ]
+
+    def _quarantine_draft(self, lane: str, table: Table, rows: int, received_us: int) -> Draft:
         quality, stream, version = self.fence.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
-        return Draft(lane, stream, version, quality, self.fence.policy, table, len(rejected), received_us, received_us)
+        return Draft(lane, stream, version, quality, self.fence.policy, table, rows, received_us, received_us)
 
     def _count(self, batch: Batch, taken: Intaken, stored: list[StoredBlock], seconds: float) -> None:
         for block in stored:
@@ -160,10 +163,19 @@ class DataPath:
         self.metrics.batch_seconds.observe(seconds)
 
 
-def _parts(lanes: Strings, columns: int) -> Iterator[tuple[int, Ints]]:
-    """The rows of each lane, in parts that fit a block even where nothing compresses: one Sparkplug message may give many readings."""
-    rows_max = min(ROWS_MAX, BLOCK_BYTES_MAX // 8 // (columns + 2))
+def _parts(lanes: Strings, table: Table) -> Iterator[tuple[int, Ints]]:
+    """The rows of each lane, in parts that fit a block even where nothing compresses: one message may give many readings, or long texts."""
+    sizes = _row_bytes(table, len(lanes))
     for code in np.unique(lanes.codes).tolist():
         order = np.flatnonzero(lanes.codes == code)
-        for start in range(0, len(order), rows_max):
-            yield code, order[start : start + rows_max]
+        part = (np.cumsum(sizes[order]) - sizes[order]) // PART_BYTES_MAX
+        yield from ((code, rows) for rows in np.split(order, np.flatnonzero(np.diff(part)) + 1))
+
+
+def _row_bytes(table: Table, rows: int) -> Ints:
+    """What each row takes in a block at most; so much at least that ROWS_MAX of them make a part."""
+    sizes = np.full(rows, max(8 * (len(table) + 2), PART_BYTES_MAX // ROWS_MAX), np.int64)
+    for column in table.values():
+        if isinstance(column, Strings):
+            sizes += np.fromiter(map(len, map(str.encode, column.values)), np.int64, len(column.values))[column.codes]
+    return sizes

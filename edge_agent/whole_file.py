@@ -1,6 +1,7 @@
 """Files that are read whole and replaced whole: a power cut leaves the old one or the new one.
 
 replace_whole(path, data)
+if stamp(path) != before: ...
 with mapped(path) as view: ...
 """
 
@@ -26,6 +27,15 @@ def replace_whole(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     part.replace(path)
     sync(path.parent)
+
+
+def stamp(path: Path | None) -> tuple[int, int, int]:
+    """What is another one once the file has been replaced or written; zeros while it is not there: who reads it then says what is wrong."""
+    with contextlib.suppress(OSError):
+        if path is not None:
+            found = path.stat()
+            return found.st_mtime_ns, found.st_size, found.st_ino
+    return 0, 0, 0
 
 
 def sync(path: Path) -> None:

@@ -11,6 +11,7 @@ The two directions differ in their control packets only: `frames.Decoder` reads 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -23,6 +24,8 @@ from edge_agent.mqtt.wire import PUBLISH, FrameError, Version, malformed
 PACKET_BYTES_MAX = 1024 * 1024
 TOPICS_KNOWN_BYTES_MAX = 1024 * 1024
 PROPERTIES_KNOWN_MAX = 256
+ENTRY_BYTES = 150  # what a known topic costs beside its bytes and its text
+PIECES_MAX = 256
 _PUBACK = b"\x40\x02"
 
 P = TypeVar("P")
@@ -32,7 +35,7 @@ P = TypeVar("P")
 class Frames(Generic[P]):
     """What one piece of the stream held: publish i is `topics[i]`, `payloads[i]`; `acks` are the PUBACKs of those with QoS 1, in order.
 
-    `more`: whole packets, or an error, may be left over; feed `b""` to get them.
+    `more`: whole packets, or an error, may be left over; feed `b""` to get them. `size`: the bytes that all of it took on the way here.
     """
 
     topics: list[str] = field(default_factory=list)
@@ -40,6 +43,7 @@ class Frames(Generic[P]):
     acks: bytes = b""
     packets: list[P] = field(default_factory=list)
     more: bool = False
+    size: int = field(default=0, compare=False)
 
     def extend(self, later: Frames[P]) -> None:
         """Append what came after."""
@@ -94,6 +98,8 @@ class Cutter(Generic[P]):
         if data:
             self._pieces.append(data)
             self._held += len(data)
+            if len(self._pieces) > PIECES_MAX:  # a piece of few bytes costs many times those
+                self._pieces = [b"".join(self._pieces)]
         if self._held < self._need:
             return Frames()
         whole = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
@@ -103,7 +109,7 @@ class Cutter(Generic[P]):
         except ContractError:
             self._connected = connected
             return self._before_the_error(whole, packets_max)
-        rest = whole[done:]
+        frames.size, rest = done, whole[done:]
         self._pieces, self._held = [rest] if rest else [], len(rest)
         return frames
 
@@ -121,6 +127,7 @@ class Cutter(Generic[P]):
                 self._error, frames.more = e, True
                 break
             frames.extend(step)
+        frames.size = at
         return frames
 
     def _control(self, head: int, body: bytes, frames: Frames[P]) -> bool:
@@ -212,8 +219,9 @@ class Cutter(Generic[P]):
         """What holds for control packets of both directions, then `_control`."""
         kind = head >> 4
         if kind == PUBLISH:
-            code = wire.QOS_NOT_SUPPORTED if head & 0x06 == 0x04 else wire.MALFORMED
-            raise malformed(kind, f"flags {head & 15:#x} (QoS 2 was not asked for, QoS 3 and DUP with QoS 0 do not exist)", code)
+            if head & 0x06 == 0x04:
+                raise FrameError("a message with QoS 2, which is not taken here; QoS 0 and 1 are", wire.QOS_NOT_SUPPORTED)
+            raise malformed(kind, f"flags {head & 15:#x} (QoS 3 and DUP with QoS 0 do not exist)")
         if self._connected == (kind == self._FIRST):
             raise FrameError(f"{wire.TYPE_NAMES[kind]} {'twice' if self._connected else f'before {wire.TYPE_NAMES[self._FIRST]}'}")
         if frames.payloads and not self._connected:
@@ -228,13 +236,15 @@ class Cutter(Generic[P]):
         """As text, checked once per distinct topic; equal topics are one object."""
         if topics and not self._connected:
             raise FrameError(f"PUBLISH before {wire.TYPE_NAMES[self._FIRST]}")
-        new = set(topics).difference(self._topics_known)
-        self._topics_bytes += sum(len(topic) + 200 for topic in new)  # 200: what an entry costs besides
+        known = self._topics_known
+        new = {topic: _topic(topic, self._version) for topic in set(topics).difference(known)}
+        known.update(new)
+        texts = list(map(known.__getitem__, topics))
+        self._topics_bytes += sum(len(topic) + sys.getsizeof(text) + ENTRY_BYTES for topic, text in new.items())
         if self._topics_bytes > self._TOPICS_KNOWN_BYTES_MAX:
-            self._topics_known.clear()
-            self._topics_bytes, new = 0, set(topics)
-        self._topics_known.update((topic, _topic(topic, self._version)) for topic in new)
-        return list(map(self._topics_known.__getitem__, topics))
+            known.clear()
+            self._topics_bytes = 0
+        return texts
 
     def _publish_properties(self, data: bytes, at: int, stop: int) -> int:
         """Check the properties that begin at `at`; returns where the payload begins."""

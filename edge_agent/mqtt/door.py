@@ -2,13 +2,17 @@
 
 - Passwords are hashed in a thread of their own, at most CHECKS_MAX wait for it; meanwhile only the client that asked waits.
 - What the standard wants refused whoever asks is refused before that.
+- The sockets of clients have descriptors from DESCRIPTORS_ELSEWHERE on: those below stay for the rest of the agent, however many
+  clients there are, and for paho, which waits with select() and so can use no number above 1023.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import functools
 import logging
+import os
 import resource
 import socket
 import ssl
@@ -16,13 +20,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.mqtt import server_frames
 from edge_agent.mqtt.passwords import Users
 from edge_agent.mqtt.peer import Peer
-from edge_agent.mqtt.tls import server_context
+from edge_agent.mqtt.tls import ServerTls
 
 if TYPE_CHECKING:
     from edge_agent.addresses import Tls
@@ -44,7 +48,7 @@ class Door:
 
     def __init__(self, tls: Tls | None, users_file: Path | None, wake: Callable[[], None]) -> None:
         """Read the files; ConfigError if they cannot be used."""
-        self._tls = None if tls is None else server_context(tls)
+        self._tls = None if tls is None else ServerTls(tls)
         self._users = None if users_file is None else Users(users_file)
         self._wake = wake
         self._socket: socket.socket | None = None
@@ -59,7 +63,7 @@ class Door:
             ConfigError: the address cannot be had.
             UnavailableError: the address is not there (yet).
         """
-        _have_descriptors(connections_max + DESCRIPTORS_ELSEWHERE)
+        _have_descriptors(connections_max)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             both = host == "::" and socket.has_dualstack_ipv6()
@@ -99,7 +103,7 @@ class Door:
         assert self._socket is not None
         for _ in range(ACCEPTS_MAX):
             try:
-                sock, (host, port, *_) = self._socket.accept()
+                sock, (host, port, *_) = _accept_high(self._socket)
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
@@ -118,7 +122,7 @@ class Door:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for clients without MQTT's keepalive
         for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 20), (socket.TCP_KEEPCNT, 3)):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
-        return sock if self._tls is None else self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return sock if self._tls is None else self._tls.context().wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
 
     def ask(self, peer: Peer, packet: server_frames.Connect) -> int | None:
         """Whether a client may come in: 0 if so, else MQTT 5's reason code; None if `answers` will tell."""
@@ -175,10 +179,25 @@ def _unfit(packet: server_frames.Connect) -> int:
     return 0
 
 
-def _have_descriptors(count: int) -> None:
-    """Let the process have so many files and sockets open."""
+def _accept_high(listening: socket.socket) -> tuple[socket.socket, Any]:
+    """The next connection, with a descriptor from DESCRIPTORS_ELSEWHERE on. That is had first: without one the connection waits."""
+    high = fcntl.fcntl(listening, fcntl.F_DUPFD_CLOEXEC, DESCRIPTORS_ELSEWHERE)
+    try:
+        low, address = listening.accept()
+        with low:
+            os.dup2(low.fileno(), high, inheritable=False)
+    except BaseException:
+        os.close(high)
+        raise
+    return socket.socket(listening.family, listening.type, fileno=high), address
+
+
+def _have_descriptors(connections_max: int) -> None:
+    """Let the process have so many more sockets open than it may have now: there may be other listeners."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < count:
+    count, limited = DESCRIPTORS_ELSEWHERE + connections_max, hard != resource.RLIM_INFINITY
+    if limited and hard < count:
         raise ConfigError(f"sensors: connections_max needs {count} open files, the system allows {hard}; set LimitNOFILE= in the unit")
-    if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+    if soft != resource.RLIM_INFINITY:
+        more = soft + connections_max
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(more, hard) if limited else more, hard))

@@ -81,17 +81,15 @@ class OpenBatch:
         """How many messages may come yet; 0 when full."""
         return 0 if self._bytes >= self._limits.bytes_max else max(0, self._limits.rows_max - len(self.payloads))
 
-    def add(self, topics: list[str], payloads: list[bytes]) -> int:
-        """Append messages, received now; returns their bytes."""
+    def add(self, topics: list[str], payloads: list[bytes], size: int) -> None:
+        """Append messages of so many bytes together, received now."""
         self._added = time.monotonic()
         if not self.payloads:
             self._opened = self._added
         self.received_us = time.time_ns() // 1_000
         self.topics += topics
         self.payloads += payloads
-        size = sum(map(len, payloads)) + sum(map(len, topics))
         self._bytes += size
-        return size
 
     def due_s(self, now: float) -> float:
         """Seconds until it is old enough; infinite while it is empty."""

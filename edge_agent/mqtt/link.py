@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.topics import DeviceTopics
 from edge_agent.mqtt.tls import tls_context
 
@@ -139,8 +139,6 @@ class Link:
         client.connect_timeout = CONNECT_TIMEOUT_S
         if self.endpoint.username is not None:
             client.username_pw_set(self.endpoint.username, self.endpoint.password)
-        if self.endpoint.tls is not None:
-            client.tls_set_context(tls_context(self.endpoint.tls))
         client.on_connect = _weakly(self._on_connect)
         client.on_disconnect = _weakly(self._on_disconnect)
         client.on_subscribe = _weakly(self._on_subscribe)
@@ -151,8 +149,10 @@ class Link:
 
     def _connect(self) -> None:
         try:
+            if self.endpoint.tls is not None:  # read anew each time: certificates are renewed, and not all their files at once
+                self._client.tls_set_context(tls_context(self.endpoint.tls))
             self._client.connect(self.endpoint.host, self.endpoint.port, self.endpoint.keepalive_s)
-        except (OSError, ValueError) as e:  # ValueError: paho found no usable address or certificate
+        except (OSError, ValueError, ConfigError) as e:  # ValueError: paho found no usable address
             self._end(f"cannot connect to {self.endpoint.host}:{self.endpoint.port}: {e}")
             return
         self._client.loop_start()
@@ -196,7 +196,12 @@ class Link:
         self._put(Acked(self, mid))
 
     def _on_message(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
-        self._put(Message(self, message.topic, bytes(message.payload)))
+        try:
+            topic = message.topic
+        except UnicodeDecodeError as e:  # raised here, it would end paho's thread, and nobody would know
+            self._end(f"the broker breaks the protocol: a topic is not UTF-8: {e.object[:32]!r}")
+            return
+        self._put(Message(self, topic, bytes(message.payload)))
 
 
 def _weakly(method: Callable[..., None]) -> Callable[..., None]:

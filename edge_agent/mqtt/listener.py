@@ -7,7 +7,7 @@
   Passwords are hashed in a thread of their own; meanwhile only that client waits.
 - A client that connects again under its client id ends its older connection; another user's client of that id stays.
 - Messages of all clients share one open batch; how it is handed over is the inlet's rule. Back-pressure: while the inlet has no room and
-  the batch is full, no client is read, and none is blamed for its silence.
+  the batch is full, no client is read, and none is blamed for its silence; nor is it when this thread itself was kept from reading.
 - Every client has limits (`PeerLimits`), all of them together too; who breaks one, or the protocol, goes alone. What came before is kept.
 - The thread waits in one place, always with a limit. Two epoll sets lie inside one poll: leaving one out stops reading all clients.
 """
@@ -181,7 +181,10 @@ class Listener:
                     sock.close()
                     self._refuse(f"{address}: there are {len(self._crowd)} connections already (connections_max)")
                     continue
-                self._crowd.add(Peer(sock, address, time.monotonic(), self._config.peer))
+                now = time.monotonic()
+                if not len(self._crowd):
+                    self._next_check = now  # nobody was to be looked at until now
+                self._crowd.add(Peer(sock, address, now, self._config.peer))
                 self._status = replace(self._status, accepted=self._status.accepted + 1)
         except UnavailableError as e:  # others need file descriptors and memory too, so wait
             self._say(str(e))
@@ -284,9 +287,9 @@ class Listener:
         finally:
             self._crowd.held += peer.decoder.held - before
         if cut.payloads:
-            size = self._open.add(cut.topics, cut.payloads)
-            self._parts.append((peer, cut.acks, size))
-            peer.owe(len(cut.acks) // 4, size)
+            self._open.add(cut.topics, cut.payloads, cut.size)
+            self._parts.append((peer, cut.acks, cut.size))
+            peer.owe(len(cut.acks) // 4, cut.size)
         for packet in cut.packets:
             self._on_packet(peer, packet)
         if peer.state is State.OPEN:
@@ -342,9 +345,12 @@ class Listener:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        if now < self._next_check:
+        late_s = now - self._next_check
+        if late_s < 0:
             return
         self._next_check = now + CHECK_S
+        if late_s > CHECK_S:  # this thread did not run, or was busy with others: what has come lies unread
+            self._crowd.resume(late_s)
         if self._accept_again and now >= self._accept_again:
             self._accept_again = 0.0
             self._poll.register(self._door.fileno(), select.POLLIN)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import hashlib
 import hmac
 import logging
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.contract.errors import ConfigError
+from edge_agent.whole_file import stamp
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def set_password(file: Path, user: str, password: str) -> bool:
     Raises:
         ConfigError: the name or the password cannot be used, or the file not be read or written.
     """
-    if not user or len(user) > USER_CHARACTERS_MAX or user != user.strip() or user.startswith("#") or set(user) & set(":\r\n\0"):
+    one_line = user.splitlines() == [user]  # there are more line ends than those of a keyboard
+    if not one_line or len(user) > USER_CHARACTERS_MAX or user != user.strip() or user.startswith("#") or set(user) & set(":\0"):
         raise ConfigError(f"user {user!r} must have 1 to {USER_CHARACTERS_MAX} characters, no colon or line end, no blank or # in front")
     line = f"{user}:{hash_password(password)}"
     try:
@@ -95,7 +96,7 @@ class Users:
         self._key = secrets.token_bytes(32)
         self._lock = threading.Lock()
         self._proved: dict[str, bytes] = {}
-        self._stamp = _stamp(file)
+        self._stamp = stamp(file)
         self._users = _read(file)
 
     def known(self, user: str, password: bytes) -> bool:
@@ -122,10 +123,10 @@ class Users:
         return hmac.digest(self._key, b"%d:" % len(password) + password + user.encode(), "sha256")
 
     def _reload(self) -> None:
-        stamp = _stamp(self._file)
-        if stamp == self._stamp:
+        now = stamp(self._file)
+        if now == self._stamp:
             return
-        self._stamp = stamp
+        self._stamp = now
         try:
             users = _read(self._file)
         except ConfigError as e:
@@ -135,13 +136,6 @@ class Users:
             self._proved = {u: p for u, p in self._proved.items() if u in users and users[u] == self._users.get(u)}
             self._users = users
         log.info("users file read users=%d", len(users))
-
-
-def _stamp(file: Path) -> tuple[int, int, int]:
-    with contextlib.suppress(OSError):  # reading it says what is wrong
-        found = file.stat()
-        return found.st_mtime_ns, found.st_size, found.st_ino
-    return 0, 0, 0
 
 
 def _read(file: Path) -> dict[str, _Hash]:

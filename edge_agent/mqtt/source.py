@@ -89,7 +89,8 @@ class Source:
     def __init__(self, config: SourceConfig, inlet: Inlet) -> None:
         self._config = config
         self._inlet = inlet
-        self._tls = None if config.tls is None else tls_context(config.tls)
+        if config.tls is not None:
+            tls_context(config.tls)  # every connection reads the files again; here it is said at once if they do not load
         self._status = SourceStatus()
         self._thread = SideThread("source", self._run, inlet)
 
@@ -128,7 +129,7 @@ class Source:
 
     def _connect_and_read(self) -> None:
         inlet = self._inlet
-        with contextlib.closing(_Connection(self._config, self._tls, self._thread.wake, inlet)) as connection:
+        with contextlib.closing(_Connection(self._config, self._thread.wake, inlet)) as connection:
             while not self._thread.stopping.is_set():
                 for packet in connection.step(hungry=inlet.hungry):
                     self._on_packet(packet, connection)
@@ -169,7 +170,7 @@ class _Connection:
     Only `send` may be called from other threads.
     """
 
-    def __init__(self, config: SourceConfig, tls: ssl.SSLContext | None, wake: Wake, inlet: Inlet) -> None:
+    def __init__(self, config: SourceConfig, wake: Wake, inlet: Inlet) -> None:
         self._config = config
         self._limits = inlet.limits
         self._wake = wake
@@ -192,7 +193,7 @@ class _Connection:
             password=config.password,
             session_expiry_s=config.session_expiry_s,
         )
-        self._socket = _open_socket(config, tls)
+        self._socket = _open_socket(config)
         self._heard = self._sent = time.monotonic()
         self._deadline = self._heard + config.connect_timeout_s
 
@@ -304,7 +305,7 @@ class _Connection:
         cut = self._decoder.feed(data, self._open.room)
         self._more = cut.more
         if cut.payloads:
-            self._open.add(cut.topics, cut.payloads)
+            self._open.add(cut.topics, cut.payloads, cut.size)
             self._acks.append(cut.acks)
         return cut.packets
 
@@ -362,8 +363,9 @@ class _Connection:
             self._pinged = now if self._pinged is None else self._pinged
 
 
-def _open_socket(config: SourceConfig, tls: ssl.SSLContext | None) -> socket.socket:
+def _open_socket(config: SourceConfig) -> socket.socket:
     try:
+        tls = None if config.tls is None else tls_context(config.tls)
         raw = socket.create_connection((config.host, config.port), config.connect_timeout_s)
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -371,7 +373,7 @@ def _open_socket(config: SourceConfig, tls: ssl.SSLContext | None) -> socket.soc
         except BaseException:
             raw.close()
             raise
-    except (OSError, ValueError) as e:  # ValueError: a host name that cannot be encoded
+    except (OSError, ValueError, ConfigError) as e:  # ValueError: a host name that cannot be encoded; ConfigError: files being renewed
         raise UnavailableError(f"broker {config.host}:{config.port} is not reachable: {e}") from e
     wrapped.setblocking(False)
     return wrapped

@@ -98,6 +98,23 @@ def test_sensors_connect_to_the_agent_itself_with_password_over_tls(tmp_path: Pa
         assert "Traceback" not in device.log()
 
 
+def test_a_batch_that_fits_no_block_is_stored_in_several(tmp_path: Path, seed: int) -> None:
+    """Topics as long as MQTT allows, of characters that take four bytes and cannot be compressed: no sensor's message ends the agent."""
+    rng, port = random.Random(seed), free_port()
+    topics = ["".join(map(chr, rng.choices(range(0x10000, 0x110000), k=16_000))) for _ in range(240)]
+    with gateway(tmp_path, f'[flush]\nms_max = 3000.0\n[sensors]\nlisten = "mqtt://127.0.0.1:{port}"') as device:
+        device.start()
+        with socket.create_connection(("127.0.0.1", port), 20) as hostile:
+            hostile.sendall(connect_packet("hostile") + b"".join(publish_packet(b"", n + 1, topic=t) for n, t in enumerate(topics)))
+            hostile.settimeout(60)
+            answer = b""
+            while len(answer) < 4 + 4 * len(topics):
+                answer += hostile.recv(4_096) or b"closed" * 1_000
+            assert b"closed" not in answer
+        wait_for(lambda: len(device.cloud.quarantined()) == len(topics), device.log)
+        assert device.kill(signal.SIGTERM) == 0
+
+
 class StubbornSensor:
     """Publishes cycles, keeps those without PUBACK, and sends them again (DUP) after every loss of its connection."""
 

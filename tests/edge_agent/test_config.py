@@ -173,6 +173,8 @@ LISTEN = 'url = "mqtt://127.0.0.1:1883"\nsubscribe = "sensors/plane-01/#"'
         ('url = "mqtt://h"\nsubscribe = "sensors/{pump}/#"', r"is no filter; write \+ for a level that varies"),
         ('url = "mqtt://h"\nsubscribe = "$share/x"', r"\$share/GROUP/FILTER to share"),
         ('listen = "tcp://127.0.0.1"', "listen 'tcp://127.0.0.1' must be mqtt://HOST:PORT"),
+        ('listen = "mqtt://127.0.0.1:0"', "listen 'mqtt://127.0.0.1:0' must be mqtt://HOST:PORT"),
+        ('url = "mqtt://h/sensors/#"\nsubscribe = "#"', "url 'mqtt://h/sensors/#' must be .* without a user, a path or more"),
         ('listen = "mqtt://127.0.0.1"\nconnections_max = 0', "connections_max"),
         ('url = "mqtt://h"\nsubscribe = "#"\nusers_file = "c"', "users_file belongs to listen"),
         (
@@ -185,6 +187,13 @@ def test_a_side_of_the_sensors_that_cannot_work_says_what_to_do(tmp_path: Path, 
     (tmp_path / "c").touch()
     with pytest.raises(ConfigError, match=says):
         load(write(tmp_path, f"{LISTEN}=>{sensors}"))
+
+
+def test_check_refuses_an_endpoint_whose_tls_files_do_not_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ca.pem").write_text("no certificate")
+    path = write(tmp_path, '"mqtt://127.0.0.1:18831"=>"mqtts://127.0.0.1:18831"\nca_file = "ca.pem"')
+    assert main(["check", "--config", str(path)]) == 2
+    assert "ca.pem cert=None key=None do not load" in capsys.readouterr().err
 
 
 def test_listening_to_the_network_needs_a_name_and_tls(tmp_path: Path) -> None:

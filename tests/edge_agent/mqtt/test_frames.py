@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_agent.contract.errors import ContractError
-from edge_agent.mqtt import frames
-from edge_agent.mqtt.frames import ConnAck, Decoder, Disconnect, Frames, PingResp, SubAck, Version
+from edge_agent.mqtt import frames, server_frames
+from edge_agent.mqtt.frames import ConnAck, Decoder, Disconnect, Frames, PingResp, SubAck, Version, connect
 from tests.edge_agent.mqtt.packets import pubacks
 
 CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
@@ -235,6 +236,37 @@ def test_many_topics_are_forgotten_again() -> None:
         got = decoder.feed(b"".join(publish(4, f"{n}/{m}/" + "x" * 1_000, b"") for m in range(10)))
         assert got.topics[3].startswith(f"{n}/3/")
     assert sum(map(len, decoder._topics_known)) <= frames.TOPICS_KNOWN_BYTES_MAX
+
+
+def test_known_topics_cost_a_client_no_more_than_their_limit() -> None:
+    """Long topics in one piece, wide in memory; each in a piece of its own; short ones."""
+    for topics in (
+        [[f"{n}\U0001f600" + "x" * 60_000 for n in range(4)]],
+        [[f"{n}\U0001f600" + "x" * 10_000] for n in range(20)],
+        [[f"{n}/t" for n in range(5_000)]],
+    ):
+        decoder = server_frames.Decoder()
+        decoder.feed(connect(4, "c", 30))
+        tracemalloc.start()
+        try:
+            for piece in topics:
+                assert decoder.feed(b"".join(publish(4, topic, b"") for topic in piece)).topics == piece
+            assert tracemalloc.get_traced_memory()[0] < 150_000
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_packet_in_many_small_pieces_costs_little_more_than_its_bytes() -> None:
+    decoder = connected(4)
+    raw = publish(4, "t", b"x" * 200_000)
+    tracemalloc.start()
+    try:
+        for at in range(0, 150_000, 2):
+            decoder.feed(raw[at : at + 2])
+        assert decoder.held == 150_000 and tracemalloc.get_traced_memory()[0] < 250_000
+    finally:
+        tracemalloc.stop()
+    assert decoder.feed(raw[150_000:]).payloads == [b"x" * 200_000]
 
 
 def test_equal_topics_are_one_object() -> None:

@@ -29,7 +29,7 @@ def fill(batch: OpenBatch, clock: Clock, rows: int, every_s: float, until_s: flo
     """Add so many rows each `every_s` until the batch is ready; how long it was open."""
     start = clock.now
     while clock.now - start < until_s:
-        batch.add(["t"] * rows, [b"x"] * rows)
+        batch.add(["t"] * rows, [b"x"] * rows, 2 * rows)
         if batch.ready(hungry=True):
             break
         clock.now += every_s
@@ -39,10 +39,10 @@ def fill(batch: OpenBatch, clock: Clock, rows: int, every_s: float, until_s: flo
 def test_few_messages_wait_for_their_time_and_no_longer(clock: Clock) -> None:
     batch = OpenBatch(BatchLimits(ms=12.0))
     assert batch.due_s(clock.now) == float("inf") and not batch.ready(hungry=True)
-    batch.add(["t"], [b"x"])
+    batch.add(["t"], [b"x"], 2)
     assert batch.due_s(clock.now) == pytest.approx(0.012)
     clock.now += 0.0119
-    batch.add(["t"] * (FAST_ROWS - 2), [b"x"] * (FAST_ROWS - 2))
+    batch.add(["t"] * (FAST_ROWS - 2), [b"x"] * (FAST_ROWS - 2), 2 * FAST_ROWS)
     assert not batch.ready(hungry=True)
     clock.now += 0.0002
     assert batch.ready(hungry=True) and not batch.ready(hungry=False)

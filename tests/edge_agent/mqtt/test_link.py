@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from edge_agent.addresses import Tls
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.topics import DeviceTopics
 from edge_agent.mqtt.link import Acked, Connected, EndpointConfig, Link, Lost, Message
 from tests.brokers import Broker, User, nats_broker
+from tests.certificates import Authority
 from tests.servers import free_port
 
 TOPICS = DeviceTopics("plane-01")
@@ -98,6 +100,31 @@ def test_server_that_never_answers_can_be_aborted() -> None:
         assert inbox.get(timeout=1) == Lost(link, "no CONNACK")
         accepted.close()
         assert nothing_more(inbox)
+
+
+def test_tls_files_that_are_being_renewed_end_the_link_and_no_more(tmp_path: Path) -> None:
+    eu, us = (Authority(tmp_path).issue(name) for name in ("eu", "us"))
+    inbox: SimpleQueue[Any] = SimpleQueue()
+    for tls in (Tls(eu.ca, eu.certificate, us.key), Tls(tmp_path / "not there yet")):
+        link = Link(EndpointConfig("eu", "127.0.0.1", free_port(), tls=tls), TOPICS, inbox)
+        link.open()
+        event = inbox.get(timeout=5)
+        assert isinstance(event, Lost) and "do not load" in event.reason
+
+
+def test_a_broker_that_breaks_the_protocol_ends_the_link() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        inbox: SimpleQueue[Any] = SimpleQueue()
+        link = Link(EndpointConfig("eu", "127.0.0.1", server.getsockname()[1]), TOPICS, inbox)
+        link.open()
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.sendall(b"\x20\2\0\0" + b"\x30\4\0\1\xff5")
+            assert isinstance(inbox.get(timeout=5), Connected)
+            event = inbox.get(timeout=5)
+            assert isinstance(event, Lost) and "not UTF-8" in event.reason
+            link.close()
+            assert nothing_more(inbox)
 
 
 def test_killed_broker_is_noticed_at_once_and_publishing_fails(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -22,12 +23,15 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 
 from edge_agent.addresses import Tls
 from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.topics import DeviceTopics
 from edge_agent.mqtt import frames, server_frames
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
+from edge_agent.mqtt.link import Connected, EndpointConfig, Link
 from edge_agent.mqtt.listener import Listener, ListenerConfig
 from edge_agent.mqtt.passwords import hash_password
 from edge_agent.mqtt.peer import PeerLimits
 from edge_agent.mqtt.wire import Version, sized, write_text
+from tests.brokers import nats_broker
 from tests.edge_agent.mqtt.certificates import make
 from tests.edge_agent.mqtt.raw_sensor import RawSensor, connect_packet, publish_packet
 
@@ -254,6 +258,27 @@ def test_tls_with_and_without_client_certificates(certificates: Path, users: Pat
         until(lambda: "certificate" in bench.listener.status.last_lost.lower(), lambda: bench.listener.status)
 
 
+def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path: Path) -> None:
+    make(tmp_path, "old", "new")
+    shown, key = tmp_path / "shown.pem", tmp_path / "shown.key"
+    trusting = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+
+    def name(port: int) -> str:
+        with RawSensor(port, trusting) as sensor:
+            sensor.connect("x")
+            assert isinstance(sensor.socket, ssl.SSLSocket)
+            return dict(part[0] for part in sensor.socket.getpeercert()["subject"])["commonName"]  # type: ignore[index]
+
+    shown.write_bytes((tmp_path / "old.pem").read_bytes())
+    key.write_bytes((tmp_path / "old.key").read_bytes())
+    with listening(tls=Tls(None, shown, key)) as bench:
+        assert name(bench.port) == "old"
+        shown.write_bytes((tmp_path / "new.pem").read_bytes())  # its key comes a moment later
+        assert name(bench.port) == "old"
+        key.write_bytes((tmp_path / "new.key").read_bytes())
+        assert name(bench.port) == "new"
+
+
 def test_who_connects_and_vanishes_at_once_takes_nobody_along(certificates: Path) -> None:
     tls = Tls(None, certificates / "server.pem", certificates / "server.key")
     trusting = ssl.create_default_context(cafile=certificates / "ca.pem")
@@ -467,6 +492,26 @@ def test_a_silent_client_is_given_up_after_one_and_a_half_keepalives() -> None:
         until(lambda: bench.listener.status.connections == 1)
 
 
+def test_who_was_not_read_because_the_listener_did_not_run_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = Inlet.put
+
+    def stalled(inlet: Inlet, batch: Batch) -> None:
+        if batch.payloads == [b"first"]:
+            time.sleep(2.5)  # as on a machine that has no time for it
+        put(inlet, batch)
+
+    monkeypatch.setattr(Inlet, "put", stalled)
+    with listening(batches=BatchLimits(rows_max=1)) as bench, contextlib.ExitStack() as stack:
+        first, *others = (stack.enter_context(bench.sensor(f"s{n}", keepalive_s=1)) for n in range(4))
+        first.publish(b"first", 1)
+        time.sleep(0.5)  # it stands still now
+        for sensor in others:
+            sensor.publish(b"meanwhile", 1)
+        for sensor in (first, *others):
+            assert sensor.acks(1) == [1]
+        assert bench.listener.status.last_lost == ""
+
+
 def test_who_reads_no_answers_is_closed() -> None:
     with listening(PeerLimits(outbox_bytes_max=10_000)) as bench, bench.sensor("good") as good:
         flood = bench.sensor("flood")
@@ -541,6 +586,41 @@ def test_connections_that_say_nothing_keep_nobody_out() -> None:
                 assert sensor.acks(1) == [1]
             assert "for a newer connection" in bench.listener.status.last_lost  # before `late` leaves, too
             assert sum(s.packet(0.2) == b"" for s in silent[:3]) == 3
+
+
+def test_however_many_sensors_there_are_the_uplink_can_connect(tmp_path: Path) -> None:
+    hold = """
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (1_200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+sensors = [socket.create_connection(("127.0.0.1", int(sys.argv[1])), 20) for _ in range(1_050)]
+print("there", flush=True)
+sys.stdin.read()
+"""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with nats_broker(tmp_path) as broker, listening(PeerLimits(handshake_s=60.0), connections_max=1_100) as bench:
+            command = [sys.executable, "-c", hold, str(bench.port)]
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
+                assert crowd.stdout is not None and crowd.stdout.readline() == "there\n"
+                until(lambda: bench.listener.status.connections == 1_050, lambda: bench.listener.status)
+                inbox: SimpleQueue[object] = SimpleQueue()
+                link = Link(EndpointConfig("eu", broker.host, broker.port), DeviceTopics("plane-01"), inbox)
+                link.open()
+                assert isinstance(inbox.get(timeout=WAIT_S), Connected)
+                link.close()
+                crowd.communicate()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_every_listener_gets_its_descriptors() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1_024, before[1]))
+        with listening(connections_max=512), listening(connections_max=512):
+            assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 256 + 512 + 512
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 CROWD = """

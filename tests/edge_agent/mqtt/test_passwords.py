@@ -72,7 +72,7 @@ def test_a_line_that_is_none_is_named(tmp_path: Path, line: str) -> None:
         Users(file)
 
 
-@pytest.mark.parametrize("user", ["", "a:b", " a", "#a", "a\nb", "x" * 300])
+@pytest.mark.parametrize("user", ["", "a:b", " a", "#a", "a\nb", "a\x85b", "a\u2028b", "x" * 300])
 def test_a_name_that_cannot_stand_in_the_file_is_refused(tmp_path: Path, user: str) -> None:
     with pytest.raises(ConfigError, match="must have 1 to 256 characters"):
         set_password(tmp_path / "users", user, "x")

@@ -305,6 +305,16 @@ def test_a_server_of_another_ca_is_not_trusted(tmp_path: Path, certificates: Pat
         assert "CERTIFICATE_VERIFY_FAILED" in source.status.error
 
 
+def test_a_renewed_authority_is_trusted_without_a_restart(tmp_path: Path, certificates: Path) -> None:
+    server, ca = ServerTls(certificates / "server.pem", certificates / "server.key"), make(tmp_path / "old") / "ca.pem"
+    with nats_broker(tmp_path, tls=server) as broker, running(config(broker, tls=Tls(ca)), connected=False) as source:
+        until(lambda: "CERTIFICATE_VERIFY_FAILED" in source.status.error)
+        ca.write_text("half")
+        until(lambda: "do not load" in source.status.error)
+        ca.write_bytes((certificates / "ca.pem").read_bytes())
+        until(lambda: source.status.connected)
+
+
 def test_messages_that_come_in_a_tls_record_each_are_read_together(certificates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
@@ -374,7 +384,7 @@ def scripted_broker(*answers: bytes) -> Iterator[tuple[int, list[bytes]]]:
         ([b"\x20\x02\x00\x00", b"\x90\x03\x00\x01\x00"], "granted QoS (0,)"),
         ([b"\x20\x02\x00\x00", b"\x90\x03\x00\x02\x01"], "granted QoS"),
         ([b"HTTP/1.1 400 Bad Request\r\n\r\n"], "MQTT"),
-        ([b"\x20\x02\x00\x00", b"\x34\x07\x00\x01t\x00\x01xy"], "QoS 2 was not asked for"),
+        ([b"\x20\x02\x00\x00", b"\x34\x07\x00\x01t\x00\x01xy"], "a message with QoS 2, which is not taken here"),
         ([b""], "did not complete the handshake in 0.3 s"),
     ],
 )

@@ -1,0 +1,57 @@
+"""What the data path makes of one batch before it is stored."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from edge_agent.contract.block import ROWS_MAX, BlockHeader, FixQuality, encode_block
+from edge_agent.contract.columns import Strings, Table, take
+from edge_agent.datapath import _parts
+
+
+def sealed(table: Table, rows: int) -> int:
+    """The bytes of a block."""
+    header = BlockHeader(
+        device="d",
+        epoch="e",
+        lane="eu",
+        sequence=1,
+        stream="s",
+        contract_version="1.0.0",
+        rows=rows,
+        first_us=0,
+        last_us=0,
+        fix=FixQuality.STATIC,
+        policy="",
+        boot="b",
+        monotonic_us=0,
+        sealed_us=0,
+        clock_synced=True,
+    )
+    return len(encode_block(header, table))
+
+
+def wide(rng: random.Random, characters: int) -> str:
+    """Text that takes four bytes a character and cannot be compressed below twenty bits."""
+    return "".join(map(chr, rng.choices(range(0x10000, 0x110000), k=characters)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "characters", "parts"),
+    [(4_096, 63, 0, 2), (ROWS_MAX, 3, 0, 2), (4_096, 8, 1_000, 5), (200, 1, 16_000, 4), (30, 1, 300_000, 6)],
+)
+def test_every_part_fits_a_block_and_no_row_is_left_out(rows: int, columns: int, characters: int, parts: int, seed: int) -> None:
+    rng = random.Random(seed)
+    table: Table = {f"c{n}": np.frombuffer(rng.randbytes(8 * rows), np.float64) for n in range(columns)}
+    if characters:
+        table["text"] = Strings.of([wide(rng, characters) for _ in range(rows)])
+    lanes = Strings.of(["eu" if rng.random() < 0.9 else "us" for _ in range(rows)])
+    made = list(_parts(lanes, table))
+    assert sorted(row for _, order in made for row in order.tolist()) == list(range(rows))
+    assert all(set(lanes[order].tolist()) == {lanes.values[code]} for code, order in made)
+    assert len(made) <= parts
+    for _, order in made:
+        sealed(take(table, order), len(order))  # or it raises
