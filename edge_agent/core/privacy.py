@@ -14,13 +14,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import cbor2
 import msgspec
 import numpy as np
 
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.privacy import HASH_CHARACTERS, KEY_ID_CHARACTERS, Pii, PiiKind, to_step
 from edge_agent.contract.stream import Compression, Encoding, StreamContract
+from edge_agent.core.cbor import read_cbor
 from edge_agent.core.decode import DECODE_ERRORS
 from edge_agent.core.rejects import REDACTED, Reject
 
@@ -30,7 +30,7 @@ WITHHELD = b"(not stored: the stream has personal fields)"
 _MAPS: dict[Encoding, Callable[[bytes], Any]] = {
     Encoding.JSON: msgspec.json.decode,
     Encoding.MSGPACK: msgspec.msgpack.decode,
-    Encoding.CBOR: cbor2.loads,
+    Encoding.CBOR: read_cbor,
 }
 
 
