@@ -101,7 +101,7 @@ class DataPath:
         table = readings.table if scores is None else {**readings.table, SCORE: scores}
         contract, lanes = readings.contract, readings.lanes
         drafts = []
-        for code, order in _parts(lanes, len(table)):
+        for code, order in _parts(lanes, table):
             part = table if len(order) == len(lanes) else take(table, order)
             event_us = part[contract.event_time]
             assert isinstance(event_us, np.ndarray)
@@ -134,10 +134,8 @@ class DataPath:
     def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
         for r in rejected:
             self.metrics.rejected.labels(r.reason.value).inc()
-        lanes = sorted({r.lane for r in rejected})
-        return [self._quarantine_draft(lane, [r for r in rejected if r.lane == lane], received_us) for lane in lanes]
-
-    def _quarantine_draft(self, lane: str, rejected: list[Rejected], received_us: int) -> Draft:
+        if not rejected:
+            return []
         table: Table = {
             "captured_at": np.full(len(rejected), received_us, np.int64),
             "topic": Strings.of([r.topic for r in rejected]),
@@ -145,8 +143,13 @@ class DataPath:
             "detail": Strings.of([r.detail for r in rejected]),
             "payload": Strings.of([to_text(r.payload, treated=r.treated) for r in rejected]),
         }
+        lanes = Strings.of([r.lane for r in rejected])
+        parts = _parts(lanes, table)
+        return [self._quarantine_draft(lanes.values[code], take(table, order), len(order), received_us) for code, order in parts]
+
+    def _quarantine_draft(self, lane: str, table: Table, rows: int, received_us: int) -> Draft:
         quality, stream, version = self.fence.track.quality(lane), QUARANTINE.stream, QUARANTINE.version
-        return Draft(lane, stream, version, quality, self.fence.policy, table, len(rejected), received_us, received_us)
+        return Draft(lane, stream, version, quality, self.fence.policy, table, rows, received_us, received_us)
 
     def _count(self, batch: Batch, taken: Intaken, stored: list[StoredBlock], seconds: float) -> None:
         for block in stored:
@@ -160,10 +163,27 @@ class DataPath:
         self.metrics.batch_seconds.observe(seconds)
 
 
-def _parts(lanes: Strings, columns: int) -> Iterator[tuple[int, Ints]]:
-    """The rows of each lane, in parts that fit a block even where nothing compresses: one Sparkplug message may give many readings."""
-    rows_max = min(ROWS_MAX, BLOCK_BYTES_MAX // 8 // (columns + 2))
+def _parts(lanes: Strings, table: Table) -> Iterator[tuple[int, Ints]]:
+    """The rows of each lane, in parts that fit a block even where nothing compresses.
+
+    One Sparkplug message may give many readings, and what a sensor compressed may be several times as long.
+    """
+    sizes = _row_bytes(table, len(lanes))
     for code in np.unique(lanes.codes).tolist():
         order = np.flatnonzero(lanes.codes == code)
-        for start in range(0, len(order), rows_max):
-            yield code, order[start : start + rows_max]
+        ends = np.concatenate([[0], np.cumsum(sizes[order])])
+        start = 0
+        while start < len(order):
+            room = int(np.searchsorted(ends, ends[start] + BLOCK_BYTES_MAX, side="right")) - 1
+            stop = min(max(room, start + 1), start + ROWS_MAX)
+            yield code, order[start:stop]
+            start = stop
+
+
+def _row_bytes(table: Table, rows: int) -> Ints:
+    """No fewer bytes than each row (rows,) can take in a block: a word for each column and two more, and four for each character."""
+    sizes = np.full(rows, 8 * (len(table) + 2), np.int64)
+    for column in table.values():
+        if isinstance(column, Strings):
+            sizes += 4 * np.fromiter(map(len, column.values), np.int64, len(column.values))[column.codes]
+    return sizes

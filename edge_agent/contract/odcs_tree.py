@@ -1,4 +1,4 @@
-"""The parts that every level of an ODCS document has: lists, custom properties, texts, numbers, truths. All raise ContractError for another shape."""
+"""What every level of an ODCS document has: lists, custom properties, texts, numbers, truths. All raise ContractError for another shape."""
 
 from __future__ import annotations
 
