@@ -135,6 +135,8 @@ class DataPath:
     def _quarantine(self, rejected: list[Rejected], received_us: int) -> list[Draft]:
         for r in rejected:
             self.metrics.rejected.labels(r.reason.value).inc()
+        if not rejected:
+            return []
         lanes = Strings.of([r.lane for r in rejected])
         table: Table = {
             "captured_at": np.full(len(rejected), received_us, np.int64),

@@ -34,7 +34,7 @@ def load_functions(module: str | None) -> Functions:
         loaded = importlib.import_module(module)
     except Exception as e:
         raise ConfigError(f"functions: module {module!r} does not import ({e!r}); install it for this Python") from e
-    found, file = getattr(loaded, "FUNCTIONS", None), loaded.__file__
+    found, file = getattr(loaded, "FUNCTIONS", None), getattr(loaded, "__file__", None)
     if not isinstance(found, dict) or file is None or not all(isinstance(n, str) and callable(f) for n, f in found.items()):
         raise ConfigError(f"functions: module {module!r} must be a file with FUNCTIONS, a dict of names and functions; it has {found!r}")
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()

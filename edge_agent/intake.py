@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import bisect
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
@@ -105,7 +106,7 @@ class Intake:
         self._shapes = {c.stream: c.shape for c in contracts}
         self._nodes = [parse_shape(c.filters[-1]) for c in contracts if c.encoding is Encoding.SPARKPLUG]
         self._named = {c.stream: _named(c) for c in contracts if c.encoding is not Encoding.VALUE}
-        self._recent = {stream: RecentKeys(recent_rows) for stream in self._named}
+        self._recent = {stream: RecentKeys(recent_rows, secrets.randbits(64)) for stream in self._named}
         self._treatments = {c.stream: Treatment(c, pseudonyms) for c in contracts if c.private}
         self._position_topic = position_topic
         self._routes: dict[str, str | None] = {}

@@ -28,7 +28,7 @@ import numpy as np
 import yaml
 
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.odcs_tree import custom_properties, items, number
+from edge_agent.contract.odcs_tree import custom_properties, items, number, string, truth
 from edge_agent.contract.privacy import PiiKind, off_step, parse_pii
 from edge_agent.contract.sensor_topics import FIELD
 from edge_agent.contract.service import parse_levels
@@ -86,18 +86,21 @@ def _from_tree(tree: Any) -> StreamContract:
     taken = sorted(RESERVED.intersection(names))
     if taken:
         raise ContractError(f"field names {taken} are kept for the lake; rename them")
-    keys = sorted((number(p, "primaryKeyPosition", 0), str(p["name"])) for p in properties if p.get("primaryKey"))
+    keys = sorted((number(p, "primaryKeyPosition", 0), str(p["name"])) for p in properties if truth(p, "primaryKey"))
     key = tuple(name for _, name in keys)
     if not key:
         raise ContractError("no property has primaryKey: true, so a redelivered message could not be told from a new reading")
+    absent = [f.name for f in fields if f.name in key and not f.required]
+    if absent:
+        raise ContractError(f"fields {absent} are part of the primary key: readings without them would have one name; set required: true")
     contract = StreamContract(
-        stream=check_name(str(schema.get("name", "")), "stream"),
-        version=str(tree.get("version", "")),
+        stream=check_name(string(schema, "name"), "stream"),
+        version=string(tree, "version"),
         fields=fields,
         key=key,
         event_time=_named(custom, "eventTime", fields, FieldType.TIMESTAMP),
         entity=_named(custom, "entity", fields, FieldType.STRING),
-        topic=str(custom.get("topic") or ""),
+        topic=string(custom, "topic"),
         encoding=_encoding(custom.get("encoding", "json")),
         payload_bytes_max=_payload_bytes_max(custom),
         compression=_compression(custom.get("compression", "none")),
@@ -173,7 +176,7 @@ def _field(tree: Any) -> Field:
         kind = FieldType(str(tree.get("logicalType")))
     except ValueError:
         raise ContractError(f"field {name!r}: logicalType {tree.get('logicalType')!r} is none of {', '.join(FieldType)}") from None
-    required = bool(tree.get("required", False))
+    required = truth(tree, "required")
     if not required and kind is not FieldType.NUMBER:
         raise ContractError(f"field {name!r}: only number fields may be optional; set required: true")
     options = tree.get("logicalTypeOptions") or {}
@@ -183,9 +186,8 @@ def _field(tree: Any) -> Field:
     low, high = number(options, "minimum", -math.inf), number(options, "maximum", math.inf)
     if not low <= high:
         raise ContractError(f"field {name!r}: minimum {low} is above maximum {high}")
-    unit, metric = str(custom.get("unit", "")), str(custom.get("metric", ""))
     pii = parse_pii(custom, name, kind, required)
-    return Field(name, kind, required, low, high, unit, str(tree.get("description", "")), metric, pii)
+    return Field(name, kind, required, low, high, string(custom, "unit"), string(tree, "description"), string(custom, "metric"), pii)
 
 
 def _named(custom: dict[str, Any], role: str, fields: tuple[Field, ...], kind: FieldType) -> str:

@@ -54,6 +54,25 @@ class ClosingWindows:
 
     def push(self, entity: Strings, event_us: Ints, values: Floats) -> Made:
         """Take readings in the order seen; the windows that they close."""
+        seen, held, overfull, windows = self._take(entity, event_us, values)
+        closing = seen.groups.order[seen.closing(windows)]
+        sequence = np.lexsort((windows.number, closing))
+        start_us = windows.number[sequence] * self._every_us
+        return Made(
+            features=self._features(held, windows)[:, sequence].T,
+            rows=closing[sequence],
+            start_us=start_us,
+            end_us=start_us + self._window_us,
+            late=np.sort(seen.groups.order[seen.late]),
+            overfull=np.sort(overfull),
+        )
+
+    def warm(self, entity: Strings, event_us: Ints, values: Floats) -> None:
+        """Take readings as history only: windows close, and nothing is made of them."""
+        self._take(entity, event_us, values)
+
+    def _take(self, entity: Strings, event_us: Ints, values: Floats) -> tuple[_Seen, _Held, Places, _Windows]:
+        """Take readings: what was seen, what is held of it, the places of those whose hop was full, and the windows that they close."""
         groups = Groups.of(entity)
         nothing = _Open(np.zeros(0, np.int64), np.empty((0, values.shape[1])), np.zeros(0, np.int64), _NEVER_US)
         past = [old or nothing for old in self.recent.take(groups)]
@@ -62,21 +81,7 @@ class ClosingWindows:
         closed_us = np.array([old.newest_us for old in past], np.int64)
         windows = held.closed(self._closed(closed_us), seen.closed_now, self._overlap)
         self._keep(seen, held)
-        closing = groups.order[seen.closing(windows)]
-        sequence = np.lexsort((windows.number, closing))
-        start_us = windows.number[sequence] * self._every_us
-        return Made(
-            features=self._features(held, windows)[:, sequence].T,
-            rows=closing[sequence],
-            start_us=start_us,
-            end_us=start_us + self._window_us,
-            late=np.sort(groups.order[seen.late]),
-            overfull=np.sort(overfull),
-        )
-
-    def warm(self, entity: Strings, event_us: Ints, values: Floats) -> None:
-        """Take readings as history only."""
-        self.push(entity, event_us, values)
+        return seen, held, overfull, windows
 
     def _see(self, groups: Groups, event_us: Ints, past: list[_Open]) -> _Seen:
         """Each reading's hop, and what is closed before and after it."""

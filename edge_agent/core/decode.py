@@ -15,7 +15,6 @@ This module reads JSON, MessagePack and CBOR; single_values.py reads bare number
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -32,11 +31,11 @@ import numpy.typing as npt
 from edge_agent.contract.columns import Floats, Ints, Strings, Table, take
 from edge_agent.contract.errors import PayloadError, Reason
 from edge_agent.contract.stream import Compression, Encoding, Field, FieldType, StreamContract
+from edge_agent.core.cbor import read_cbor
 from edge_agent.core.inflate import Inflater
 from edge_agent.core.rejects import Reject, reject, shown
 from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX, TopicLevels
 
-CBOR_DEPTH_MAX = 64
 EVENT_S_END = 7_258_118_400.0
 """2200-01-01: event times lie in [0, EVENT_S_END) seconds since 1970."""
 
@@ -146,7 +145,7 @@ class Decoder:
             if self.contract.encoding is Encoding.JSON:
                 raw = bytes(msgspec.json.decode(payload, type=dict[str, msgspec.Raw])[name])
                 return shown(raw.decode(errors="backslashreplace"))
-            tree = msgspec.msgpack.decode(payload) if self.contract.encoding is Encoding.MSGPACK else _cbor(payload)
+            tree = msgspec.msgpack.decode(payload) if self.contract.encoding is Encoding.MSGPACK else read_cbor(payload)
             return shown(repr(tree[name]))
         except (*DECODE_ERRORS, KeyError):  # the payload is broken further on: the value is a courtesy only
             return "unreadable"
@@ -224,15 +223,7 @@ def _decoder(encoding: Encoding, struct: type[msgspec.Struct]) -> Callable[[byte
         return msgspec.json.Decoder(struct).decode
     if encoding is Encoding.MSGPACK:
         return msgspec.msgpack.Decoder(struct).decode
-    return lambda payload: msgspec.convert(_cbor(payload), struct)
-
-
-def _cbor(payload: bytes) -> Any:
-    stream = io.BytesIO(payload)
-    tree = cbor2.CBORDecoder(stream, max_depth=CBOR_DEPTH_MAX, read_size=1).decode()
-    if stream.tell() != len(payload):
-        raise ValueError(f"{len(payload) - stream.tell()} bytes too many")
-    return tree
+    return lambda payload: msgspec.convert(read_cbor(payload), struct)
 
 
 def _microseconds(seconds: Floats) -> Ints:

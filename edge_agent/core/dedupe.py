@@ -2,6 +2,8 @@
 
 - A reading is named by the key of its contract. Keys are hashed to 64 bits, whole columns at a time: text by
   BLAKE2b (once per distinct value), then mixed with the bits of numbers by splitmix64 (Steele et al., 2014).
+- The hash begins with `secret`, which no sensor knows: both steps can be undone, so a sensor could otherwise compute a reading of its own
+  whose key hashes to that of another's next one, which would then be dropped as seen.
 - The newest `limit` keys are remembered. Two different readings collide with a chance of limit / 2**64 each.
 - `remember` asks and tells in one. So what is remembered must be stored next, or the process end without it.
 """
@@ -26,12 +28,12 @@ _LAST_SHIFT = np.uint64(31)
 
 
 class RecentKeys:
-    """The keys of the newest `limit` readings, of any streams."""
+    """The keys of the newest `limit` readings, of any streams. `secret`: 64 random bits."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, secret: int = 0) -> None:
         if limit < 1:
             raise ValueError(f"limit {limit} of remembered keys; at least 1")
-        self.limit = limit
+        self.limit, self._secret = limit, secret
         self._ring = np.zeros(limit, np.uint64)
         self._written = 0  # keys ever written to the ring
         self._seen: set[int] = set()
@@ -47,7 +49,7 @@ class RecentKeys:
         Raises:
             ContractError: the table lacks a field of the key.
         """
-        keys = hash_keys(contract, table)
+        keys = hash_keys(contract, table, self._secret)
         fresh = self._fresh(keys)
         keys = keys[fresh][-self.limit :]
         slots = np.arange(self._written, self._written + len(keys)) % self.limit
@@ -67,14 +69,14 @@ class RecentKeys:
         return mask
 
 
-def hash_keys(contract: StreamContract, table: Table) -> Hashes:
-    """A 64-bit hash (rows,) of stream and key, the same on every machine and in every process.
+def hash_keys(contract: StreamContract, table: Table, secret: int = 0) -> Hashes:
+    """A 64-bit hash (rows,) of stream, key and secret, the same on every machine and in every process.
 
     Raises:
         ContractError: the table lacks a field of the key.
     """
     rows = len(next(iter(table.values()), ()))
-    hashes = np.full(rows, _hash_text(contract.stream), np.uint64)
+    hashes = np.full(rows, _hash_text(contract.stream) ^ secret, np.uint64)
     for name in contract.key:
         if name not in table:
             raise ContractError(f"table lacks {name!r}, part of the key of stream {contract.stream!r}")

@@ -14,23 +14,24 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import cbor2
 import msgspec
 import numpy as np
 
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.privacy import HASH_CHARACTERS, KEY_ID_CHARACTERS, Pii, PiiKind, to_step
 from edge_agent.contract.stream import Compression, Encoding, StreamContract
+from edge_agent.core.cbor import read_cbor
 from edge_agent.core.decode import DECODE_ERRORS
 from edge_agent.core.rejects import REDACTED, Reject
 
-NAMES_MAX = 65_536  # of remembered texts
+NAMES_MAX = 65_536  # of remembered texts,
+TEXT_CHARACTERS_MAX = 64  # and of each: longer ones are hashed anew, so that hostile ones do not fill the memory
 WITHHELD = b"(not stored: the stream has personal fields)"
 
 _MAPS: dict[Encoding, Callable[[bytes], Any]] = {
     Encoding.JSON: msgspec.json.decode,
     Encoding.MSGPACK: msgspec.msgpack.decode,
-    Encoding.CBOR: cbor2.loads,
+    Encoding.CBOR: read_cbor,
 }
 
 
@@ -50,7 +51,8 @@ class Pseudonyms:
             name = f"pii:{self.key_id}:{digest[:HASH_CHARACTERS]}"
             if len(self._known) >= NAMES_MAX:
                 self._known.clear()
-            self._known[text] = name
+            if len(text) <= TEXT_CHARACTERS_MAX:
+                self._known[text] = name
         return name
 
 

@@ -145,8 +145,14 @@ class Track:
         return FixQuality.UNCERTAIN if "_" in lane else FixQuality.FIX
 
     def hear(self, event_us: int, received_us: int) -> None:
-        """Something of this event time was received: this is where the device's time is, for what has no event time of its own."""
-        if event_us <= received_us + FUTURE_S_MAX * 1e6 and (self._heard is None or event_us > self._heard[0]):
+        """Something of this event time was received: this is where the device's time is, for what has no event time of its own.
+
+        Time does not go back, unless the clock that it was received by has been set back: then what came before says nothing.
+        """
+        ahead_us = FUTURE_S_MAX * 1e6
+        if event_us > received_us + ahead_us:
+            return
+        if self._heard is None or event_us > self._heard[0] or self._heard[1] > received_us + ahead_us:
             self._heard = event_us, received_us
 
     def lane_now(self, received_us: int | None = None) -> str:

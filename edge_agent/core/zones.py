@@ -4,6 +4,8 @@
 - A position lies in every zone that its accuracy circle touches. Several zones make one lane, `a_b`, and only the
   endpoints that *all* of them allow may take it. A circle that also leaves every zone belongs to no zone: `nowhere`.
 - A larger circle never has a lane that allows more.
+- A circle that touches so many zones that their names fill more than LANE_CHARACTERS_MAX belongs to none, too: a lane is a folder's name.
+- A gap between zones that is narrower than 0.1 m, where borders were drawn twice, is no gap.
 
 What follows from many positions over time is in `core.track`.
 """
@@ -29,8 +31,10 @@ from edge_agent.contract.topics import check_lane, check_name
 
 ZONES_MAX = 1_000
 ACCURACY_M_MAX = 5_000_000.0
+LANE_CHARACTERS_MAX = 255
 _METRES_PER_DEGREE = 110_574.0  # of latitude at the equator, where it is shortest: no circle is drawn too small
 _POINT_M = 0.01  # a circle this small is its own centre
+_GAP_DEGREES = 1e-6  # one in the sixth decimal, with which borders are drawn
 _CIRCLE = Point(0, 0).buffer(1.0 / math.cos(math.pi / 64), quad_segs=16)  # 64 corners, drawn around the unit circle
 
 
@@ -81,8 +85,12 @@ class Zones:
         return join([z.name for z in touched])
 
     def _covers(self, circle: BaseGeometry) -> bool:
-        """Whether nothing of the circle lies outside all zones; slivers of rounding do not count."""
-        return bool(self._union.covers(circle)) or bool(circle.difference(self._union).area <= 1e-9 + 1e-6 * circle.area)
+        """Whether nothing of the circle lies outside all zones; narrow gaps do not count."""
+        if self._union.covers(circle):
+            return True
+        rest, reach = circle.difference(self._union), _GAP_DEGREES / 2
+        # What is nowhere wider than two reaches is smaller than its outline times one: this is asked first, as it costs nothing.
+        return bool(rest.area <= reach * rest.length) and rest.buffer(-reach).is_empty
 
     @cached_property
     def _union(self) -> BaseGeometry:
@@ -96,21 +104,23 @@ class Zones:
 
 
 def join(lanes: Iterable[str]) -> str:
-    """The lane of what may lie in any of `lanes`: all their zones; `nowhere` if one of them is."""
+    """The lane of what may lie in any of `lanes`: all their zones; `nowhere` if one of them is, or if they are too many to name."""
     names = {name for lane in lanes for name in lane.split("_")}
-    return NOWHERE if NOWHERE in names else "_".join(sorted(names))
+    lane = "_".join(sorted(names))
+    return NOWHERE if NOWHERE in names or len(lane) > LANE_CHARACTERS_MAX else lane
 
 
 def _circles(lat: float, lon: float, accuracy_m: float) -> list[BaseGeometry]:
-    """The accuracy circle in degrees, cut at the antimeridian, a whole cap where it holds a pole."""
+    """The accuracy circle in degrees, cut at the antimeridian; where it holds a pole, or almost, the whole band around the Earth."""
+    high = max(accuracy_m, _POINT_M) / _METRES_PER_DEGREE
+    # The widest parallel inside the circle is the one nearer to the pole.
+    polar = abs(lat) + high >= 90.0
+    wide = math.inf if polar else high / math.cos(math.radians(abs(lat) + high))
+    if wide >= 180.0:
+        return [box(-180, max(-90.0, lat - high), 180, min(90.0, lat + high))]
     if accuracy_m <= _POINT_M:
         twin = [Point(-lon, lat)] if abs(lon) == 180.0 else []
         return [Point(lon, lat), *twin]
-    high = accuracy_m / _METRES_PER_DEGREE
-    if abs(lat) + high >= 90.0:
-        return [box(-180, lat - high, 180, 90) if lat > 0 else box(-180, -90, 180, lat + high)]
-    # The widest parallel inside the circle is the one nearer to the pole.
-    wide = min(180.0, high / math.cos(math.radians(abs(lat) + high)))
     circle = affinity.affine_transform(_CIRCLE, [wide, 0, 0, high, lon, lat])
     world = box(-180, -90, 180, 90)
     turns = [affinity.translate(circle, turn) for turn in (-360.0, 0.0, 360.0)]
@@ -151,7 +161,9 @@ def _zone(feature: Any, where: str) -> Zone:
     if not isinstance(endpoints, list) or len(set(map(str, endpoints))) != len(endpoints):
         raise ContractError(f"{where}: endpoints must be a list of distinct names (it may be empty)")
     for endpoint in endpoints:
-        check_name(str(endpoint), f"{where}: endpoint")
+        if not isinstance(endpoint, str):
+            raise ContractError(f"{where}: endpoint {endpoint!r} is no name")
+        check_name(endpoint, f"{where}: endpoint")
     kind, polygons = geometry.get("type"), geometry.get("coordinates")
     if kind == "Polygon":
         polygons = [polygons]
@@ -162,7 +174,7 @@ def _zone(feature: Any, where: str) -> Zone:
             raise ContractError(f"{where}: polygon {p} has no rings")
         for r, ring in enumerate(polygon):
             _check_ring(ring, f"{where}: ring {r} of polygon {p}")
-    area = shape(geometry)
+    area = shape({"type": "MultiPolygon", "coordinates": [[[p[:2] for p in ring] for ring in polygon] for polygon in polygons]})
     if not area.is_valid:
         raise ContractError(f"{where}: {shapely.is_valid_reason(area)}; rings may not cross themselves or each other")
     shapely.prepare(area)

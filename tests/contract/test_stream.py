@@ -94,6 +94,7 @@ def test_golden_document_is_read() -> None:
         (lambda t: t.update(kind="DataProduct"), "not an ODCS document"),
         (lambda t: t.update(apiVersion="v2.2.2"), "not ODCS v3"),
         (lambda t: t.update(version=""), "version is missing"),
+        (lambda t: t.update(version=None), "version is missing"),
         (lambda t: t.update(schema=[]), "exactly one object"),
         (lambda t: t.update(schema=t["schema"] * 2), "exactly one object"),
         (lambda t: t["schema"][0].update(name="Pump 1"), "stream 'Pump 1' must match"),
@@ -106,6 +107,9 @@ def test_golden_document_is_read() -> None:
         (prop(2, name=""), "without a name"),
         (prop(2, logicalType="date"), "'date' is none of string, integer, number, timestamp"),
         (prop(2, required=False), "only number fields may be optional"),
+        (prop(3, required="false"), "required 'false' is not true or false"),
+        (prop(3, primaryKey="no"), "primaryKey 'no' is not true or false"),
+        (prop(3, primaryKey=True, required=False), r"\['flow'\] are part of the primary key"),
         (prop(3, logicalTypeOptions={"minimum": 5, "maximum": 4}), "minimum 5.0 is above maximum 4.0"),
         (prop(3, logicalTypeOptions={"minimum": float("nan")}), "above"),
         (prop(3, logicalTypeOptions={"minimum": "low"}), "minimum 'low' is not a number"),
@@ -123,6 +127,11 @@ def test_golden_document_is_read() -> None:
 def test_contract_that_cannot_be_used_says_where_and_why(change: Change, message: str) -> None:
     with pytest.raises(ContractError, match=rf"pump\.yaml: .*{message}"):
         parse_contract(changed(change), "pump.yaml")
+
+
+def test_what_has_no_value_is_not_there() -> None:
+    flow = parse_contract(changed(prop(3, description=None, customProperties=[{"property": "unit"}, {"property": "metric"}]))).field("flow")
+    assert (flow.unit, flow.description, flow.metric) == ("", "", "")
 
 
 VALUES = st.recursive(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import string
 
 import numpy as np
 import pytest
@@ -54,4 +55,23 @@ def test_every_part_fits_a_block_and_no_row_is_left_out(rows: int, columns: int,
     assert all(set(lanes[order].tolist()) == {lanes.values[code]} for code, order in made)
     assert len(made) <= parts
     for _, order in made:
+        sealed(take(table, order), len(order))  # or it raises
+
+
+def test_the_rows_of_each_lane_stay_in_order() -> None:
+    def cut(lanes: list[str]) -> list[list[int]]:
+        return [order.tolist() for _, order in _parts(Strings.of(lanes), {"x": np.zeros(len(lanes))})]
+
+    assert cut(["b", "a", "b", "b"]) == [[0, 2, 3], [1]]
+    assert cut([]) == []
+
+
+def test_text_that_a_sensor_compressed_is_cut_into_blocks(seed: int) -> None:
+    """A sensor may send one text in many fields and compress it; column by column it does not compress."""
+    chance, rows = random.Random(seed), 3_000
+    texts = Strings.of(["".join(chance.choices(string.ascii_letters + string.digits, k=1_000)) for _ in range(rows)])
+    table: Table = {f"s{n}": texts for n in range(8)}
+    made = [order for _, order in _parts(Strings.of(["a"] * rows), table)]
+    assert len(made) > 1 and sum(map(len, made)) == rows
+    for order in made:
         sealed(take(table, order), len(order))  # or it raises

@@ -148,3 +148,8 @@ def test_a_sparkplug_payload_with_many_readings_out_of_range_is_one_reject(tmp_p
     taken = take(intake, (node.topic("DDATA", "m-1"), encode(node.now_ms, node.sequence, metrics)))
     assert [len(r) for r in taken.readings] == [6]
     assert [r.reason for r in taken.rejected] == [Reason.OUT_OF_RANGE]
+
+
+def test_each_agent_hashes_keys_in_its_own_way(tmp_path: Path) -> None:
+    """Or a sensor could compute a reading whose key passes for that of another's next one (test_dedupe.py)."""
+    assert len({recent._secret for _ in range(2) for recent in plant(tmp_path)._recent.values()}) > 2

@@ -182,6 +182,14 @@ def test_a_function_that_fails_at_work_takes_the_model_along_but_no_reading(agen
     assert agent.score(table([2.0], [2.0])) is None
 
 
+def test_a_function_that_fails_on_history_ends_no_agent(agents: list[Agent], installed: Functions) -> None:
+    failing = {"crest": Function("crest", installed["crest"].digest, lambda v: v.nothing)}
+    agents.append(agent := Agent(history=table([0.0, 0.5, 1.3], [2.0, 2.0, 0.0]), functions=failing))
+    agent.activate(bundle(crest_spec(installed), installed))
+    assert agent.score(table([3.0], [2.0])) is None
+    assert "function 'crest' failed" in agent.events[0]
+
+
 @pytest.mark.parametrize("text", ["", "FUNCTIONS = 3", "FUNCTIONS = {'a': 1}", "raise ValueError('x')"])
 def test_a_module_without_functions_is_a_mistake_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     (tmp_path / "broken_functions.py").write_text(text)
@@ -191,4 +199,6 @@ def test_a_module_without_functions_is_a_mistake_of_the_settings(tmp_path: Path,
         load_functions("broken_functions")
     with pytest.raises(ConfigError, match="does not import"):
         load_functions("no_such_module_here")
+    with pytest.raises(ConfigError, match="must be a file with FUNCTIONS"):
+        load_functions("sys")
     assert load_functions(None) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import secrets
 import subprocess
 import sys
 from collections import OrderedDict
@@ -90,6 +91,32 @@ def test_hashes_are_the_same_in_every_process() -> None:
     )
     outputs = {subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout for _ in range(2)}
     assert outputs == {f"{hash_keys(CONTRACT, table([('a', 1), ('ä', -(2**63))])).tolist()}\n"}
+
+
+def unmixed(word: int) -> int:
+    """The word that splitmix64 makes this one of."""
+    for shift, factor in ((31, 0x94D049BB133111EB), (27, 0xBF58476D1CE4E5B9), (30, 1)):
+        word ^= (word >> shift) ^ (word >> 2 * shift)
+        word = word * pow(factor, -1, 2**64) % 2**64
+    return (word - 0x9E3779B97F4A7C15) % 2**64
+
+
+def forged(victim: Key) -> Key:
+    """A reading of another room at a time in range, whose key would have the same hash if there were no secret."""
+    wanted = unmixed(hash_keys(CONTRACT, table([victim])).tolist()[0])
+    rooms = [f"evil-{n}" for n in range(20_000)]
+    zero = unmixed(0)  # the word that becomes 0: what is left is the room's part of the hash
+    parts = hash_keys(CONTRACT, table([(room, zero - 2**64 * (zero >= 2**63)) for room in rooms])).tolist()
+    times = [unmixed(unmixed(part) ^ wanted) for part in parts]
+    return next((room, time) for room, time in zip(rooms, times, strict=True) if time < 7_258_118_400_000_000)
+
+
+def test_nobody_can_compute_a_reading_that_passes_for_another_ones() -> None:
+    victim = ("a", 1_800_000_000_000_000)
+    evil = forged(victim)
+    assert hash_keys(CONTRACT, table([evil])).tolist() == hash_keys(CONTRACT, table([victim])).tolist()
+    recent = RecentKeys(10, secrets.randbits(64))
+    assert recent.remember(CONTRACT, table([evil])).all() and recent.remember(CONTRACT, table([victim])).all()
 
 
 def test_no_collisions_among_a_million_neighbours() -> None:

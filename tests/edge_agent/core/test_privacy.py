@@ -79,6 +79,13 @@ def test_readings_keep_names_that_compare_and_lose_what_is_personal() -> None:
     assert found["speed"] is table["speed"]
 
 
+def test_long_texts_have_names_and_are_not_remembered() -> None:
+    names = Pseudonyms(KEY)
+    assert names.of("x" * 1_000) == names.of("x" * 1_000) != names.of("x" * 999)
+    names.of("jane")
+    assert list(names._known) == ["jane"]
+
+
 def test_another_key_gives_another_name_that_says_so() -> None:
     one, other = Pseudonyms(KEY).of("jane"), Pseudonyms(bytes(32)).of("jane")
     assert is_hashed(one) and is_hashed(other) and one.split(":")[1] != other.split(":")[1] and one[13:] != other[13:]

@@ -227,6 +227,17 @@ def test_what_has_no_event_time_is_placed_by_the_time_that_has_passed(zones: Zon
     assert track.lane_now(50_001 * S) == NOWHERE
 
 
+def test_a_clock_that_was_far_ahead_for_a_while_leaves_no_trace(zones: Zones) -> None:
+    """As after a start with a clock at 2038: rejects would have the lane `nowhere` for ever."""
+    track = Track(zones, RULES)
+    track.take(at(0, 500))
+    track.hear(10 * S, 10 * S)
+    track.hear(2**31 * S, 2**31 * S)
+    assert track.lane_now(2**31 * S) == NOWHERE
+    track.hear(20 * S, 20 * S)
+    assert track.lane_now(20 * S) == "north"
+
+
 def test_a_new_policy_places_known_fixes_again(zones: Zones) -> None:
     swapped = parse_zones(policy(south=([square(0, 0, 20, 20)], ["eu"]), north=([square(0, -20, 20, 0)], ["us"])))
     restored = Fix(-(10**4) * S, "south")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ContractError
-from edge_agent.core.zones import Zones, join, parse_zones
+from edge_agent.core.fix import EARTH_M
+from edge_agent.core.zones import LANE_CHARACTERS_MAX, Zones, join, parse_zones
 
 
 def square(west: float, south: float, east: float, north: float) -> list[list[float]]:
@@ -87,6 +89,64 @@ def test_more_uncertainty_never_allows_more(lat: float, lon: float, a: float, b:
     zones = parse_zones(policy(west=([square(-180, -90, 0, 90)], ["eu"]), east=([square(0, -90, 180, 90)], ["eu", "us"])))
     small, large = sorted((a, b))
     assert set(zones.endpoints(zones.locate(lat, lon, large))) <= set(zones.endpoints(zones.locate(lat, lon, small)))
+
+
+GRID = parse_zones(
+    policy(**{f"x{i}-y{j}": ([square(i * 30 - 180, j * 30 - 90, i * 30 - 150, j * 30 - 60)], ["eu"]) for i in range(12) for j in range(6)})
+)
+places = st.tuples(st.one_of(st.floats(-90, 90), st.floats(85, 90), st.floats(-90, -85)), st.one_of(st.floats(-180, 180), st.just(180.0)))
+
+
+def reached(lat: float, lon: float, metres: float, bearing: float) -> tuple[float, float]:
+    """The place so far from another one on a sphere."""
+    turn, north = metres / EARTH_M, math.radians(lat)
+    there = math.asin(min(1.0, max(-1.0, math.sin(north) * math.cos(turn) + math.cos(north) * math.sin(turn) * math.cos(bearing))))
+    east = math.atan2(math.sin(bearing) * math.sin(turn) * math.cos(north), math.cos(turn) - math.sin(north) * math.sin(there))
+    return math.degrees(there), (lon + math.degrees(east) + 180) % 360 - 180
+
+
+@given(places, st.floats(0.02, 5_000_000), st.floats(0, 6.3))
+@example((-88.48882128617134, 180.0), 162_890.0, 3.0718915056629617)  # almost at the pole
+@example((90.0, -90.0), 0.02, 1.0)
+def test_a_circle_has_the_zone_of_every_place_in_it(place: tuple[float, float], accuracy_m: float, bearing: float) -> None:
+    lane, there = GRID.locate(*place, accuracy_m), GRID.locate(*reached(*place, 0.99 * accuracy_m, bearing))
+    assert set(there.split("_")) <= set(lane.split("_"))
+
+
+def test_the_pole_lies_on_every_meridian() -> None:
+    halves = parse_zones(policy(a=([square(-180, 60, 0, 90)], ["eu"]), b=([square(0, 60, 180, 90)], ["us"])))
+    assert halves.locate(90, -90) == halves.locate(90, 90) == "a_b"
+
+
+@given(st.floats(-3e-5, 3e-5), st.floats(0, 4), st.floats(0, 400_000))
+@example(0.005, 0.0, 400_000.0)  # from the middle of the hole
+def test_more_uncertainty_never_allows_more_beside_a_small_hole(east: float, small_m: float, more_m: float) -> None:
+    holed = parse_zones(policy(a=([square(0, 0, 20, 20), square(10, 10, 10.01, 10.01)[::-1]], ["eu"])))
+    for lon in (10 + east, 10.01 + east):
+        lanes = [holed.locate(10.005, lon, radius_m) for radius_m in (small_m, small_m + more_m)]
+        assert lanes[0] == "a" or lanes[1] == NOWHERE
+
+
+def test_borders_drawn_twice_leave_no_gap_between_zones() -> None:
+    twice = parse_zones(policy(a=([square(0, 0, 10, 10)], ["eu"]), b=([square(10 + 4e-7, 0, 20, 10)], ["eu"])))
+    assert {twice.locate(5, 10, radius_m) for radius_m in (1, 100, 300_000)} == {"a_b"}
+
+
+def test_a_circle_over_more_zones_than_a_lane_can_name_belongs_to_none() -> None:
+    names = [f"zone-{n:02}-with-a-name-of-forty-four-characters" for n in range(6)]
+    assert len(join(names[:5])) <= LANE_CHARACTERS_MAX < len("_".join(names)) and join(names) == NOWHERE
+    squares = {name: ([square(n, 0, n + 1, 6)], ["eu"]) for n, name in enumerate(names)}
+    assert parse_zones(policy(**squares)).locate(3, 3, 300_000) == NOWHERE
+
+
+def test_altitudes_in_a_zone_file_do_not_matter() -> None:
+    high: list[Any] = [[0, 0], [10, 0, 5], [10, 10, 10**400], [0, 10, 1, 2], [0, 0]]
+    assert parse_zones(policy(a=([high], ["eu"]))).locate(5, 5) == "a"
+
+
+def test_an_endpoint_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ContractError, match="endpoint 5 is no name"):
+        parse_zones(policy(a=([square(0, 0, 1, 1)], [5])))  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(
