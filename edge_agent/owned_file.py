@@ -174,8 +174,7 @@ class OwnedFile:
     def _salvage(self, cause: Exception) -> None:
         with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
             self.store.close(checkpoint=False)
-        mark = self._marks.read()
-        salvage(self.path, self._device, self._keys, log_bytes_max=self.log_bytes_max, vfs=self._vfs, cause=str(cause), mark=mark)
+        salvage(self.path, self._device, self._keys, log_bytes_max=self.log_bytes_max, vfs=self._vfs, cause=str(cause))
 
     # Opening.
 

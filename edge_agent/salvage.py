@@ -30,7 +30,7 @@ from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
-from edge_agent.marks import Marked
+from edge_agent.marks import Marked, Marks
 from edge_agent.opening import GAPS, read_whole
 from edge_agent.sealed import Keys, is_stored_block, sealed_under, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, translated
@@ -81,21 +81,19 @@ class _New:
     keys: dict[str, int] = field(default_factory=dict)
 
 
-def salvage(
-    path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str, mark: Marked | None = None
-) -> None:
-    """Put a new file in the place of the damaged one at `path`; nobody may have it open. `mark` says which names it had given out.
+def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str) -> None:
+    """Put a new file in the place of the damaged one at `path`; nobody may have it open.
 
     Raises:
         ConfigError: blocks are sealed under a key that is not here. Nothing was changed.
         DiskError, BufferFullError: the disk takes no new file. Nothing was changed.
     """
     new_path = path.with_name(f"{path.name}.new")
-    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    aside = _new_aside(path)
     log.error("buffer damaged path=%s error=%s moved_to=%s", path, cause, aside)
     with translated("salvaged"):
         old = _read_old(path, vfs)
-        old.mark = mark
+        old.mark = Marks(path).read()
         try:
             new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=True)
         except BufferFullError as e:
@@ -340,8 +338,20 @@ def _remove(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+def _new_aside(path: Path) -> Path:
+    """The name that the damaged file gets: its number is the time, and higher than that of any before, whatever the clock says now."""
+    newest = max(map(_number, _old_files(path)), default=0)
+    return path.with_name(f"{path.name}.damaged-{max(time.time_ns(), newest + 1)}")
+
+
 def _old_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm")))
+    """Files moved aside before, the oldest first."""
+    found = [p for p in path.parent.glob(f"{path.name}.damaged-*") if p.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=_number)
+
+
+def _number(aside: Path) -> int:
+    return int(aside.name.rpartition("-")[2])
 
 
 def _forget_old_files(path: Path) -> None:

@@ -58,9 +58,7 @@ class _Pages:
     def __init__(self, file: Buffer, log: Buffer, page_bytes: int) -> None:
         self._file, self._log, self._page_bytes = file, log, page_bytes
 
-    def leaf(
-        self, source: Buffer, start: int, number: int, logged: Mapping[int, int], blob_bytes_max: int
-    ) -> Iterator[tuple[int, bytes]]:
+    def leaf(self, source: Buffer, start: int, number: int, logged: Mapping[int, int], blob_bytes_max: int) -> Iterator[tuple[int, bytes]]:
         """The records of a page, if it is a leaf. `logged`: where pages lie in the log, by number."""
         page = bytes(source[start : start + self._page_bytes])
         head = _HEADER_BYTES if number == 1 else 0

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,33 @@ def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
     db.close()
     found = inspect(path, None)
     assert not found.clean and any("amiss" in problem for problem in found.problems), found.problems
+
+
+def test_a_file_that_was_cut_off_is_damaged_and_its_repair_names_what_is_gone(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db", blocks=3)
+    before = path.read_bytes()
+    made(path, blocks=4)
+    path.write_bytes(before)
+    found = inspect(path, None)
+    assert found.problems == [
+        f"lane {lane!r} ends at 3; 7 were given out: the file was cut off, or an older one lies in its place"
+        for lane in ("europe", "switzerland")
+    ]
+
+    assert repair(path, None).repaired and inspect(path, None).clean
+    open_buffer(path).close()
+    assert [lane.named for lane in inspect(path, None).lanes.values()] == [4, 4]
+
+
+def test_flipped_bits_anywhere_are_problems_and_no_crash(tmp_path: Path, seed: int) -> None:
+    chance, whole = random.Random(seed), made(tmp_path / "whole.db", blocks=3).read_bytes()
+    for _ in range(100):
+        changed = bytearray(whole)
+        for _ in range(chance.choice((1, 8))):
+            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        (tmp_path / "changed.db").write_bytes(changed)
+        inspect(tmp_path / "changed.db", None)
+        lines(tmp_path / "changed.db")
 
 
 def test_a_file_that_sqlite_cannot_follow_is_carved(tmp_path: Path) -> None:
