@@ -16,8 +16,10 @@ from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.receipt import SEQUENCE_MAX, LaneReceipt, Receipt, decode_receipt, encode_receipt
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
+from edge_agent.draft import Sealed
+from edge_agent.owned_file import OwnedFile
 from edge_agent.settling import SKIPPED_MAX
-from edge_agent.store import bytes_on_disk
+from edge_agent.store import DiskError, bytes_on_disk
 
 WALL_US = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
@@ -293,3 +295,20 @@ def test_a_limit_that_was_lowered_gives_up_what_is_too_much_however_many_blocks(
         there = [b.sequence for b in blocks(buffer, lane)]
         gone = list(named([row for row in ledger(buffer, lane) if row.of_stream == "pump"]))
         assert sorted([*gone, *there]) == list(range(1, max(last, *there) + 1))
+
+
+def test_what_is_given_up_is_counted_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, insert, failed = open_buffer(tmp_path), OwnedFile.insert, list[int]()
+
+    def fail_once(file: OwnedFile, sealed: list[Sealed]) -> None:
+        insert(file, sealed)
+        if any(s.stored.stream == LOSSES.stream for s in sealed) and not failed:
+            failed.append(1)
+            raise DiskError("for this test")
+
+    monkeypatch.setattr(OwnedFile, "insert", fail_once)
+    for number in range(1, 300):
+        buffer.append([draft(number)], [], at(number))
+    rows = ledger(buffer)
+    assert failed and buffer.lost_blocks == {"evicted_full": sum(row.blocks for row in rows)}
+    assert buffer.lost_readings == {"evicted_full": sum(row.readings for row in rows)}
