@@ -153,16 +153,18 @@ def _fsck(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from contextlib import nullcontext
+
     from edge_agent.buffer_file import BufferFile
     from edge_agent.export import export
 
     path, keys, contracts = _buffer(args)
     file = BufferFile(path, keys)
-    if args.output:
-        with args.output.open("w", newline="", encoding="utf-8") as out:
+    try:
+        with args.output.open("w", newline="", encoding="utf-8") if args.output else nullcontext(sys.stdout) as out:
             readings = export(file, out, as_csv=args.csv, stream=args.stream, contracts=contracts)
-    else:
-        readings = export(file, sys.stdout, as_csv=args.csv, stream=args.stream, contracts=contracts)
+    except OSError as e:
+        raise ConfigError(f"export ended early: {e}") from e
     print(f"{readings} readings" + (f"; {file.damaged} blocks are damaged" if file.damaged else ""), file=sys.stderr)
     return 1 if file.damaged else 0
 

@@ -224,6 +224,25 @@ def test_export_gives_every_reading_with_its_name_and_null_for_what_is_missing(t
     assert rows[0]["device"] == "plane-01" and rows[0]["epoch"] == buffer.epoch and rows[0]["sealed_at"].startswith("2023-11-14T22:13:20")
 
 
+def test_export_keeps_a_field_that_is_called_like_a_column_of_the_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "buffer.db"
+    buffer = open_buffer(path)
+    buffer.append([draft([1.0], settled=np.array([7.5]))], [], NOW)
+    buffer.close()
+    (row,) = lines(path)
+    assert row["settled"] == 7.5 and row["block_settled"] is False
+    none = ["--config", str(tmp_path / "none.toml")]
+    assert main(["export", str(path), "--csv", *none]) == 0
+    (cells,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert cells["settled"] == "7.5" and cells["block_settled"] == "0"
+
+
+def test_export_to_a_place_that_is_none_is_said_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, none = made(tmp_path / "buffer.db"), str(tmp_path / "none" / "x")
+    assert main(["export", str(path), "--jsonl", "--config", none, "-o", none]) == 2
+    assert f"No such file or directory: '{none}'" in capsys.readouterr().err
+
+
 def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "buffer.db"
     buffer = open_buffer(path)
