@@ -4,7 +4,7 @@
   contract are checked the same way. What the broker does for ingest, to know who sends, the registry of devices does here.
 - A block has the name that it would have had by the uplink: what the lake holds already is left out, and if the device comes back to
   life and sends it again, it is a copy. No receipts are sent.
-- What was stored and what was refused stands in the audit trail, with the SHA-256 of the file.
+- What was stored and what was refused stands in the audit trail, with the SHA-256 of the file; of an import that ended early too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from edge_agent.sealed import load_keys
 log = logging.getLogger(__name__)
 
 IMPORTED = "buffer_imported"
-BATCH_BLOCKS = 256
+BATCH_BLOCKS, BATCH_ROWS = 256, 262_144
 
 
 @dataclass
@@ -91,14 +90,18 @@ class BufferImport:
         done = Imported(str(path), _digest(path))
         devices: Counter[str] = Counter()
         refusals: Counter[tuple[str, Reason, str]] = Counter()
-        blocks = file.blocks()
-        while batch := list(islice(blocks, BATCH_BLOCKS)):
-            devices.update(found.header.device for found in batch)
-            self._take(batch, done, refusals)
-        if file.carved and not devices:
-            raise ConfigError(f"{path} holds no block; it is no buffer, or nothing of it can be read")
-        done.devices, done.damaged = sorted(devices), file.damaged
-        self._write_down(done, refusals)
+        ended = "ended early: "
+        try:
+            for batch in _batches(file.blocks()):
+                devices.update(found.header.device for found in batch)
+                self._take(batch, done, refusals)
+            if file.carved and not devices:
+                raise ConfigError(f"{path} holds no block; it is no buffer, or nothing of it can be read")
+            ended = ""
+        finally:
+            done.devices, done.damaged = sorted(devices), file.damaged
+            if devices or not ended:
+                self._write_down(done, refusals, ended)
         return done
 
     def _take(self, batch: list[Found], done: Imported, refusals: Counter[tuple[str, Reason, str]]) -> None:
@@ -137,14 +140,26 @@ class BufferImport:
         detail = f"no region of {', '.join(self._gates)} may hold {header.lane!r}"
         return "", Refusal(header.device, header.lane, header.stream, Reason.WRONG_REGION, detail)
 
-    def _write_down(self, done: Imported, refusals: Counter[tuple[str, Reason, str]]) -> None:
+    def _write_down(self, done: Imported, refusals: Counter[tuple[str, Reason, str]], ended: str) -> None:
         source = f"{done.file} sha256 {done.sha256}"
         for (device, reason, detail), count in refusals.items():
             log.warning("block refused device=%s reason=%s blocks=%d detail=%s", device, reason, count, detail)
             self._audit.add(REFUSED, region="", subject=device, reason=reason, detail=f"import of {source}: {detail}", count=count)
         regions = ", ".join(f"{name} {blocks}" for name, blocks in done.regions.items()) or "none"
-        detail = f"{source}: {done.stored_blocks} blocks stored ({regions}), {done.duplicates} there before, {done.damaged} damaged"
+        detail = f"{ended}{source}: {done.stored_blocks} blocks stored ({regions}), {done.duplicates} there before, {done.damaged} damaged"
         self._audit.add(IMPORTED, region="", subject=", ".join(done.devices), reason="imported", detail=detail)
+
+
+def _batches(blocks: Iterable[Found]) -> Iterator[list[Found]]:
+    """Blocks that go into the lake together; they are in memory with all their rows."""
+    batch: list[Found] = []
+    for found in blocks:
+        batch.append(found)
+        if len(batch) >= BATCH_BLOCKS or sum(f.header.rows for f in batch) >= BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _digest(path: Path) -> str:

@@ -31,7 +31,7 @@ from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stacked import Layout, decode_stacked, read_layout
 from edge_agent.contract.stream import StreamContract
 from edge_agent.contract.topics import Kind, Topic, parse
-from edge_agent.core.zones import Zones, parse_zones
+from edge_agent.core.zones import LANE_CHARACTERS_MAX, Zones, parse_zones
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,8 @@ class Gate:
         numbers = {"sequence": header.sequence, "sealed_us": header.sealed_us, "monotonic_us": header.monotonic_us}
         if huge := {name: number for name, number in numbers.items() if number not in INT64}:
             return Reason.CORRUPT, f"header numbers that do not fit 64 bits: {huge}"
+        if len(header.lane) > LANE_CHARACTERS_MAX:  # the lake could not make its folder, and ingest would try for ever
+            return Reason.UNKNOWN_TOPIC, f"lane of {len(header.lane)} characters; at most {LANE_CHARACTERS_MAX}"
         if self.contracts.get(header) is None:
             return Reason.UNKNOWN_STREAM, f"no contract for stream {header.stream!r} version {header.contract_version!r}"
         allowed = self.zones.endpoints(header.lane)

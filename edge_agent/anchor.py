@@ -38,7 +38,7 @@ class Anchor:
         if self._path is None:
             return None
         try:
-            handle = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would wait for a writer
         except OSError:
             return None
         with os.fdopen(handle, "rb") as file:

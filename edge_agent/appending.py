@@ -9,6 +9,7 @@ from __future__ import annotations
 from edge_agent.clock import Moment
 from edge_agent.contract.errors import Reason
 from edge_agent.core.fix import Fix, to_text
+from edge_agent.core.retention import Place
 from edge_agent.core.track import FIXES_MAX
 from edge_agent.draft import Draft, Sealed, StoredBlock
 from edge_agent.eviction import Eviction
@@ -36,9 +37,24 @@ class Appender:
         landed = self._landed(drafts)
         if landed:
             return landed
-        stored = self._store(drafts, self._sealer.seal(self._file.catalogue, drafts, now), fixes, now)
+        sealed, victims, ledger = self._fit(drafts, now)
+        stored = [*ledger, *self._store(drafts, sealed, victims, fixes, now)]
         self._doubt = None
         return stored
+
+    def _fit(self, drafts: list[Draft], now: Moment) -> tuple[list[Sealed], list[Place], list[StoredBlock]]:
+        """The sealed drafts, what is given up so that they fit, and the ledger's blocks for what had to be given up before."""
+        ledger: list[StoredBlock] = []
+        while True:
+            sealed = self._sealer.seal(self._file.catalogue, drafts, now)
+            size = sum(bytes_on_disk(len(s.on_disk)) for s in sealed)
+            with self._file.noting_faults():
+                self._room.make(size)
+                victims = self._eviction.victims(sealed, size)
+            if victims is not None:
+                return sealed, victims, ledger
+            ledger += self._eviction.give_up_many(now)
+            self._room.checkpoint()
 
     def _landed(self, drafts: list[Draft]) -> list[StoredBlock]:
         """The blocks of these drafts, if they are on the disk from a call that failed: its commit did reach it."""
@@ -52,11 +68,7 @@ class Appender:
             return []
         return [s.stored for s in sealed] if [f[0][0] if f else None for f in found] == [s.on_disk for s in sealed] else []
 
-    def _store(self, drafts: list[Draft], sealed: list[Sealed], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
-        size = sum(bytes_on_disk(len(s.on_disk)) for s in sealed)
-        with self._file.noting_faults():
-            self._room.make(size)
-            victims = self._eviction.victims(sealed, size)
+    def _store(self, drafts: list[Draft], sealed: list[Sealed], victims: list[Place], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
         given_up = {p.id for p in victims}
         kept = [s for s in sealed if s.place.id not in given_up]
         ledger: list[Sealed] = []

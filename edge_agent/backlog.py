@@ -5,7 +5,8 @@
 - Receipts that come in while an earlier one is being written are merged: one transaction settles them all. Each keeps its epoch: a
   buffer that had to be made new meanwhile gives the same numbers to other blocks.
 - A read has READ_BYTES at most, judged by the size of the lane's last blocks.
-- While the buffer is unavailable, the work is kept and tried again.
+- While the buffer is unavailable, the work is kept and tried again. A receipt that cannot be written, as on a full disk, holds up no
+  reading: what waits there can still go to the lake.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Backlog:
         self._jobs: SimpleQueue[Job | Receipt | None] = SimpleQueue()
         self._read_blocks: dict[str, int] = {}
         self._unsettled: dict[str, dict[str, list[LaneReceipt]]] = {}  # by epoch and lane
+        self._settle_at = 0.0  # not sooner again
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
 
@@ -111,7 +113,7 @@ class Backlog:
 
     def work(self) -> None:
         """Do what was asked for, if no thread does."""
-        if self._thread is None and (jobs := self._take()):
+        if self._thread is None and ((jobs := self._take()) or self._unsettled):
             self._work(jobs)
 
     def _ask(self, job: Job | Receipt) -> None:
@@ -121,11 +123,18 @@ class Backlog:
         try:
             jobs: list[Job | Receipt | None] = []
             while None not in jobs:
-                jobs = [self._jobs.get(), *self._take()]
+                jobs = [*self._wait(), *self._take()]
                 self._work(jobs)
         except Exception as e:
             log.exception("backlog failed")
             self._put(Failed(e))
+
+    def _wait(self) -> list[Job | Receipt | None]:
+        """The next job; none if a receipt is to be tried again before one comes."""
+        try:
+            return [self._jobs.get(timeout=PAUSE_S if self._unsettled else None)]
+        except Empty:
+            return []
 
     def _take(self) -> list[Job | Receipt | None]:
         jobs: list[Job | Receipt | None] = []
@@ -143,8 +152,8 @@ class Backlog:
                 of_epoch = self._unsettled.setdefault(job.epoch, {})
                 for lane in job.lanes:
                     of_epoch.setdefault(lane.lane, []).append(lane)
-        if self._unsettled:
-            self._try(self._settle)
+        if self._unsettled and (self._thread is None or time.monotonic() >= self._settle_at):
+            self._settle()
         for job in jobs:
             if job is not None and not isinstance(job, Receipt):
                 self._try(job)
@@ -157,7 +166,7 @@ class Backlog:
             except UnavailableError as e:
                 log.warning("buffer unavailable error=%s retry_s=%s", e, PAUSE_S)
                 if self._thread is None:
-                    self._jobs.put(job if job != self._settle else None)  # the next `work` tries again
+                    self._jobs.put(job)  # the next `work` tries again
                 if self._thread is None or self._closing.is_set():
                     return
                 time.sleep(PAUSE_S)
@@ -174,13 +183,20 @@ class Backlog:
         found = self._buffer.pending(lane, sequence - 1, 1)
         return found[0] if found and found[0].sequence == sequence else None
 
-    def _settle(self) -> Settled:
+    def _settle(self) -> None:
+        """Settle what receipts named; what cannot be written down now stays for the next try."""
         settled = 0
-        for epoch, receipts in list(self._unsettled.items()):
-            lanes = [merged for of_lane in receipts.values() for merged in _merge(of_lane)]
-            settled += self._buffer.settle(Receipt(device=self._device, epoch=epoch, lanes=lanes))
-            del self._unsettled[epoch]
-        return Settled(settled)
+        try:
+            for epoch, receipts in list(self._unsettled.items()):
+                lanes = [merged for of_lane in receipts.values() for merged in _merge(of_lane)]
+                settled += self._buffer.settle(Receipt(device=self._device, epoch=epoch, lanes=lanes))
+                del self._unsettled[epoch]
+        except UnavailableError as e:
+            log.warning("receipts not written error=%s retry_s=%s", e, PAUSE_S)
+            self._settle_at = time.monotonic() + PAUSE_S
+            for receipts in self._unsettled.values():  # more may come, for as long as it takes
+                receipts.update({lane: _merge(of_lane) for lane, of_lane in receipts.items()})
+        self._put(Settled(settled))
 
 
 def _merge(receipts: list[LaneReceipt]) -> list[LaneReceipt]:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -66,36 +65,34 @@ class BufferFile:
             ConfigError: blocks are sealed under a key that is not here.
         """
         self.damaged, self.carved = 0, False
-        seen: set[tuple[str, str, str, int]] = set()
+        names: set[tuple[str, str, str, int]] = set()
+        whole, damaged = set[int](), set[int]()
+        for number, stored, settled in self._stored():
+            found = self._open(stored, settled)
+            (damaged if found is None else whole).add(number)
+            if found is not None and found.header.identity not in names:
+                names.add(found.header.identity)
+                yield found
+        self.damaged = len(damaged - whole)
+
+    def _stored(self) -> Iterator[tuple[int, object, bool]]:
+        """What is stored as a block, with its number and whether it was settled; from the pages alone if the tables end in damage."""
         try:
             with connect(self.path) as db:
                 settled = _settled_ids(db)
                 for number, stored in db.execute("SELECT id, block FROM blocks ORDER BY id"):
-                    found = self._open(stored, number in settled)
-                    if found is None:
-                        self.damaged += 1
-                    elif found.header.identity not in seen:
-                        seen.add(found.header.identity)
-                        yield found
-        except apsw.Error as e:
+                    yield number, stored, number in settled
+        except (apsw.Error, UnicodeDecodeError) as e:
             log.warning("buffer file carved path=%s error=%s", self.path, e)
             self.carved = True
-            yield from self._carve(seen)
+            yield from self._carved()
 
-    def _carve(self, seen: set[tuple[str, str, str, int]]) -> Iterator[Found]:
+    def _carved(self) -> Iterator[tuple[int, bytes, bool]]:
         """What is still in the pages; whether it was settled nobody can say."""
-        damaged: set[bytes] = set()
         with mapped(self.path) as file, mapped(log_path(self.path)) as write_ahead:
-            for _, stored in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
-                if not is_stored_block(stored):
-                    continue
-                found = self._open(stored, settled=False)
-                if found is None:
-                    damaged.add(hashlib.sha256(stored).digest())
-                elif found.header.identity not in seen:
-                    seen.add(found.header.identity)
-                    yield found
-        self.damaged += len(damaged)
+            for number, stored in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
+                if is_stored_block(stored):
+                    yield number, stored, False
 
     def _open(self, stored: object, settled: bool) -> Found | None:
         if not isinstance(stored, bytes):

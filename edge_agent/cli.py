@@ -165,6 +165,7 @@ def _fsck(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
+
     from edge_agent.buffer_file import BufferFile
     from edge_agent.export import export
 

@@ -30,8 +30,11 @@ class Eviction:
         self._file, self._room, self._limits, self._ledger = file, room, limits, ledger
         self._age_due_us = 0
 
-    def victims(self, sealed: list[Sealed], size: int) -> list[Place]:
+    def victims(self, sealed: list[Sealed], size: int) -> list[Place] | None:
         """What to give up so that sealed blocks of `size` bytes fit: stored ones, or some of these themselves.
+
+        Returns:
+            None if they are more than BLOCKS_MAX: `give_up_many` first, then ask again.
 
         Raises:
             BufferFullError: nothing may be given up, or not enough.
@@ -51,8 +54,19 @@ class Eviction:
         spare = {priority: shelves for priority, shelves in self._classes(incoming).items() if priority <= worth}
         victims = choose(spare, portion(lack, limit))[:BLOCKS_MAX]
         if sum(p.bytes for p in victims) < lack:
+            if len(victims) == BLOCKS_MAX:
+                return None
             raise BufferFullError(f"{full}, and only {len(victims)} blocks may be given up")
         return victims
+
+    def give_up_many(self, now: Moment) -> list[StoredBlock]:
+        """Give up BLOCKS_MAX blocks of a file that is far beyond its limit, as one is that was lowered; returns the ledger's new blocks."""
+        with self._file.writing():
+            self._file.catalogue.write_tail()
+            victims = choose(self._classes(), self._limits.bytes_max)[:BLOCKS_MAX]
+            ledger = self._ledger.give_up(self._file.catalogue, victims, [], Reason.EVICTED_FULL, now)
+            self._file.insert(ledger)
+        return [s.stored for s in ledger]
 
     def give_up_old(self, now: Moment) -> list[StoredBlock]:
         """Give up what is older than the limit, looked at every AGE_CHECK_S; returns the ledger's new blocks."""

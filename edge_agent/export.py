@@ -2,8 +2,9 @@
 
 Columns: the stream's fields in the block's order, `score` if there is one, then what names a reading (device, epoch, lane, sequence,
 row, ordinal) and how it was captured (stream, contract_version, model, fix, boot, monotonic_us, sealed_at, clock_synced), and
-whether the lake has said that it holds it (settled). Times are ISO 8601 in UTC where the contract says that a field is one; without
-the contract they are microseconds since 1970. Missing numbers are empty in CSV, null in JSON.
+whether the lake has said that it holds it (settled). Of these, one that is called like a field gets `block_` before its name. Times are
+ISO 8601 in UTC where the contract says that a field is one; without the contract they are microseconds since 1970. Missing numbers are
+empty in CSV, null in JSON.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, TextIO
 
@@ -64,7 +65,7 @@ def _write_csv(file: BufferFile, stream: str | None, rows: Iterator[dict[str, An
     for found in file.blocks():
         if stream in (None, found.header.stream):
             fields |= dict.fromkeys(name for name in found.table if name != ORDINAL)
-    writer = csv.DictWriter(out, [*fields, *_NAMES, *_CAPTURE], restval="")
+    writer = csv.DictWriter(out, [*fields, *(_word(name, fields) for name in (*_NAMES, *_CAPTURE))], restval="")
     writer.writeheader()
     count = 0
     for row in rows:
@@ -95,7 +96,13 @@ def _rows(found: Found, times: frozenset[str]) -> Iterator[dict[str, Any]]:
         "settled": found.settled,
     }
     for row, values in enumerate(zip(*columns, strict=True)):
-        yield {**dict(zip(names, values, strict=True)), **before, "row": row, ORDINAL: ordinals[row], **after}
+        block = {**before, "row": row, ORDINAL: ordinals[row], **after}
+        yield {**dict(zip(names, values, strict=True)), **{_word(name, names): value for name, value in block.items()}}
+
+
+def _word(name: str, fields: Container[str]) -> str:
+    """What the block's own column is called beside a stream's fields."""
+    return f"block_{name}" if name in fields else name
 
 
 def _values(values: list[Any], are_times: bool) -> list[Any]:

@@ -2,7 +2,8 @@
 
 Checked are SQLite's own structures, the tables, every block (its CRC or AES-GCM tag, its header against its place), and the count
 of each lane: last sequence - gone = blocks in the file. Names that are missing though nobody counts them as gone are lost, and
-damage; names that the loss ledger holds are told apart. A repair rebuilds the file from its whole blocks and writes the loss
+damage; names that the loss ledger holds are told apart. Names that the marks beside the file say were given out, and that it does not
+know, are lost too: it was cut off (edge_agent.marks). A repair rebuilds the file from its whole blocks and writes the loss
 ledger for the rest, as the agent does by itself when it meets the damage; the old file stays beside it.
 """
 
@@ -23,6 +24,7 @@ from edge_agent.buffer_file import BufferFile, Found, connect
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
+from edge_agent.marks import Marked, Marks
 from edge_agent.salvage import UNUSED, salvage
 from edge_agent.sealed import Keys
 from edge_agent.store import LOG_BYTES_MAX, SCHEMA, SETTLED
@@ -87,13 +89,13 @@ def inspect(path: Path, keys: Keys | None) -> Inspection:
     Raises:
         ConfigError: there is no file, or it holds blocks sealed under a key that is not here.
     """
-    file, found = BufferFile(path, keys), Inspection(str(path))
+    file, found, mark = BufferFile(path, keys), Inspection(str(path)), Marks(path).read()
     places: dict[tuple[str, int], tuple[Any, ...]] = {}
     try:
         with connect(path) as db:
             _check_structure(db, found)
             places = _read_tables(db, found)
-    except apsw.Error as e:
+    except (apsw.Error, UnicodeDecodeError, TypeError, ValueError) as e:  # the last three: not what its column should hold
         found.problem(f"SQLite cannot follow it: {e}")
     losses = _check_blocks(file, places, found)
     if file.carved and found.clean:
@@ -103,6 +105,8 @@ def inspect(path: Path, keys: Keys | None) -> Inspection:
         found.problem(f"{file.damaged} blocks are damaged")
     if not file.carved:
         _check_counts(found)
+    if mark is not None and mark.epoch == found.epoch:
+        _check_end(found, mark)
     for loss in losses:
         if loss.of_epoch == found.epoch and loss.of_lane in found.lanes and loss.of_stream != UNUSED:
             found.lanes[loss.of_lane].named += loss.blocks
@@ -214,3 +218,10 @@ def _check_counts(found: Inspection) -> None:
             found.problem(
                 f"lane {name!r}: {lane.last_sequence} sequences given out, {lane.gone} gone, {lane.blocks} whole blocks: {missing} amiss"
             )
+
+
+def _check_end(found: Inspection, mark: Marked) -> None:
+    for name, (_, last) in sorted(mark.lanes.items()):
+        known = found.lane(name).last_sequence
+        if last > known:
+            found.problem(f"lane {name!r} ends at {known}; {last} were given out: the file was cut off, or an older one lies in its place")

@@ -35,6 +35,7 @@ class LossLedger:
         self._sealer, self._keys, self._bytes_max = sealer, keys, bytes_max
         self.lost_blocks: Counter[str] = Counter()
         self.lost_readings: dict[str, float] = {}
+        self._uncounted: list[Loss] = []
 
     def give_up(self, catalogue: Catalogue, victims: list[Place], incoming: list[Sealed], reason: Reason, now: Moment) -> list[Sealed]:
         """Take victims out of the file, or out of the blocks that are just coming; returns the ledger that names them."""
@@ -55,7 +56,7 @@ class LossLedger:
 
     def seal(self, catalogue: Catalogue, losses: list[Loss], number: int, now: Moment) -> list[Sealed]:
         """Blocks of these rows, one per lane, numbered from `number` on."""
-        self._count(losses)
+        self._uncounted += losses
         sealed: list[Sealed] = []
         for lane in sorted({loss.of_lane for loss in losses}):
             rows = coalesce([*self._old_rows(catalogue, lane, now), *(loss for loss in losses if loss.of_lane == lane)])
@@ -66,6 +67,20 @@ class LossLedger:
             numbers = {"sequence": sequence, "number": number + len(sealed), "base": ordinal, "following": ordinal}
             sealed.append(self._sealer.seal_one(catalogue, draft, now, **numbers))
         return sealed
+
+    def count(self) -> None:
+        """The transaction is on the disk: what it named is lost."""
+        for loss in self._uncounted:
+            if loss.of_stream == UNUSED:
+                continue
+            self.lost_blocks[loss.reason] += loss.blocks
+            if not math.isnan(loss.readings):
+                self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + loss.readings
+        self._uncounted.clear()
+
+    def forget(self) -> None:
+        """The transaction failed."""
+        self._uncounted.clear()
 
     def _old_rows(self, catalogue: Catalogue, lane: str, now: Moment) -> list[Loss]:
         """The rows of a lane's waiting ledger, taken out, if it has become long; and rows that name its blocks."""
@@ -86,11 +101,3 @@ class LossLedger:
             rows.append(Loss(now.wall_us, LOSSES.stream, *name, readings, *times, Reason.EVICTED_FULL.value, why))
         catalogue.remove(places)
         return rows
-
-    def _count(self, losses: list[Loss]) -> None:
-        for loss in losses:
-            if loss.of_stream == UNUSED:
-                continue
-            self.lost_blocks[loss.reason] += loss.blocks
-            if not math.isnan(loss.readings):
-                self.lost_readings[loss.reason] = self.lost_readings.get(loss.reason, 0.0) + loss.readings

@@ -92,8 +92,10 @@ class OwnedFile:
                         self.catalogue.write_lanes()
             except BaseException as e:
                 self.fault = self.fault or e
+                self._ledger.forget()
                 raise
             self._note_commit()
+            self._ledger.count()
             self._write_marks()
 
     @contextlib.contextmanager
@@ -156,26 +158,29 @@ class OwnedFile:
         if fault is None:  # another thread was faster
             return
         if not isinstance(fault, (DiskError, DamagedError)):  # the file is well: only what memory knows is in doubt
-            self._load(self._clock())
+            try:
+                self._load(self._clock())
+            except (DiskError, DamagedError) as e:  # it is not
+                self.fault = e
+                raise
             self.fault = None
             return
         if isinstance(fault, DamagedError):
             self._salvage(fault)
+            self.fault, self._committed = DiskError(f"not opened yet after its salvage: {fault}"), {}  # it is salvaged once
         with contextlib.suppress(UnavailableError):  # it may be closed already
             self.store.close(checkpoint=False)
         resume(self.path)
-        known = dict(self._committed) if isinstance(fault, DiskError) else {}
+        known = Marked(0, self.catalogue.epoch, {lane: (1, last) for lane, last in self._committed.items()})
         self._open(suspect=True)
-        behind = {lane: last for lane, last in known.items() if last > self.catalogue.sequences.get(lane, 0)}
-        for lane, last in behind.items():
-            self.skip_names(lane, last)
+        if known.epoch == self.catalogue.epoch:  # of another one the marks know more
+            self._name_cut_off(known, self._clock())
         log.warning("buffer opened again after=%s", fault)
 
     def _salvage(self, cause: Exception) -> None:
         with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
             self.store.close(checkpoint=False)
-        mark = self._marks.read()
-        salvage(self.path, self._device, self._keys, log_bytes_max=self.log_bytes_max, vfs=self._vfs, cause=str(cause), mark=mark)
+        salvage(self.path, self._device, self._keys, log_bytes_max=self.log_bytes_max, vfs=self._vfs, cause=str(cause))
 
     # Opening.
 
@@ -193,7 +198,9 @@ class OwnedFile:
             with self.writing():
                 self._name(msgspec.msgpack.decode(owed[0][0], type=list[Loss]), now)
                 self.store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
-        self._check_marks(now)
+        mark = self._marks.read()
+        if mark is not None:
+            self._name_cut_off(mark, now)
 
     def _open_and_load(self, suspect: bool, now: Moment) -> None:
         mark = self._marks.read()
@@ -221,11 +228,10 @@ class OwnedFile:
         except BufferFullError as e:  # no reason not to start: receipts make room
             log.warning("buffer log not brought into the file error=%s", e)
 
-    def _check_marks(self, now: Moment) -> None:
+    def _name_cut_off(self, mark: Marked, now: Moment) -> None:
         """Name what the file has given out and does not know any more: it was cut off, or another one lies in its place."""
-        mark = self._marks.read()
-        losses = [] if mark is None else _cut_off(mark, self.catalogue, now.wall_us)
-        if mark is None or not losses:
+        losses = _cut_off(mark, self.catalogue, now.wall_us)
+        if not losses:
             return
         lost = {x.of_lane: (x.first_sequence, x.last_sequence) for x in losses}
         log.error("buffer file lacks what was stored epoch=%s lost=%s", mark.epoch, lost)

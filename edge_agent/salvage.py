@@ -30,9 +30,9 @@ from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
-from edge_agent.marks import Marked
+from edge_agent.marks import Marked, Marks
 from edge_agent.opening import GAPS, read_whole
-from edge_agent.sealed import Keys, is_stored_block, sealed_under, stored_header
+from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, is_stored_block, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, translated
 from edge_agent.whole_file import mapped, sync
 
@@ -46,6 +46,10 @@ UNUSED = "unused"
 OWED = "owed"
 _BATCH = 256
 _PUT = "INSERT OR IGNORE INTO blocks VALUES (?, ?) RETURNING id"
+_KEYS = (  # a row for each change of key, as `opening.check_keys` wants them
+    "INSERT INTO meta SELECT 'key ' || id, lower(hex(key)) FROM (SELECT id, key, lag(key, 1, x'') OVER (ORDER BY id) AS before FROM"
+    " (SELECT id, CASE WHEN substr(block, 1, 4) = ?2 THEN substr(block, 5, ?1) ELSE x'' END AS key FROM blocks)) WHERE key <> before"
+)
 _NAN = float("nan")
 
 
@@ -78,24 +82,21 @@ class _New:
     lanes: dict[str, int] = field(default_factory=dict)
     ordinals: dict[str, int] = field(default_factory=dict)
     held: Counter[str] = field(default_factory=Counter)
-    keys: dict[str, int] = field(default_factory=dict)
 
 
-def salvage(
-    path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str, mark: Marked | None = None
-) -> None:
-    """Put a new file in the place of the damaged one at `path`; nobody may have it open. `mark` says which names it had given out.
+def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, vfs: str | None, cause: str) -> None:
+    """Put a new file in the place of the damaged one at `path`; nobody may have it open.
 
     Raises:
         ConfigError: blocks are sealed under a key that is not here. Nothing was changed.
         DiskError, BufferFullError: the disk takes no new file. Nothing was changed.
     """
     new_path = path.with_name(f"{path.name}.new")
-    aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+    aside = _new_aside(path)
     log.error("buffer damaged path=%s error=%s moved_to=%s", path, cause, aside)
     with translated("salvaged"):
         old = _read_old(path, vfs)
-        old.mark = mark
+        old.mark = Marks(path).read()
         try:
             new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=True)
         except BufferFullError as e:
@@ -192,9 +193,6 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
     new.next_id = max(new.next_id, block_id + 1)
     place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
     store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
-    key_id = sealed_under(stored)
-    if key_id is not None:
-        new.keys.setdefault(key_id, block_id)
     new.held[header.lane] += 1
     new.lanes[header.lane] = max(new.lanes.get(header.lane, 0), header.sequence)
     new.ordinals[header.stream] = max(new.ordinals.get(header.stream, 0), ordinal + 1)
@@ -223,7 +221,7 @@ def _finish(store: Store, new: _New, old: _Old, now_us: int, detail: str) -> Non
     store.execute_many("INSERT INTO shelves VALUES (?, ?, ?)", [(n, lane, stream) for (lane, stream), n in new.shelves.items()])
     store.execute_many("INSERT OR REPLACE INTO fixes VALUES (?, ?)", list(old.fixes))
     store.execute("INSERT INTO meta VALUES ('epoch', ?)", (new.epoch,))
-    store.execute_many("INSERT OR IGNORE INTO meta VALUES (?, ?)", [(f"key {first}", key_id) for key_id, first in new.keys.items()])
+    store.execute(_KEYS, (KEY_ID_BYTES, SEALED_MAGIC))
     store.execute("INSERT INTO meta VALUES (?, ?)", (OWED, msgspec.msgpack.encode(coalesce(losses))))
 
 
@@ -339,8 +337,20 @@ def _remove(path: Path) -> None:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
+def _new_aside(path: Path) -> Path:
+    """The name that the damaged file gets: its number is the time, and higher than that of any before, whatever the clock says now."""
+    newest = max(map(_number, _old_files(path)), default=0)
+    return path.with_name(f"{path.name}.damaged-{max(time.time_ns(), newest + 1)}")
+
+
 def _old_files(path: Path) -> list[Path]:
-    return sorted(p for p in path.parent.glob(f"{path.name}.damaged-*") if not p.name.endswith(("-wal", "-shm")))
+    """Files moved aside before, the oldest first."""
+    found = [p for p in path.parent.glob(f"{path.name}.damaged-*") if p.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=_number)
+
+
+def _number(aside: Path) -> int:
+    return int(aside.name.rpartition("-")[2])
 
 
 def _forget_old_files(path: Path) -> None:

@@ -1,15 +1,22 @@
 """A receipt of the lake comes: the blocks that it names leave, or stay as history.
 
 - A receipt for another epoch is about other blocks, whatever the numbers say.
-- A receipt that names what this file never gave out tells that the file has gone back in time: those names are skipped.
+- A receipt that names what this file never gave out tells that the file has gone back in time: those names are skipped. Beyond
+  SKIPPED_MAX nothing is believed, of that lane: the names after the skipped ones must be such that receipts and the file can hold them.
 - What the receipt before had settled already is not looked for again.
 """
 
 from __future__ import annotations
 
-from edge_agent.contract.receipt import Receipt
+import logging
+
+from edge_agent.contract.receipt import SEQUENCE_MAX, Receipt
 from edge_agent.owned_file import OwnedFile
 from edge_agent.room import Room
+
+log = logging.getLogger(__name__)
+
+SKIPPED_MAX = SEQUENCE_MAX // 2
 
 
 def settle(file: OwnedFile, room: Room, receipt: Receipt) -> int:
@@ -17,12 +24,22 @@ def settle(file: OwnedFile, room: Room, receipt: Receipt) -> int:
     settled = 0
     for lane in receipt.lanes:
         ranges = {(1, lane.cumulative), *lane.ranges}
+        if _is_false(file, lane.lane, max(last for _, last in ranges)):
+            continue
         for first, last in sorted(_news(file, receipt.epoch, lane.lane, ranges)):
             settled += _settle(file, room, receipt.epoch, lane.lane, first, last)
         with file.lock:
             if receipt.epoch == file.catalogue.epoch:
                 file.catalogue.receipts[lane.lane] = ranges
     return settled
+
+
+def _is_false(file: OwnedFile, lane: str, top: int) -> bool:
+    known = file.catalogue.sequences.get(lane, 0)
+    if top <= max(known, SKIPPED_MAX):
+        return False
+    log.error("receipt not believed lane=%s known=%s named=%s", lane, known, top)
+    return True
 
 
 def _news(file: OwnedFile, epoch: str, lane: str, ranges: set[tuple[int, int]]) -> set[tuple[int, int]]:

@@ -60,6 +60,7 @@ Column = Floats | Ints | Strings
 Table = dict[str, Column]
 
 SCALE_MAX = 9
+CELLS_MAX = 8 * 1024 * 1024  # of a table: a column of zeros takes no bytes, but memory when it is decoded
 _EXACT_MAX = float(2**53)
 _NAN_BITS = np.array([np.nan]).view(np.int64)[0]
 
@@ -98,14 +99,19 @@ def _concat_column(parts: list[Column]) -> Column:
     return np.concatenate(parts)  # type: ignore[arg-type]
 
 
+def check_size(columns: int, rows: int) -> None:
+    """ContractError: a table of so many columns and rows does not fit a block."""
+    if columns > FIELDS_MAX + 8 or columns * rows > CELLS_MAX:
+        raise ContractError(f"{columns} columns of {rows} rows; at most {FIELDS_MAX + 8} columns and {CELLS_MAX} cells fit a block")
+
+
 def encode_columns(table: Table, rows: int) -> bytes:
     """Encode a table of `rows` rows (not yet compressed).
 
     Raises:
-        ContractError: a column has another length, or there are more than FIELDS_MAX + 8 columns.
+        ContractError: a column has another length, or there are more of them or of cells than fit a block.
     """
-    if len(table) > FIELDS_MAX + 8:
-        raise ContractError(f"{len(table)} columns; at most {FIELDS_MAX + 8} fit a block")
+    check_size(len(table), rows)
     specs: list[_Spec] = []
     chunks: list[bytes] = []
     for name, column in table.items():
@@ -129,8 +135,7 @@ def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
         specs = _decode_specs(data[4:end])
     except UNREADABLE as e:
         raise ContractError(f"column headers: {e}") from e
-    if len(specs) > FIELDS_MAX + 8:
-        raise ContractError(f"{len(specs)} columns; at most {FIELDS_MAX + 8} fit a block")
+    check_size(len(specs), rows)
     parts: list[_Part] = []
     for spec in specs:
         parts.append(_part(spec, data, end, rows))

@@ -17,7 +17,7 @@ from edge_agent.contract.errors import UNREADABLE, ContractError
 
 RANGES_MAX = 1_000
 LANES_MAX = 256
-SEQUENCE_MAX = 2**62  # a device that a receipt makes skip names still has some left
+SEQUENCE_MAX = 2**62
 
 
 class SequenceSet:

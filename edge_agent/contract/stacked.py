@@ -20,9 +20,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.columns import SCALE_MAX, Ints, Strings, Table, encode_columns
+from edge_agent.contract.columns import SCALE_MAX, Ints, Strings, Table, check_size, encode_columns
 from edge_agent.contract.errors import UNREADABLE, ContractError
-from edge_agent.contract.stream import FIELDS_MAX
 
 __all__ = ["Layout", "decode_stacked", "encode_columns", "read_layout"]
 
@@ -67,8 +66,9 @@ def read_layout(data: bytes, rows: int) -> Layout:
         specs = _decode_specs(data[4:start])
     except UNREADABLE as e:
         raise ContractError(f"column headers: {e}") from e
-    if not 0 < len(specs) <= FIELDS_MAX + 8:
-        raise ContractError(f"{len(specs)} columns; 1 to {FIELDS_MAX + 8} fit a block")
+    if not specs:
+        raise ContractError("no columns")
+    check_size(len(specs), rows)
     names, each, *rest = zip(*specs, strict=True)
     kinds = "".join(each)
     if len(kinds) != len(names) or not _KINDS.issuperset(kinds):

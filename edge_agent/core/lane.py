@@ -48,7 +48,7 @@ class Flight(Generic[B]):
 
 
 class Lane(Generic[B]):
-    """See the module's rules. `served`: bytes that it was given, for fairness among lanes."""
+    """See the module's rules. `served`: bytes that it was given, for fairness among lanes. `asked`: overdue blocks asked of the buffer."""
 
     def __init__(self, served: float = 0.0) -> None:
         self.queues: dict[str, deque[B]] = {name: deque() for name in QUEUES}
@@ -57,6 +57,7 @@ class Lane(Generic[B]):
         self.behind = True
         self.reading = False
         self.served = served
+        self.asked: set[int] = set()
         self._queued: set[int] = set()  # what is in a queue but not in here was settled meanwhile
         self._live_bytes = 0
         self._rising: list[int] = []  # heap of sequences that were under way
@@ -163,8 +164,14 @@ class Lane(Generic[B]):
 
     def again(self, block: B) -> None:
         """A block whose receipt is overdue, read from the buffer."""
+        self.asked.discard(block.sequence)
         if block.sequence in self.flights and block.sequence not in self._queued:
             self._queue(OVERDUE, block)
+
+    def forget(self, sequence: int) -> None:
+        """The buffer does not hold this block any more."""
+        self.asked.discard(sequence)
+        self.flights.pop(sequence, None)
 
     def settle(self, settled: SequenceSet) -> int:
         """Forget what the lake holds; returns how many blocks under way it was."""

@@ -26,7 +26,7 @@ from typing import Generic, NamedTuple
 from edge_agent.contract.receipt import SequenceSet
 from edge_agent.core.allowance import HedgeAllowance, ReplayAllowance
 from edge_agent.core.deadline import DeadlineLimits
-from edge_agent.core.lane import BACKLOG, OVERDUE, QUEUES, B, Lane
+from edge_agent.core.lane import BACKLOG, OVERDUE, QUEUES, B, Flight, Lane
 from edge_agent.core.pipe import INFINITY, Message
 from edge_agent.core.pipes import Pipes
 
@@ -34,6 +34,8 @@ MIB = 1024 * 1024
 RECHECK_S = 0.025  # a late block that cannot be hedged now
 HEDGES_STEP_MAX = 64
 READ_AHEAD_BLOCKS = 32
+OVERDUE_BLOCKS_MAX = 64  # of a lane, in memory
+POSTPONED_S = 1.0
 DOUBLINGS_MAX = 30
 
 
@@ -191,12 +193,21 @@ class Outbox(Generic[B]):
     # Time.
 
     def due(self, now: float, limit: int) -> list[tuple[str, int]]:
-        """Up to `limit` blocks whose receipt is overdue, as lane and sequence. Answer each with `again` or `forget`."""
+        """Up to `limit` blocks whose receipt is overdue, as lane and sequence. Answer each with `again` or `forget`.
+
+        A lane that cannot send those it has queued is not asked about more.
+        """
         found: list[tuple[str, int]] = []
         while self._due and self._due[0][0] <= now and len(found) < limit:
-            due_at, lane, sequence = heapq.heappop(self._due)
-            if self._lanes[lane].overdue(sequence, due_at):
-                found.append((lane, sequence))
+            due_at, name, sequence = heapq.heappop(self._due)
+            lane = self._lanes[name]
+            if not lane.overdue(sequence, due_at):
+                continue
+            if len(lane.asked) + len(lane.queues[OVERDUE]) < OVERDUE_BLOCKS_MAX:
+                lane.asked.add(sequence)
+                found.append((name, sequence))
+            else:
+                self._due_again(name, lane.flights[sequence], sequence, now + POSTPONED_S)
         return found
 
     def again(self, block: B) -> None:
@@ -205,7 +216,7 @@ class Outbox(Generic[B]):
 
     def forget(self, lane: str, sequence: int) -> None:
         """The buffer does not hold this block any more."""
-        self._lanes[lane].flights.pop(sequence, None)
+        self._lanes[lane].forget(sequence)
 
     def late(self, standbys: Mapping[str, str], now: float) -> list[Hedge[B]]:
         """Blocks past their deadline, each with the standby to send it to as well. Answer each with `hedged`, or not at all."""
@@ -267,8 +278,11 @@ class Outbox(Generic[B]):
         flight = self._lanes[lane].acked(sequence, endpoint)
         if flight is not None and flight.due_at is None:
             flight.block = None
-            flight.due_at = now + self._limits.receipt_wait_s(flight.attempts)
-            heapq.heappush(self._due, (flight.due_at, lane, sequence))
+            self._due_again(lane, flight, sequence, now + self._limits.receipt_wait_s(flight.attempts))
+
+    def _due_again(self, lane: str, flight: Flight[B], sequence: int, at: float) -> None:
+        flight.due_at = at
+        heapq.heappush(self._due, (at, lane, sequence))
 
     def _requeue(self, endpoint: str, messages: Iterable[Message]) -> None:
         for message in messages:

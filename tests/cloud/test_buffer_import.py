@@ -16,11 +16,13 @@ from cloud.buffer_import import IMPORTED, BufferImport
 from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.lake import Lake
+from cloud.quarantine import CheckedLake
+from cloud.refusals import REFUSED
 from edge_agent.buffer import Buffer, Draft
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality
 from edge_agent.contract.columns import Strings
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.sealed import Keys
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON
 
@@ -117,6 +119,25 @@ def test_a_damaged_buffer_gives_what_is_whole(settings: Settings, tmp_path: Path
     db.close()
     done = BufferImport(settings).run(path)
     assert (done.stored_blocks, done.damaged, done.complete) == (4, 1, False)
+
+
+def test_an_import_that_ends_early_leaves_its_trail(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = dead(tmp_path / "buffer.db", [draft(0, "europe"), draft(3, "nowhere"), draft(6, "europe")])
+    append, calls = CheckedLake.append, list[int]()
+
+    def once(lake: CheckedLake, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise UnavailableError("the lake is away")
+        return append(lake, *arguments)
+
+    monkeypatch.setattr("cloud.buffer_import.BATCH_BLOCKS", 1)
+    monkeypatch.setattr(CheckedLake, "append", once)
+    with pytest.raises(UnavailableError):
+        BufferImport(settings).run(path)
+    trail = {entry.kind: entry for entry in Audit(settings.audit_db).entries()}
+    assert trail[IMPORTED].detail.startswith("ended early: ") and "1 blocks stored" in trail[IMPORTED].detail
+    assert trail[REFUSED].reason == "wrong_region"
 
 
 def test_an_encrypted_buffer_needs_the_device_s_key(settings: Settings, tmp_path: Path) -> None:

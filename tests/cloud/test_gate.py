@@ -50,6 +50,12 @@ def test_a_block_of_a_zone_that_this_region_may_not_hold_is_refused(gate: Gate, 
     assert reason is Reason.WRONG_REGION and "'us'" in detail and lane in detail
 
 
+def test_a_lane_too_long_for_a_folder_is_refused_instead_of_stopping_ingest(gate: Gate) -> None:
+    lane = "_".join(f"zone-{letter}-{'x' * 38}" for letter in "abcdefg")
+    reason, detail = refusal(gate.inspect(up(lane), block_bytes(1, lane=lane)))
+    assert reason is Reason.UNKNOWN_TOPIC and "at most 255" in detail
+
+
 @pytest.mark.parametrize("topic", [up("europe"), up(device="d2"), up(stream="turbofan"), DeviceTopics("d1").reported])
 def test_a_header_that_does_not_say_what_the_topic_says_is_refused(gate: Gate, topic: str) -> None:
     assert refusal(gate.inspect(topic, block_bytes(1, lane="canada")))[0] is Reason.WRONG_DEVICE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import zstandard
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from edge_agent.contract.columns import Strings, Table, concat, decode_columns, encode_columns, take
 from edge_agent.contract.errors import ContractError
+from edge_agent.contract.stacked import decode_stacked, read_layout
 from tests.contract.tables import same, tables
 
 GOLDEN: list[tuple[str, Table, str]] = [
@@ -80,6 +82,18 @@ def test_wrong_length_and_too_many_columns_are_refused() -> None:
         encode_columns({"t": np.zeros(2)}, 3)
     with pytest.raises(ContractError, match="at most"):
         encode_columns({str(i): np.zeros(1) for i in range(600)}, 1)
+
+
+def test_columns_that_take_no_bytes_but_much_memory_are_refused() -> None:
+    specs = [[f"c{n}", "i", 0, 2, 0, False, []] for n in range(200)]
+    head = msgspec.msgpack.encode(specs)
+    data = len(head).to_bytes(4, "little") + head
+    assert len(decode_columns(data, 40_000)) == len(decode_stacked([read_layout(data, 40_000)])) == 200
+    for read in (decode_columns, read_layout):
+        with pytest.raises(ContractError, match="cells fit a block"):
+            read(data, 65_536)
+    with pytest.raises(ContractError, match="cells fit a block"):
+        encode_columns({f"c{n}": np.zeros(65_536) for n in range(200)}, 65_536)
 
 
 def test_readings_of_a_sensor_take_a_twentieth_of_their_json() -> None:

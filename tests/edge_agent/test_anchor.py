@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -47,6 +48,9 @@ def test_what_is_not_ours_or_damaged_is_not_believed(memory: Path, tmp_path: Pat
     file.unlink()
     file.write_bytes(b"{")
     assert Anchor("d", tmp_path).read() is None
+    file.unlink()
+    os.mkfifo(file)
+    assert Anchor("d", tmp_path).read() is None, "it waits for nobody to write"
 
 
 def test_without_memory_nothing_is_kept_and_nothing_breaks(memory: Path, tmp_path: Path) -> None:

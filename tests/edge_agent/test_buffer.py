@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import apsw
 import numpy as np
 import pytest
 
@@ -18,9 +19,11 @@ from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, decode_block
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.contract.stream import LOSSES
 from edge_agent.core.fix import Fix
+from edge_agent.core.ledger import read_losses
 from edge_agent.core.track import FIXES_MAX
-from edge_agent.store import DamagedError
+from edge_agent.store import DamagedError, DiskError, Store, open_store
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
 
@@ -256,3 +259,52 @@ def test_receipt_that_waits_while_the_file_is_made_new_settles_none_of_the_new_b
     assert buffer.epoch != old.epoch
     assert [b.stream for b in buffer.pending("europe", 0, 9)].count("pump") == 2
     buffer.close()
+
+
+def test_damage_that_is_found_after_another_fault_is_salvaged(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0])], [], NOW)
+    other = apsw.Connection(str(tmp_path / "buffer.db"))
+    other.execute("UPDATE meta SET value = 'none' WHERE key = 'epoch'")
+    other.close()
+    with pytest.raises(ZeroDivisionError), buffer._file.writing():
+        _ = 1 / 0
+    buffer.append([draft([2.0])], [], NOW)
+    assert [decode_block(b.block)[1]["t"].tolist() for b in buffer.pending("europe", 0, 10) if b.stream == "pump"] == [[1.0], [2.0]]
+
+
+def test_a_file_that_does_not_open_after_its_salvage_is_not_salvaged_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0])], [], NOW)
+    with pytest.raises(DamagedError), buffer._file.noting_faults():
+        raise DamagedError("for this test")
+    tried: list[Path] = []
+
+    def refuse(path: Path, **how: Any) -> Store:
+        tried.append(path)
+        if len(tried) <= 4:
+            raise DiskError("not yet")
+        return open_store(path, **how)
+
+    monkeypatch.setattr("edge_agent.owned_file.open_store", refuse)
+    for _ in range(2):
+        with pytest.raises(DiskError, match="not yet"):
+            buffer.append([draft([2.0])], [], NOW)
+    buffer.append([draft([2.0])], [], NOW)
+    assert len([path for path in tmp_path.glob("buffer.db.damaged-*") if path.suffix.rpartition("-")[2].isdecimal()]) == 1
+
+
+def test_what_is_gone_after_a_fault_is_named_without_marks_too(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0])], [], NOW)
+    buffer._file.store.checkpoint(truncate=True)
+    older = (tmp_path / "buffer.db").read_bytes()
+    buffer.append([draft([2.0])], [], NOW)
+    buffer._file.store.checkpoint(truncate=True)
+    (tmp_path / "buffer.db").write_bytes(older)
+    (tmp_path / "buffer.db.marks").unlink()
+    with pytest.raises(DiskError), buffer._file.noting_faults():
+        raise DiskError("for this test")
+    assert buffer.append([draft([3.0])], [], NOW)[0].sequence > 2
+    rows = [loss for b in buffer.pending("europe", 0, 10) if b.stream == LOSSES.stream for loss in read_losses(decode_block(b.block)[1])]
+    assert [(loss.first_sequence, loss.last_sequence, loss.reason) for loss in rows] == [(2, 2, "damaged")]

@@ -13,10 +13,13 @@ import pytest
 from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, decode_block
-from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.contract.receipt import SEQUENCE_MAX, LaneReceipt, Receipt, decode_receipt, encode_receipt
 from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
-from edge_agent.store import bytes_on_disk
+from edge_agent.draft import Sealed
+from edge_agent.owned_file import OwnedFile
+from edge_agent.settling import SKIPPED_MAX
+from edge_agent.store import DiskError, bytes_on_disk
 
 WALL_US = 1_700_000_000_000_000
 HOUR_US = 3_600_000_000
@@ -258,3 +261,54 @@ def test_a_receipt_beyond_the_last_name_makes_the_buffer_skip_names(tmp_path: Pa
     assert stored.sequence > 7 + 2**20
     (row,) = ledger(buffer)
     assert (row.first_sequence, row.last_sequence) == (8, 7 + 2**20)
+
+
+def test_a_receipt_of_the_highest_name_does_not_use_up_all_names(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft(1)], [], at(1))
+
+    def settled(cumulative: int) -> int:
+        receipt = Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=cumulative)])
+        return buffer.settle(decode_receipt(encode_receipt(receipt)))
+
+    assert settled(SEQUENCE_MAX) == 0, "nobody has stored so many blocks"
+    assert settled(SKIPPED_MAX) == 1
+    (stored,) = buffer.append([draft(2)], [], at(2))
+    assert settled(stored.sequence) == 2, "the block, and the ledger of what was skipped"
+    buffer.close()
+    assert open_buffer(tmp_path).append([draft(3)], [], at(3))[0].sequence == stored.sequence + 1
+    assert not list(tmp_path.glob("*.damaged-*"))
+
+
+def test_a_limit_that_was_lowered_gives_up_what_is_too_much_however_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = open_buffer(tmp_path, bytes_max=1_000_000_000)
+    for number in range(30):
+        buffer.append([draft(number, lane) for lane in ("europe", "asia") for _ in range(10)], [], at(number))
+    buffer.close()
+    monkeypatch.setattr("edge_agent.eviction.BLOCKS_MAX", 50)
+    buffer = open_buffer(tmp_path, bytes_max=400_000)
+    stored = buffer.append([draft(99)], [], at(99))
+    (mine,) = [s for s in stored if s.stream == "pump"]
+    assert len(stored) > 3, "it took several rounds, each with its rows of the ledger"
+    assert buffer.used_bytes() < 400_000
+    for lane, last in (("europe", mine.sequence), ("asia", 300)):
+        there = [b.sequence for b in blocks(buffer, lane)]
+        gone = list(named([row for row in ledger(buffer, lane) if row.of_stream == "pump"]))
+        assert sorted([*gone, *there]) == list(range(1, max(last, *there) + 1))
+
+
+def test_what_is_given_up_is_counted_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, insert, failed = open_buffer(tmp_path), OwnedFile.insert, list[int]()
+
+    def fail_once(file: OwnedFile, sealed: list[Sealed]) -> None:
+        insert(file, sealed)
+        if any(s.stored.stream == LOSSES.stream for s in sealed) and not failed:
+            failed.append(1)
+            raise DiskError("for this test")
+
+    monkeypatch.setattr(OwnedFile, "insert", fail_once)
+    for number in range(1, 300):
+        buffer.append([draft(number)], [], at(number))
+    rows = ledger(buffer)
+    assert failed and buffer.lost_blocks == {"evicted_full": sum(row.blocks for row in rows)}
+    assert buffer.lost_readings == {"evicted_full": sum(row.readings for row in rows)}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import apsw
 import numpy as np
+import pytest
 
 from edge_agent.buffer import Buffer, Draft
 from edge_agent.clock import Moment
@@ -116,3 +118,13 @@ def _seen(buffer: Buffer) -> list[int]:
     history = buffer.history("pump", "1.0.0")
     assert history is not None
     return [int(t) for t in np.asarray(history["t"])]
+
+
+def test_a_clock_that_went_back_does_not_make_the_newest_damaged_file_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, year in enumerate((2030, 2031, 1970)):
+        open_buffer(tmp_path).close()
+        (tmp_path / "buffer.db").write_bytes(b"%d is no database" % number)
+        monkeypatch.setattr(time, "time_ns", lambda year=year: (year - 1970) * 31_556_952 * 10**9 + 1)
+        open_buffer(tmp_path).close()
+    left = [path.read_bytes() for path in tmp_path.glob("buffer.db.damaged-*") if path.read_bytes().endswith(b"database")]
+    assert sorted(left) == [b"1 is no database", b"2 is no database"]

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,33 @@ def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
     assert not found.clean and any("amiss" in problem for problem in found.problems), found.problems
 
 
+def test_a_file_that_was_cut_off_is_damaged_and_its_repair_names_what_is_gone(tmp_path: Path) -> None:
+    path = made(tmp_path / "buffer.db", blocks=3)
+    before = path.read_bytes()
+    made(path, blocks=4)
+    path.write_bytes(before)
+    found = inspect(path, None)
+    assert found.problems == [
+        f"lane {lane!r} ends at 3; 7 were given out: the file was cut off, or an older one lies in its place"
+        for lane in ("europe", "switzerland")
+    ]
+
+    assert repair(path, None).repaired and inspect(path, None).clean
+    open_buffer(path).close()
+    assert [lane.named for lane in inspect(path, None).lanes.values()] == [4, 4]
+
+
+def test_flipped_bits_anywhere_are_problems_and_no_crash(tmp_path: Path, seed: int) -> None:
+    chance, whole = random.Random(seed), made(tmp_path / "whole.db", blocks=3).read_bytes()
+    for _ in range(100):
+        changed = bytearray(whole)
+        for _ in range(chance.choice((1, 8))):
+            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+        (tmp_path / "changed.db").write_bytes(changed)
+        inspect(tmp_path / "changed.db", None)
+        lines(tmp_path / "changed.db")
+
+
 def test_a_file_that_sqlite_cannot_follow_is_carved(tmp_path: Path) -> None:
     path = made(tmp_path / "buffer.db")
     data = bytearray(path.read_bytes())
@@ -194,6 +222,25 @@ def test_export_gives_every_reading_with_its_name_and_null_for_what_is_missing(t
         ("switzerland", 1, 0, "inf", None, False),
     ]
     assert rows[0]["device"] == "plane-01" and rows[0]["epoch"] == buffer.epoch and rows[0]["sealed_at"].startswith("2023-11-14T22:13:20")
+
+
+def test_export_keeps_a_field_that_is_called_like_a_column_of_the_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "buffer.db"
+    buffer = open_buffer(path)
+    buffer.append([draft([1.0], settled=np.array([7.5]))], [], NOW)
+    buffer.close()
+    (row,) = lines(path)
+    assert row["settled"] == 7.5 and row["block_settled"] is False
+    none = ["--config", str(tmp_path / "none.toml")]
+    assert main(["export", str(path), "--csv", *none]) == 0
+    (cells,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert cells["settled"] == "7.5" and cells["block_settled"] == "0"
+
+
+def test_export_to_a_place_that_is_none_is_said_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, none = made(tmp_path / "buffer.db"), str(tmp_path / "none" / "x")
+    assert main(["export", str(path), "--jsonl", "--config", none, "-o", none]) == 2
+    assert f"No such file or directory: '{none}'" in capsys.readouterr().err
 
 
 def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,20 @@ def test_a_crashed_encrypted_buffer_without_its_key_is_not_salvaged_away(tmp_pat
     assert not list(tmp_path.glob("*.damaged-*"))
 
 
+def test_a_salvage_keeps_which_key_sealed_which_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.db"
+    for keys in ([OLD], [NEW, OLD], [OLD, NEW], [NEW, OLD]):
+        buffer = Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={}, keys=Keys(keys))
+        append(buffer)
+        buffer.close()
+    path.write_bytes(path.read_bytes()[:18] + b"\x09" + path.read_bytes()[19:])
+    buffer = Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={}, keys=Keys([NEW, OLD]))
+    assert buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=2)])) == 2
+    buffer.close()
+    with pytest.raises(ConfigError, match="blocks are sealed under the key"):
+        open_buffer(tmp_path, Keys([NEW]))
+
+
 def test_a_changed_bit_in_a_sealed_block_is_found_wherever_it_is(tmp_path: Path) -> None:
     block = append(open_buffer(tmp_path, None))
     keys = Keys([OLD])

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,8 @@ import pytest
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 
-from edge_agent.backlog import Backlog, Settled
-from edge_agent.buffer import Buffer, Draft, StoredBlock
+from edge_agent.backlog import Backlog, Loaded, Settled
+from edge_agent.buffer import Buffer, BufferFullError, Draft, StoredBlock
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality, read_header
 from edge_agent.contract.errors import UnavailableError
@@ -370,6 +371,34 @@ def test_receipt_that_waited_does_not_settle_the_blocks_of_a_new_buffer(tmp_path
     assert [s.blocks for s in second.lanes()] == [1]
     first.close()
     second.close()
+
+
+def test_receipts_that_a_full_disk_does_not_take_hold_up_no_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = Buffer(tmp_path / "buffer.db", "plane-01", "boot", bytes_max=1 << 30, history_rows={})
+    for _ in range(2):
+        buffer.append([Draft("europe", "pump", "1.0.0", FixQuality.STATIC, "p", {"t": np.array([1.0])}, 1, 1, 2)], [], NOW)
+    full, answers = threading.Event(), SimpleQueue[Any]()
+    full.set()
+
+    def settle(receipt: Receipt) -> int:
+        if full.is_set():
+            raise BufferFullError("no room on the disk")
+        return Buffer.settle(buffer, receipt)
+
+    monkeypatch.setattr("edge_agent.backlog.PAUSE_S", 0.05)
+    monkeypatch.setattr(buffer, "settle", settle)
+    backlog = Backlog(buffer, "plane-01", answers.put)
+    backlog.start()
+    for cumulative in (1, 2):
+        backlog.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=cumulative)]))
+    backlog.read("europe", 0)
+    while not isinstance(loaded := answers.get(timeout=10), Loaded):
+        assert loaded == Settled(0)
+    assert [block.sequence for block in loaded.blocks] == [1, 2]
+    full.clear()
+    until(lambda: buffer.lanes() == [])
+    backlog.close(5.0)
+    buffer.close()
 
 
 def test_buffer_that_fails_for_a_while_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,24 @@ def test_the_first_page_may_be_gone(tmp_path: Path, seed: int) -> None:
     assert blobs.items() <= dict(carve(file, log, 512, 100_000)).items()
 
 
+def test_pages_of_an_earlier_round_of_the_log_do_not_hide_what_is_current(tmp_path: Path, seed: int) -> None:
+    """In use, a log always has such pages behind its last commit, and pages are used again and again."""
+    chance, blobs, path = random.Random(seed), dict[int, bytes](), tmp_path / "x.db"
+    db = apsw.Connection(str(path))
+    for name, value in {"page_size": 512, "journal_mode": "wal", "wal_autocheckpoint": 0}.items():
+        db.pragma(name, value)
+    db.execute("CREATE TABLE blocks (id INTEGER PRIMARY KEY, block BLOB)")
+    for number in range(1, 121):
+        blobs[number] = chance.randbytes(chance.randrange(400, 4_000))
+        db.execute("INSERT INTO blocks VALUES (?, ?)", (number, blobs[number]))
+        db.execute("DELETE FROM blocks WHERE id <= ?", (number - 5,))
+        if number % 20 == 0:
+            db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART)
+        found = set(carve(path.read_bytes(), Path(f"{path}-wal").read_bytes(), 512, 100_000))
+        assert {(n, blobs[n]) for n in range(max(1, number - 4), number + 1)} <= found
+    db.close()
+
+
 def test_noise_is_no_trouble(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(200):

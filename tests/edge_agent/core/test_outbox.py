@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from edge_agent.contract.receipt import SequenceSet
-from edge_agent.core.outbox import Outbox, OutboxLimits
+from edge_agent.core.outbox import OVERDUE_BLOCKS_MAX, Outbox, OutboxLimits
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,26 @@ def test_backlog_leaves_room_for_live_blocks() -> None:
     assert len(drain(outbox, EU)) == 6
     outbox.offer(Block("europe", 31))
     assert drain(outbox, EU) == [("europe", 31)]
+
+
+def test_overdue_blocks_stay_in_the_buffer_while_they_cannot_be_sent() -> None:
+    outbox: Outbox[Block] = Outbox(replace(LIMITS, inflight_blocks_max=1_000, inflight_bytes_max=100_000, unreceipted_blocks_max=1_000))
+    for block in stored("europe", 1, 500):
+        outbox.offer(block)
+        drain(outbox, EU)
+        outbox.acked("eu", block.sequence, 0.0)
+    outbox.lost("eu")
+    asked = [key for tick in range(100) for key in outbox.due(20 + tick / 2, 64)]
+    assert len(asked) == OVERDUE_BLOCKS_MAX, "and no more while the buffer does not answer"
+    for lane, sequence in asked:
+        outbox.again(Block(lane, sequence))
+    assert [key for tick in range(100) for key in outbox.due(80 + tick / 2, 64)] == []
+    sent = set(drain(outbox, EU, 200.0))
+    for tick in range(100):
+        for lane, sequence in outbox.due(200 + tick / 2, 64):
+            outbox.again(Block(lane, sequence))
+        sent.update(drain(outbox, EU, 200 + tick / 2))
+    assert sent == {("europe", n) for n in range(1, 501)}
 
 
 def test_backlogs_of_two_lanes_progress_in_turn() -> None:
