@@ -100,6 +100,9 @@ class IngestLimits(msgspec.Struct, frozen=True):
     workers: int = 1
 
 
+SECONDS_MAX = 366 * 86_400
+
+
 class QueryLimits(msgspec.Struct, frozen=True):
     """What one query may take, and which zones each user of this machine may see (`cloud.viewers`)."""
 
@@ -425,6 +428,8 @@ def _check(settings: Settings, origin: str) -> None:
     query, quality = settings.query, settings.quality
     if min(query.memory_mib_max, query.time_s_max, query.rows_max, query.threads, quality.check_s, quality.grace_s) <= 0:
         raise ConfigError(f"{origin}: limits of [query] and [quality] must be positive")
+    if max(query.time_s_max, quality.check_s, quality.grace_s) > SECONDS_MAX:
+        raise ConfigError(f"{origin}: query.time_s_max, quality.check_s and quality.grace_s are seconds, at most {SECONDS_MAX} (a year)")
     if not 1 <= limits.workers <= WORKERS_MAX:
         raise ConfigError(f"{origin}: ingest.workers {limits.workers} is not between 1 and {WORKERS_MAX}")
 

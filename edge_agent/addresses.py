@@ -277,3 +277,5 @@ def read_file(path: Path, what: str) -> bytes:
         return path.read_bytes()
     except OSError as e:
         raise ConfigError(f"{what}: cannot read {path}: {e.strerror}; check the path in agent.toml (relative to that file)") from e
+    except ValueError as e:  # a NUL in it
+        raise ConfigError(f"{what}: {str(path)!r} is no path; check it in agent.toml") from e

@@ -44,6 +44,7 @@ MIB = 1024 * 1024
 GPSD_PORT = 2947
 PII_CREDENTIAL = "pii.key"
 AGE_S_MAX = 100 * 365 * 86_400
+BATCHES_MIN = 4  # that a buffer which gives up nothing must hold: a batch may take more in it than on the wire
 
 
 class StreamSettings(Settings, frozen=True, kw_only=True):
@@ -232,6 +233,12 @@ def load(path: Path) -> AgentConfig:
     taken = [c.stream for c in AGENT_STREAMS]
     if not streams or len(set(streams)) != len(streams) or set(taken).intersection(streams):
         raise ConfigError(f"{path}: streams must be distinct, at least one, and none of {taken}; they are {streams}")
+    wanted = BATCHES_MIN * settings.flush.bytes_max
+    if settings.buffer.when_full == "block" and settings.buffer.bytes_max < wanted:
+        raise ConfigError(
+            f"{path}: buffer.bytes_max {settings.buffer.bytes_max} is too small for when_full = 'block': a batch that never fits would "
+            f"wait for ever. Give it at least {BATCHES_MIN} times flush.bytes_max, which is {wanted}, or make flush.bytes_max smaller"
+        )
     sensors = read_sensors(settings.sensors if isinstance(settings.sensors, list) else [settings.sensors], base, settings.device)
     position = [("the position", settings.position.topic)] if settings.position.source == "mqtt" and settings.position.topic else []
     check_covered(sensors, [(f"stream {c.stream}", f) for c in contracts for f in c.filters] + position)

@@ -52,6 +52,7 @@ def test_the_file_in_the_repository_says_what_the_defaults_are() -> None:
         ("[lake]\nvacuum_hours = 24", "lake.vacuum_hours 24 must be at least 168, or 0"),
         ("[quality]\ngrace_s = nan", r"nan is no setting; write a number - at `\$.quality.grace_s`"),
         ("[query]\ntime_s_max = inf", r"inf is no setting; write a number - at `\$.query.time_s_max`"),
+        ("[quality]\ncheck_s = 1e300", r"are seconds, at most 31622400 \(a year\)"),
         ("[ingest]\nworkers = 0", "ingest.workers 0 is not between 1 and 32"),
         ("[metadata]\nurl = 'mysql://x/y'", "must be postgresql://USER@HOST:PORT/DATABASE"),
         ("[metadata]\nurl = 'postgresql://me:secret@h/d'", "holds a password; put it in a file"),

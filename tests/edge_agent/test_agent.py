@@ -116,7 +116,8 @@ def test_a_device_with_gpsd_stamps_readings_and_rounds_their_places(bench: Bench
 
 
 def test_a_full_buffer_holds_the_source_and_goes_on_after_receipts(bench: Bench) -> None:
-    bench.replace("[position]", '[buffer]\nbytes_max = 80000\nwhen_full = "block"\nhistory_rows = 10\n[flush]\nms_max = 1.0\n[position]')
+    buffer = '[buffer]\nbytes_max = 80000\nwhen_full = "block"\nhistory_rows = 10\n[flush]\nms_max = 1.0\nbytes_max = 20000'
+    bench.replace("[position]", f"{buffer}\n[position]")
     bench.cloud.answering = False
     bench.start()
     for cycle in range(1, 301):

@@ -104,6 +104,11 @@ def test_positions_from_gpsd_and_places_of_a_stream(tmp_path: Path) -> None:
         ('name = "eu"=>name = "eu"\nurll = "x"', r"unknown key endpoints\[0\].urll; did you mean 'url'\?"),
         ('device = "plane-01"=>device = "Plane 1"', "device 'Plane 1' must match"),
         ('device = "plane-01"=>device = 7', r"Expected `str`, got `int` - at `\$.device`"),
+        ('contract = "turbofan.odcs.yaml"=>contract = "a\\u0000b"', r"contract: '.*a\\x00b' is no path"),
+        (
+            '[position]=>[buffer]\nwhen_full = "block"\nbytes_max = 16777215\n[position]',
+            "bytes_max 16777215 is too small .* wait for ever. Give it at least 4 times flush.bytes_max, which is 16777216, or make",
+        ),
         ("turbofan.odcs.yaml=>pump.odcs.yaml", "contract: cannot read .*pump.odcs.yaml: No such file or directory; check the path"),
         ("lat = 50.0=>lat = -50.0", "lies in no zone"),
         ('name = "eu"=>name = "mars"', "endpoint 'mars' is allowed in no zone .*'eu', 'us'"),
