@@ -66,10 +66,15 @@ def run(home: Path, seconds: float, rounds: int, *, model: bool) -> dict[str, fl
 
 def pss_mb(pid: int) -> float:
     """Proportional set size of a process and its children, in MB."""
+    return memory_mb(pid, "Pss")
+
+
+def memory_mb(pid: int, kind: str) -> float:
+    """A kind of memory that /proc/PID/smaps_rollup names, of a process and its children, in MB."""
     total = 0
     for member in family(pid):
         for line in Path(f"/proc/{member}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
+            if line.startswith(f"{kind}:"):
                 total += int(line.split()[1])
     return total / 1024
 

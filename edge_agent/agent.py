@@ -41,6 +41,7 @@ from edge_agent.core.track import Track
 from edge_agent.datapath import DataPath
 from edge_agent.fence import Fence
 from edge_agent.gpsd import Gpsd
+from edge_agent.heap import Heap
 from edge_agent.intake import Intake
 from edge_agent.mqtt.link import EndpointConfig
 from edge_agent.mqtt.tls import tls_context
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 REPORT_S = 20.0  # also the sign of life that `fenceline status` shows
+GIVE_BACK_S = 5.0
 RETRY_S = 0.5
 DISK_ERRORS = (errno.EIO, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ESTALE)
 UNDER_WAY_MAX = 65_536  # what one MQTT connection can have unacknowledged: all of it may come again after it was stored
@@ -85,12 +87,13 @@ class Agent:
         self._repository = _repository(config)
         self._metrics_address = metrics.parse_listen(config.settings.metrics.listen)
         self._stopping = False
-        self._clock = Clock()
+        self._clock, self._heap = Clock(), Heap()
         self.metrics = metrics.Metrics()
         self._updater: Updater | None = None
         self._model = UpdaterState()
         self._reporting = threading.Lock()  # a report that began earlier must not be published later: it is retained
         self._report_due, self._told_policy = 0.0, ""
+        self._give_back_due = 0.0
         self._lane: str | None = None
 
     def run(self) -> int:
@@ -305,7 +308,7 @@ class Agent:
         self._stopping = True
 
     def _tick(self) -> None:
-        """Between batches: sign of life, gauges, the reported document.
+        """Between batches: sign of life, gauges, the reported document, memory that is not needed.
 
         Raises:
             UnavailableError: another thread of the agent has failed.
@@ -318,6 +321,9 @@ class Agent:
         if now >= self._report_due or self._told_policy != self._fence.policy:
             self._report_due, self._told_policy = now + REPORT_S, self._fence.policy
             self._report()
+        if now >= self._give_back_due:
+            self._give_back_due = now + GIVE_BACK_S
+            self._heap.give_back()
 
     def _pause(self) -> None:
         """Let a moment pass while the data path waits.

@@ -3,6 +3,8 @@
 - Each payload is decoded straight into a typed struct made from the contract, a whole batch in one `list.extend(map(…))`.
   That was measured to be faster than joining JSON payloads into one array (0.19 against 0.25 µs for 5 fields,
   1.01 against 1.17 µs for 26), and a payload such as `1],[2` cannot reach its neighbours.
+- A large batch is decoded PIECE_ROWS payloads at a time: their Python objects take five times the memory of their columns, and fit no
+  cache. That takes a fifth less processor time, and the largest batch ever does not say how large the agent stays.
 - What does not fit becomes a reject with a reason and the field and value in words; the others are not touched.
 - Numbers: an integer is fine for a number field, text never is. NaN and infinities, integers beyond 64 bits and
   times outside 1970 to 2200 are rejected. A missing or null optional number is NaN in the table.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from typing import Annotated, Any
@@ -28,7 +30,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edge_agent.contract.columns import Floats, Ints, Strings, Table, take
+from edge_agent.contract.columns import Floats, Ints, Strings, Table, concat, take
 from edge_agent.contract.errors import PayloadError, Reason
 from edge_agent.contract.stream import Compression, Encoding, Field, FieldType, StreamContract
 from edge_agent.core.cbor import read_cbor
@@ -36,6 +38,7 @@ from edge_agent.core.inflate import Inflater
 from edge_agent.core.rejects import Reject, reject, shown
 from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX, TopicLevels
 
+PIECE_ROWS = 1_024
 EVENT_S_END = 7_258_118_400.0
 """2200-01-01: event times lie in [0, EVENT_S_END) seconds since 1970."""
 
@@ -71,6 +74,16 @@ class Decoder:
 
     def decode(self, payloads: list[bytes], topics: Sequence[str] = (), received_us: int = 0) -> Decoded:
         """Decode a batch; never raises on account of a payload. `topics` matter if the contract's topic has named levels."""
+        self._payloads.begin()
+        starts = range(0, max(1, len(payloads)), PIECE_ROWS)
+        pieces = [self._decode_piece(payloads[start : start + PIECE_ROWS], topics[start : start + PIECE_ROWS]) for start in starts]
+        if len(pieces) == 1:
+            return pieces[0]
+        rows = np.concatenate([piece.rows + start for start, piece in zip(starts, pieces, strict=True)])
+        rejects = [replace(r, index=r.index + start) for start, piece in zip(starts, pieces, strict=True) for r in piece.rejects]
+        return Decoded(concat([piece.table for piece in pieces]), rows, rejects)
+
+    def _decode_piece(self, payloads: list[bytes], topics: Sequence[str]) -> Decoded:
         rejects = self._levels.rejects(topics)
         structs, rows, bad_payloads = self._payloads.decode(payloads, {r.index for r in rejects})
         rejects += bad_payloads
@@ -164,13 +177,16 @@ class Payloads:
             self._inflater = inflater = Inflater(contract.compression, contract.payload_bytes_max)
             self._decode = lambda payload: decode(inflater.inflate(payload))
 
+    def begin(self) -> None:
+        """A new batch: what its payloads may decompress to in all is counted anew."""
+        if self._inflater is not None:
+            self._inflater.begin()
+
     def decode(self, payloads: list[bytes], refused: set[int]) -> tuple[list[Any], npt.NDArray[np.intp], list[Reject]]:
         """The values that decode, where their payloads stood, and why the others do not; `refused` are passed over."""
         rejects = self._oversize(payloads, refused)
         refused = refused.union(r.index for r in rejects)
         rows = [i for i in range(len(payloads)) if i not in refused]
-        if self._inflater is not None:
-            self._inflater.begin()
         waiting = iter([payloads[i] for i in rows] if refused else payloads)
         values: list[Any] = []
         bad: list[int] = []

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.stream import Encoding, Field, FieldType, StreamContract
-from edge_agent.core.decode import EVENT_S_END, Decoded, Decoder
+from edge_agent.core.decode import EVENT_S_END, PIECE_ROWS, Decoded, Decoder
 
 PUMP = StreamContract(
     stream="pump",
@@ -210,6 +210,17 @@ def test_a_payload_over_the_limit_is_not_even_decoded(encoding: Encoding) -> Non
 def test_a_batch_of_nothing_but_rejects() -> None:
     got = decode([b"x"] * 5_000)
     assert len(got.rejects) == 5_000 and len(got.rows) == 0 and len(got.table["cycle"]) == 0
+
+
+def test_a_batch_of_several_pieces_is_one_batch() -> None:
+    sent = [json.dumps(reading(cycle=n, class_=f"p-{n % 7}")).encode() for n in range(2 * PIECE_ROWS + 3)]
+    bad = [0, PIECE_ROWS - 1, PIECE_ROWS, 2 * PIECE_ROWS + 2]
+    for n in bad:
+        sent[n] = b"x"
+    got, good = decode(sent), [n for n in range(len(sent)) if n not in bad]
+    assert [r.index for r in got.rejects] == bad
+    assert got.rows.tolist() == got.table["cycle"].tolist() == good
+    assert got.table["class"].tolist() == [f"p-{n % 7}" for n in good]
 
 
 @given(st.floats(0, EVENT_S_END, exclude_max=True))

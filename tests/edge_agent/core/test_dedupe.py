@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import secrets
 import subprocess
 import sys
@@ -58,6 +59,16 @@ def test_the_oldest_keys_are_forgotten_first() -> None:
     recent.remember(CONTRACT, table([("a", n) for n in range(10, 20)]))
     assert recent.remember(CONTRACT, table([("a", n) for n in range(15, 20)])).tolist() == [True, True, False, False, False]
     assert len(recent) == 3
+
+
+def test_whatever_chains_the_keys_share_each_is_told_from_all_others() -> None:
+    limit, keys = 50, [[("a", n) for n in range(start, start + 37)] for start in range(0, 3_700, 37)]
+    recent = RecentKeys(limit)  # 64 chains for 50 keys
+    for before, batch in itertools.pairwise(keys):
+        recent.remember(CONTRACT, table(before))
+        remembered = [key for key in before if copy.deepcopy(recent).remember(CONTRACT, table([key])).tolist() == [False]]
+        assert remembered == before
+        assert copy.deepcopy(recent).remember(CONTRACT, table(batch)).all()
 
 
 def test_other_streams_do_not_collide() -> None:
