@@ -170,11 +170,6 @@ class Agent:
                     policy=self._fence.policy,
                 )
             )
-            self.metrics.waiting.clear()  # lanes that have nothing any more
-            self.metrics.waiting_bytes.clear()
-            for lane in waiting:
-                self.metrics.waiting.labels(lane.lane).set(lane.blocks)
-                self.metrics.waiting_bytes.labels(lane.lane).set(lane.bytes)
 
     # Starting and housekeeping.
 
@@ -277,6 +272,7 @@ class Agent:
             node_state=self._node_state,
         )
         self.metrics.registry.register(metrics.UplinkCollector(self._uplink.status))
+        self.metrics.registry.register(metrics.BufferCollector(self._buffer.lanes))
         self._uplink.start()  # the updater is there already: a desired document comes with the first connection
         stack.callback(self._uplink.stop)
         self._stay()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from edge_agent.contract.errors import ConfigError
+from edge_agent.draft import LaneState
 from edge_agent.uplink_status import UplinkStatus
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -33,8 +34,6 @@ class Metrics:
         self.model_failures = Counter("fenceline_model_failures_total", "Failures of the model worker.", ["reason"], registry=r)
         self.block_bytes = Counter("fenceline_block_bytes_total", "Bytes of sealed blocks.", ["stream"], registry=r)
         self.settled = Counter("fenceline_blocks_settled_total", "Blocks the lake has acknowledged.", registry=r)
-        self.waiting = Gauge("fenceline_buffer_blocks", "Blocks waiting for a receipt.", ["lane"], registry=r)
-        self.waiting_bytes = Gauge("fenceline_buffer_bytes", "Bytes waiting for a receipt.", ["lane"], registry=r)
         self.lost_blocks = Counter("fenceline_blocks_lost_total", "Blocks given up or found damaged.", ["reason"], registry=r)
         self.lost_readings = Counter("fenceline_readings_lost_total", "Readings in such blocks, where known.", ["reason"], registry=r)
         self.full = Counter("fenceline_buffer_refusals_total", "Times the buffer could not store and the source was held.", registry=r)
@@ -79,6 +78,22 @@ class UplinkCollector(Collector):
             ("duplicate_bytes", "Bytes sent twice: hedges and failovers.", status.duplicate_bytes),
         ):
             yield CounterMetricFamily(f"fenceline_{name}", text, value=value)
+
+
+class BufferCollector(Collector):
+    """What waits in the buffer, asked for at every scrape."""
+
+    def __init__(self, lanes: Callable[[], list[LaneState]]) -> None:
+        self._lanes = lanes
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not ask for numbers yet."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        lanes = self._lanes()
+        yield _gauge("buffer_blocks", "Blocks waiting for a receipt.", "lane", {s.lane: s.blocks for s in lanes})
+        yield _gauge("buffer_bytes", "Bytes waiting for a receipt.", "lane", {s.lane: s.bytes for s in lanes})
 
 
 def _gauge(name: str, text: str, label: str, values: dict[str, float]) -> GaugeMetricFamily:
