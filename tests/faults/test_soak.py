@@ -121,7 +121,8 @@ def soak(folder: Path, seed: int, seconds: float, calm_s: float) -> list[Sample]
         assert report["acked"] == report["sent"]
         wait_for_rows(plant, report["sent"])
         total, distinct = rows(plant)
-        print_memory(samples)
+        if seconds > 2 * MEDIAN_S:  # a shorter run tells nothing
+            print_memory(samples)
         print(f"{report['sent']} sent, {total} rows, {distinct} distinct, {len(happened)} faults: {Counter(name for _, name in happened)}")
         assert (report["sent"] - distinct, total - distinct) == (0, 0), story(plant, report, happened)
     return samples
