@@ -4,7 +4,7 @@
   That was measured to be faster than joining JSON payloads into one array (0.19 against 0.25 µs for 5 fields,
   1.01 against 1.17 µs for 26), and a payload such as `1],[2` cannot reach its neighbours.
 - A large batch is decoded PIECE_ROWS payloads at a time: their Python objects take five times the memory of their columns, and fit no
-  cache. That takes a fifth less processor time, and the largest batch ever does not say how large the agent stays.
+  cache. That takes an eighth less processor time, and the largest batch ever does not say how large the agent stays.
 - What does not fit becomes a reject with a reason and the field and value in words; the others are not touched.
 - Numbers: an integer is fine for a number field, text never is. NaN and infinities, integers beyond 64 bits and
   times outside 1970 to 2200 are rejected. A missing or null optional number is NaN in the table.
