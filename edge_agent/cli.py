@@ -165,7 +165,6 @@ def _fsck(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-
     from edge_agent.buffer_file import BufferFile
     from edge_agent.export import export
 
@@ -175,8 +174,10 @@ def _export(args: argparse.Namespace) -> int:
         try:
             with args.output.open("w", newline="", encoding="utf-8") as out:
                 readings = export(file, out, as_csv=args.csv, stream=args.stream, contracts=contracts)
-        except OSError as e:
-            raise UnavailableError(f"cannot write {args.output}: {e.strerror}") from e
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
+            raise ConfigError(f"export cannot write {args.output}: {e.strerror}; name another file with -o") from e
+        except OSError as e:  # the disk is full, for instance
+            raise UnavailableError(f"export ended early: cannot write {args.output}: {e.strerror}") from e
     else:
         readings = export(file, sys.stdout, as_csv=args.csv, stream=args.stream, contracts=contracts)
     print(f"{readings} readings" + (f"; {file.damaged} blocks are damaged" if file.damaged else ""), file=sys.stderr)

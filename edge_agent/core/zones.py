@@ -174,7 +174,8 @@ def _zone(feature: Any, where: str) -> Zone:
             raise ContractError(f"{where}: polygon {p} has no rings")
         for r, ring in enumerate(polygon):
             _check_ring(ring, f"{where}: ring {r} of polygon {p}")
-    area = shape({"type": "MultiPolygon", "coordinates": [[[p[:2] for p in ring] for ring in polygon] for polygon in polygons]})
+    flat = [[[p[:2] for p in ring] for ring in polygon] for polygon in polygons]  # without altitudes
+    area = shape({"type": kind, "coordinates": flat[0] if kind == "Polygon" else flat})
     if not area.is_valid:
         raise ContractError(f"{where}: {shapely.is_valid_reason(area)}; rings may not cross themselves or each other")
     shapely.prepare(area)

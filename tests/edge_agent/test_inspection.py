@@ -240,7 +240,7 @@ def test_export_keeps_a_field_that_is_called_like_a_column_of_the_block(tmp_path
 def test_export_to_a_place_that_is_none_is_said_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, none = made(tmp_path / "buffer.db"), str(tmp_path / "none" / "x")
     assert main(["export", str(path), "--jsonl", "--config", none, "-o", none]) == 2
-    assert f"No such file or directory: '{none}'" in capsys.readouterr().err
+    assert f"export cannot write {none}: No such file or directory; name another file" in capsys.readouterr().err
 
 
 def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
