@@ -18,6 +18,8 @@ The byte shuffle follows Blosc, the decimal scaling ALP (Afroozeh et al., 2023),
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +63,7 @@ Table = dict[str, Column]
 
 SCALE_MAX = 9
 CELLS_MAX = 8 * 1024 * 1024  # of a table: a column of zeros takes no bytes, but memory when it is decoded
+CELLS_AT_ONCE = 16 * 1024  # of a matrix that is encoded at once: more do not fit a processor's cache
 _EXACT_MAX = float(2**53)
 _NAN_BITS = np.array([np.nan]).view(np.int64)[0]
 
@@ -112,16 +115,13 @@ def encode_columns(table: Table, rows: int) -> bytes:
         ContractError: a column has another length, or there are more of them or of cells than fit a block.
     """
     check_size(len(table), rows)
-    specs: list[_Spec] = []
-    chunks: list[bytes] = []
     for name, column in table.items():
         if len(column) != rows:
             raise ContractError(f"column {name!r} has {len(column)} rows, the block has {rows}")
-        spec, data = _encode_column(name, column)
-        specs.append(spec)
-        chunks.extend(data)
-    head = _encode_specs(specs)
-    return b"".join([len(head).to_bytes(4, "little"), head, *chunks])
+    names, step = list(table), max(1, CELLS_AT_ONCE // max(1, rows))
+    made = [one for at in range(0, len(names), step) for one in _encode_together({n: table[n] for n in names[at : at + step]}, rows)]
+    head = _encode_specs([spec for spec, _ in made])
+    return b"".join([len(head).to_bytes(4, "little"), head, *(data for _, all_data in made for data in all_data)])
 
 
 def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
@@ -145,78 +145,115 @@ def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
     return _decode_parts([part for part in parts if only in (None, part.spec.name)], data, rows)
 
 
-def _encode_column(name: str, column: Column) -> tuple[_Spec, list[bytes]]:
-    if isinstance(column, Strings):
-        used = np.zeros(len(column.values), np.int64)
-        used[column.codes] = 1
-        spec = _Spec(name, "s", values=[column.values[c] for c in np.flatnonzero(used).tolist()])
-        return spec, [_pack((used.cumsum() - 1)[column.codes], spec)]
-    if column.dtype == np.int64:
-        spec = _Spec(name, "i")
-        return spec, [_pack(column, spec)]  # type: ignore[arg-type]
-    return _encode_floats(name, np.ascontiguousarray(column, np.float64))
+def _encode_together(table: Table, rows: int) -> Iterable[tuple[_Spec, list[bytes]]]:
+    """Columns of equal length as rows of one matrix: a block may have few rows, and NumPy's time then goes into calls."""
+    made: dict[str, tuple[_Spec, list[bytes]]] = {name: (_Spec(name, "d"), []) for name in table}
+    floats = {name: column for name, column in table.items() if not isinstance(column, Strings) and column.dtype != np.int64}
+    integers: defaultdict[int, list[tuple[str, Ints]]] = defaultdict(list)
+    for name, column in table.items():
+        spec, _ = made[name]
+        if isinstance(column, Strings):
+            spec.kind = "s"
+            spec.values, codes = _used(column)
+            integers[rows].append((name, codes))
+        elif name not in floats:
+            spec.kind = "i"
+            integers[rows].append((name, column))  # type: ignore[arg-type]
+    for name, absent, bits, decimal in _floats_as_integers(floats):
+        spec, data = made[name]
+        if decimal is None:
+            spec.kind, spec.width = "r", 8
+            data.append(_shuffle(bits.view(np.uint64), 8))
+            continue
+        spec.scale, spec.missing = decimal[1], absent is not None
+        if absent is not None:
+            data.append(np.packbits(absent).tobytes())
+        integers[len(decimal[0])].append((name, decimal[0]))
+    for alike in integers.values():
+        _pack([made[name] for name, _ in alike], [column for _, column in alike])
+    return made.values()
 
 
-def _encode_floats(name: str, values: Floats) -> tuple[_Spec, list[bytes]]:
-    bits = values.view(np.int64)
+def _used(column: Strings) -> tuple[list[str], Ints]:
+    """The values that a column has, and its codes among them."""
+    used = np.zeros(len(column.values), np.int64)
+    used[column.codes] = 1
+    return [column.values[c] for c in np.flatnonzero(used).tolist()], (used.cumsum() - 1)[column.codes]
+
+
+def _floats_as_integers(floats: dict[str, Any]) -> Iterator[tuple[str, npt.NDArray[np.bool_] | None, Ints, tuple[Ints, int] | None]]:
+    """Of each column: its name, where it has no value (None: nowhere), its bits, and what it has as integers and their scale, if it can."""
+    if not floats:
+        return
+    columns = np.stack(list(floats.values())).astype(np.float64, copy=False)
+    bits = columns.view(np.int64)
     absent = bits == _NAN_BITS
-    missing = bool(absent.any())
-    present = values[~absent] if missing else values
-    scaled = _as_decimal(present)
-    if scaled is None:
-        spec = _Spec(name, "r", width=8)
-        return spec, [_shuffle(bits.view(np.uint64), 8)]
-    integers, scale = scaled
-    spec = _Spec(name, "d", scale=scale, missing=missing)
-    mask = [np.packbits(absent).tobytes()] if missing else []
-    return spec, [*mask, _pack(integers, spec)]
+    alike: defaultdict[int, list[int]] = defaultdict(list)
+    for i, gone in enumerate(np.count_nonzero(absent, axis=1).tolist()):
+        alike[gone].append(i)
+    names = list(floats)
+    for gone, of in alike.items():
+        present = np.stack([columns[i][~absent[i]] for i in of]) if gone else _rows(columns, of)
+        for i, decimal in zip(of, _as_decimals(present), strict=True):
+            yield names[i], absent[i] if gone else None, bits[i], decimal
 
 
-def _as_decimal(values: Floats) -> tuple[Ints, int] | None:
-    """Integers k and a scale such that k / 10**scale equals `values` in every bit, or None."""
-    if not len(values):
-        return np.zeros(0, np.int64), 0
-    if not np.abs(values).max() < _EXACT_MAX:  # so it is for NaN too
-        return None
-    step = max(1, len(values) // 16)
-    sample = values[::step]
+def _rows(values: Floats, rows: Sequence[int] | Ints) -> Floats:
+    return values if len(rows) == len(values) else values[rows]
+
+
+def _as_decimals(values: Floats) -> list[tuple[Ints, int] | None]:
+    """For each row of `values`: integers k and a scale such that k / 10**scale equals it in every bit, if there are any."""
+    found: list[tuple[Ints, int] | None] = [None] * len(values)
+    wanted = np.abs(values).max(axis=1, initial=0.0) < _EXACT_MAX  # not of NaN
+    step = max(1, values.shape[1] // 16)
     for scale in range(SCALE_MAX + 1):
-        if (step == 1 or _decimal(sample, scale) is not None) and (integers := _decimal(values, scale)) is not None:
-            return integers, scale
-    return None
+        left = np.flatnonzero(wanted)
+        if step > 1 and len(left):  # a sample tells most
+            left = left[_decimals(_rows(values, left)[:, ::step], scale)[1]]
+        if not len(left):
+            if not wanted.any():
+                break
+            continue
+        integers, exact = _decimals(_rows(values, left), scale)
+        for i, row in zip(left[exact].tolist(), np.flatnonzero(exact).tolist(), strict=True):
+            found[i] = integers[row], scale
+        wanted[left[exact]] = False
+    return found
 
 
-def _decimal(values: Floats, scale: int) -> Ints | None:
+def _decimals(values: Floats, scale: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Each row of `values` as integers of this scale, and which rows they equal."""
     power = 10.0**scale
     scaled = np.rint(values * power)
-    if np.abs(scaled).max() >= _EXACT_MAX:
-        return None
+    fits = np.abs(scaled).max(axis=1, initial=0.0) < _EXACT_MAX
+    if not fits.all():
+        scaled[~fits] = 0.0
     integers = scaled.astype(np.int64)
     # Comparing bits keeps -0.0 apart from 0.0.
     same = (integers / power).view(np.int64) == values.view(np.int64)
-    return integers if same.all() else None
+    return integers, fits & same.all(axis=1)
 
 
-def _pack(integers: Ints, spec: _Spec) -> bytes:
-    """Difference, zigzag and shuffle; notes order and width in `spec`. Differences wrap, so nothing is lost."""
-    candidates = [integers, first := _differences(integers), _differences(first)]
-    spec.order = int(np.argmin([np.abs(c.astype(np.float64)).sum() for c in candidates]))
-    chosen = candidates[spec.order]
+def _pack(made: list[tuple[_Spec, list[bytes]]], columns: list[Ints]) -> None:
+    """Difference, zigzag and shuffle each column; its order and width are noted. Differences wrap, so nothing is lost."""
+    orders = np.empty((3, len(columns), len(columns[0])), np.int64)
+    for row, column in zip(orders[0], columns, strict=True):
+        row[:] = column
+    for less, more in ((orders[0], orders[1]), (orders[1], orders[2])):
+        more[:, :1] = less[:, :1]
+        np.subtract(less[:, 1:], less[:, :-1], out=more[:, 1:])
+    best = np.abs(orders.astype(np.float64)).sum(axis=2).argmin(axis=0)
+    chosen = orders[best, np.arange(len(columns))]
     zigzag = ((chosen << 1) ^ (chosen >> 63)).view(np.uint64)
-    top = int(zigzag.max()) if len(zigzag) else 0
-    spec.width = (top.bit_length() + 7) // 8
-    return _shuffle(zigzag, spec.width)
-
-
-def _differences(integers: Ints) -> Ints:
-    """Each less the one before it, the first less 0 (what `np.diff` with `prepend` takes much longer for)."""
-    differences = integers.copy()
-    differences[1:] -= integers[:-1]
-    return differences
+    tops = zigzag.max(axis=1, initial=0)
+    for (spec, data), row, order, top in zip(made, zigzag, best.tolist(), tops.tolist(), strict=True):
+        spec.order, spec.width = order, (top.bit_length() + 7) // 8
+        data.append(_shuffle(row, spec.width))
 
 
 def _shuffle(words: npt.NDArray[np.uint64], width: int) -> bytes:
-    return words.astype("<u8").view(np.uint8).reshape(-1, 8)[:, :width].T.tobytes()
+    return words.astype("<u8", copy=False).view(np.uint8).reshape(-1, 8)[:, :width].T.tobytes()
 
 
 class _Part(NamedTuple):
