@@ -28,6 +28,7 @@ PASSWORD_VARIABLE = "FENCELINE_METADATA_PASSWORD"
 WORKERS_MAX = 32
 VACUUM_HOURS_MIN = 7 * 24
 VACUUM_HOURS = 30 * 24
+SECONDS_MAX = 366 * 86_400  # a timer takes no number however large
 """As long as Delta keeps its log: what a version needs does not go before the version itself."""
 """Readers and writers that are at work now need files that were replaced a moment ago. Delta's own default."""
 SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
@@ -98,9 +99,6 @@ class IngestLimits(msgspec.Struct, frozen=True):
     linger_ms: int = 5
     receipt_interval_ms: int = 50
     workers: int = 1
-
-
-SECONDS_MAX = 366 * 86_400
 
 
 class QueryLimits(msgspec.Struct, frozen=True):

@@ -148,17 +148,19 @@ def decode_columns(data: bytes, rows: int, only: str | None = None) -> Table:
 def _encode_together(table: Table, rows: int) -> Iterable[tuple[_Spec, list[bytes]]]:
     """Columns of equal length as rows of one matrix: a block may have few rows, and NumPy's time then goes into calls."""
     made: dict[str, tuple[_Spec, list[bytes]]] = {name: (_Spec(name, "d"), []) for name in table}
-    floats = {name: column for name, column in table.items() if not isinstance(column, Strings) and column.dtype != np.int64}
-    integers: defaultdict[int, list[tuple[str, Ints]]] = defaultdict(list)
+    floats: dict[str, Any] = {}
+    integers: defaultdict[int, list[tuple[str, Ints]]] = defaultdict(list)  # by length: values that are missing are left out
     for name, column in table.items():
         spec, _ = made[name]
         if isinstance(column, Strings):
             spec.kind = "s"
             spec.values, codes = _used(column)
             integers[rows].append((name, codes))
-        elif name not in floats:
+        elif column.dtype == np.int64:
             spec.kind = "i"
-            integers[rows].append((name, column))  # type: ignore[arg-type]
+            integers[rows].append((name, column.astype(np.int64, copy=False)))
+        else:
+            floats[name] = column
     for name, absent, bits, decimal in _floats_as_integers(floats):
         spec, data = made[name]
         if decimal is None:
@@ -199,6 +201,7 @@ def _floats_as_integers(floats: dict[str, Any]) -> Iterator[tuple[str, npt.NDArr
 
 
 def _rows(values: Floats, rows: Sequence[int] | Ints) -> Floats:
+    """These rows of `values`, which are not copied if they are all of them."""
     return values if len(rows) == len(values) else values[rows]
 
 
@@ -209,12 +212,10 @@ def _as_decimals(values: Floats) -> list[tuple[Ints, int] | None]:
     step = max(1, values.shape[1] // 16)
     for scale in range(SCALE_MAX + 1):
         left = np.flatnonzero(wanted)
-        if step > 1 and len(left):  # a sample tells most
-            left = left[_decimals(_rows(values, left)[:, ::step], scale)[1]]
         if not len(left):
-            if not wanted.any():
-                break
-            continue
+            break
+        if step > 1:  # a sample tells most
+            left = left[_decimals(_rows(values, left)[:, ::step], scale)[1]]
         integers, exact = _decimals(_rows(values, left), scale)
         for i, row in zip(left[exact].tolist(), np.flatnonzero(exact).tolist(), strict=True):
             found[i] = integers[row], scale

@@ -1,4 +1,4 @@
-"""Tables for property tests, and a comparison by bits."""
+"""Tables for property tests, a header for blocks of them, and a comparison by bits."""
 
 from __future__ import annotations
 
@@ -6,8 +6,26 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from edge_agent.contract.block import BlockHeader, FixQuality
 from edge_agent.contract.columns import Column, Strings, Table
 
+HEADER = BlockHeader(
+    device="plane-01",
+    epoch="e",
+    lane="nowhere",
+    sequence=1,
+    stream="x",
+    contract_version="1",
+    rows=1,
+    first_us=0,
+    last_us=0,
+    fix=FixQuality.NONE,
+    policy="",
+    boot="b",
+    monotonic_us=0,
+    sealed_us=0,
+    clock_synced=True,
+)
 NAMES = st.text(min_size=1, max_size=8)
 SENSOR_VALUES = st.one_of(
     st.floats(width=64),

@@ -41,6 +41,15 @@ def test_golden_columns_are_encoded_and_decoded(table: Table, encoded: str) -> N
     assert same(decode_columns(bytes.fromhex(encoded), rows), table)
 
 
+@given(tables(), st.integers(1, 100))
+def test_how_many_columns_are_encoded_at_once_changes_no_byte(made: tuple[Table, int], cells: int) -> None:
+    table, rows = made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_agent.contract.columns.CELLS_AT_ONCE", cells)
+        pieces = encode_columns(table, rows)
+    assert pieces == encode_columns(table, rows)
+
+
 @given(tables())
 def test_every_table_comes_back_bit_for_bit(made: tuple[Table, int]) -> None:
     table, rows = made

@@ -5,34 +5,19 @@ from __future__ import annotations
 import random
 import string
 
+import msgspec
 import numpy as np
 import pytest
 
-from edge_agent.contract.block import ROWS_MAX, BlockHeader, FixQuality, encode_block
+from edge_agent.contract.block import ROWS_MAX, encode_block
 from edge_agent.contract.columns import Strings, Table, take
 from edge_agent.datapath import _parts
+from tests.contract.tables import HEADER
 
 
 def sealed(table: Table, rows: int) -> int:
     """The bytes of a block."""
-    header = BlockHeader(
-        device="d",
-        epoch="e",
-        lane="eu",
-        sequence=1,
-        stream="s",
-        contract_version="1.0.0",
-        rows=rows,
-        first_us=0,
-        last_us=0,
-        fix=FixQuality.STATIC,
-        policy="",
-        boot="b",
-        monotonic_us=0,
-        sealed_us=0,
-        clock_synced=True,
-    )
-    return len(encode_block(header, table))
+    return len(encode_block(msgspec.structs.replace(HEADER, rows=rows), table))
 
 
 def wide(rng: random.Random, characters: int) -> str:

@@ -24,7 +24,7 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from edge_agent.contract.block import ROWS_MAX, BlockHeader, FixQuality, decode_block, encode_block
+from edge_agent.contract.block import ROWS_MAX, decode_block, encode_block
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.stream import Compression, Encoding, Field, FieldType, StreamContract
 from edge_agent.contract.topics import DeviceTopics, parse
@@ -34,6 +34,7 @@ from edge_agent.core.zones import parse_zones
 from edge_agent.fence import Fence
 from edge_agent.intake import Intake, Intaken
 from edge_agent.metrics import Metrics
+from tests.contract.tables import HEADER
 from tests.edge_agent.sparkplug_sender import BOOLEAN, DOUBLE, INT64, EdgeNode, encode
 
 PAYLOADS, PAYLOADS_LONG = 16_000, int(os.environ.get("FENCELINE_RUNS", "500000"))
@@ -50,25 +51,6 @@ BARE = (
     Field("level", FieldType.NUMBER, required=False),
 )
 FULL = (*BARE, Field("count", FieldType.INTEGER), Field("note", FieldType.STRING))
-
-
-HEADER = BlockHeader(
-    device="plane-01",
-    epoch="e",
-    lane="nowhere",
-    sequence=1,
-    stream="x",
-    contract_version="1",
-    rows=1,
-    first_us=0,
-    last_us=0,
-    fix=FixQuality.NONE,
-    policy="",
-    boot="b",
-    monotonic_us=0,
-    sealed_us=0,
-    clock_synced=True,
-)
 
 
 def contract(name: str, encoding: Encoding, topic: str, compression: Compression = Compression.NONE) -> StreamContract:
