@@ -28,6 +28,7 @@ from edge_agent.marks import Marked, Marks
 from edge_agent.salvage import UNUSED, salvage
 from edge_agent.sealed import Keys
 from edge_agent.store import LOG_BYTES_MAX, SCHEMA, SETTLED
+from edge_agent.whole_file import keep_owner
 
 PROBLEMS_MAX = 100
 
@@ -143,6 +144,7 @@ def alone(state_dir: Path) -> Iterator[None]:
     """
     try:
         lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        keep_owner(state_dir / "lock", state_dir)
     except OSError as e:
         raise UnavailableError(f"cannot lock {state_dir}: {e.strerror}; check a copy of the file instead") from e
     try:

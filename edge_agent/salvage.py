@@ -34,7 +34,7 @@ from edge_agent.marks import Marked, Marks
 from edge_agent.opening import GAPS, read_whole
 from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, is_stored_block, stored_header
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, translated
-from edge_agent.whole_file import mapped, sync
+from edge_agent.whole_file import keep_owner, mapped, sync
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ def salvage(path: Path, device: str, keys: Keys | None, *, log_bytes_max: int, v
         except BufferFullError as e:
             log.error("buffer not copied, no room error=%s left_in=%s", e, aside)
             new = _build(path, new_path, device, keys, old, aside, log_bytes_max, vfs, copy=False)
+        keep_owner(new_path, path)
         path.rename(aside)
         _take_place(path, new_path, aside)
         _forget_old_files(path)

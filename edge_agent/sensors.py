@@ -10,6 +10,7 @@ from edge_agent.config import AgentConfig
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
 from edge_agent.mqtt.listener import Listener, ListenerConfig
 from edge_agent.mqtt.source import Source, SourceConfig
+from edge_agent.subscriptions import Subscriptions
 
 
 class Sensors:
@@ -20,7 +21,8 @@ class Sensors:
         settings, flush = config.settings.sensors, config.settings.flush
         each = settings if isinstance(settings, list) else [settings]
         self._inlet = Inlet(BatchLimits(flush.rows_max, flush.bytes_max, flush.ms_max), max(s.queue_batches_max for s in each))
-        self._sides = {_name(i, side.name): _side(side, self._inlet) for i, side in enumerate(config.sensors)}
+        subscriptions = Subscriptions(config.state_dir / "subscriptions.json")
+        self._sides = {_name(i, side.name): _side(side, self._inlet, subscriptions) for i, side in enumerate(config.sensors)}
 
     def start(self) -> None:
         """Start every side."""
@@ -55,7 +57,7 @@ def _name(i: int, name: str) -> str:
     return name if i == 0 else f"{name} [{i}]"
 
 
-def _side(side: Subscription | Listen, inlet: Inlet) -> Source | Listener:
+def _side(side: Subscription | Listen, inlet: Inlet, subscriptions: Subscriptions) -> Source | Listener:
     if isinstance(side, Listen):
         return Listener(ListenerConfig(side.host, side.port, side.tls, side.users_file, side.connections_max), inlet)
     broker = side.broker
@@ -72,4 +74,5 @@ def _side(side: Subscription | Listen, inlet: Inlet) -> Source | Listener:
             keepalive_s=broker.keepalive_s,
         ),
         inlet,
+        subscriptions,
     )

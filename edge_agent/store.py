@@ -38,6 +38,9 @@ PAGE_PAYLOAD_BYTES = PAGE_BYTES - 4  # of an overflow page
 BLOCK_PAGES_MORE = 3  # of a block, beside its full overflow pages
 TAIL_BLOCKS_MAX = 64
 SETTLED = 23_159  # not 1: one flipped bit must not turn a waiting block into a settled one
+CACHE_PAGES = (
+    256  # of each connection; twelve times as many save nothing that can be measured, and fill up within hours, as if memory leaked
+)
 LOG_BYTES_MAX = 8 * 1024 * 1024
 LOG_BYTES_MIN = 16 * 1024
 BUSY_MS = 5_000
@@ -205,6 +208,7 @@ def open_store(
                 writer.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             reader = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY, vfs=vfs)
             reader.set_busy_timeout(BUSY_MS)
+            reader.pragma("cache_size", CACHE_PAGES)
         except BaseException:
             writer.close()
             raise
@@ -218,6 +222,7 @@ def _set_up(writer: apsw.Connection, log_bytes_max: int, building: bool) -> None
     writer.pragma("cell_size_check", True)
     writer.pragma("wal_autocheckpoint", 0)  # its errors would go unseen
     writer.pragma("journal_size_limit", log_bytes_max)
+    writer.pragma("cache_size", CACHE_PAGES)
     found = [str(sql) for (sql,) in writer.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY rowid")]
     pages = writer.pragma("page_count")
     if not found and pages <= 1:

@@ -51,6 +51,17 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def keep_owner(made: Path, before: Path) -> None:
+    """Give a file to the owner of another: what root has made (`sudo edge-agent fsck --repair`), the agent must be able to open.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if os.geteuid() == 0:
+        owner = before.stat()
+        os.chown(made, owner.st_uid, owner.st_gid)
+
+
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[bytes | memoryview]:
     """The bytes of a file, read as they are needed; none if it is not there.

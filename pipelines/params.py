@@ -18,6 +18,7 @@ from edge_agent.contract.errors import BundleError, ConfigError, ContractError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind, check_spec
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import FieldType, StreamContract
+from edge_agent.contract.topics import check_name
 from edge_agent.core.functions import Functions
 from edge_agent.installed_functions import load_functions
 
@@ -92,6 +93,8 @@ class Export(_Section, frozen=True):
 
 
 class Register(_Section, frozen=True):
+    """`model` is its name in MLflow, and in the bundle that is released."""
+
     model: str
 
 
@@ -250,6 +253,10 @@ def _check(params: Params, path: Path) -> None:
         check_spec(params.spec)
     except BundleError as e:
         raise ConfigError(f"{path}: features: {e}") from e
+    try:
+        check_name(params.register.model, "register.model")  # a release would refuse it, after the training
+    except ContractError as e:
+        raise ConfigError(f"{path}: {e}") from e
     twice = sorted({name for name in params.spec.names if params.spec.names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path}: features: {', '.join(twice)} more than once; name each field and each aggregate once")

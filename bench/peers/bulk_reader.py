@@ -7,6 +7,7 @@ import time
 
 from edge_agent.mqtt.inlet import BatchLimits, Inlet
 from edge_agent.mqtt.source import Source, SourceConfig
+from edge_agent.subscriptions import Subscriptions
 
 POLL_S = 0.2
 
@@ -17,7 +18,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True)
     arguments = parser.parse_args()
     inlet = Inlet(BatchLimits(ms=20.0))
-    source = Source(SourceConfig("127.0.0.1", arguments.port, "reader", "sensors/#"), inlet)
+    source = Source(SourceConfig("127.0.0.1", arguments.port, "reader", "sensors/#"), inlet, Subscriptions(None))
     source.start()
     while not source.status.connected:
         time.sleep(0.01)

@@ -31,6 +31,7 @@ SESSION_EXPIRY_S_MAX = 0xFFFF_FFFF
 RECEIVE_MAX = 65_535
 
 PINGREQ = b"\xc0\x00"
+_NO_SUBSCRIPTION = 0x11
 
 # MQTT 5 properties that a client may meet.
 _CONNACK_PROPERTIES = wire.ALL_PROPERTIES - {
@@ -104,6 +105,15 @@ class SubAck:
 
 
 @dataclass(frozen=True)
+class UnsubAck:
+    """One code per filter with MQTT 5, REFUSED and above: it is still subscribed; none with 3.1.1, which cannot refuse."""
+
+    packet_id: int
+    codes: tuple[int, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class PingResp:
     """The broker lives."""
 
@@ -116,7 +126,7 @@ class Disconnect:
     reason: str = ""
 
 
-Packet = ConnAck | SubAck | PingResp | Disconnect
+Packet = ConnAck | SubAck | UnsubAck | PingResp | Disconnect
 
 
 Frames = cutter.Frames[Packet]
@@ -183,14 +193,26 @@ def subscribe(version: Version, packet_id: int, topic_filter: str, qos: int = 1)
     return b"\x82" + wire.sized(packet_id.to_bytes(2) + properties + wire.write_text(topic_filter) + bytes([qos]))
 
 
+def unsubscribe(version: Version, packet_id: int, topic_filters: list[str]) -> bytes:
+    """UNSUBSCRIBE from some filters.
+
+    Raises:
+        ContractError: there is none, or one is empty or too long.
+    """
+    if not topic_filters or not all(topic_filters) or not 1 <= packet_id <= 0xFFFF:
+        raise ContractError(f"MQTT: cannot unsubscribe from {topic_filters!r} with packet id {packet_id}")
+    properties = b"\0" if version == 5 else b""
+    return b"\xa2" + wire.sized(packet_id.to_bytes(2) + properties + b"".join(map(wire.write_text, topic_filters)))
+
+
 def disconnect(version: Version, code: int = 0) -> bytes:
     """DISCONNECT; MQTT 3.1.1 has no code."""
     return b"\xe0\x00" if version == 4 or code == 0 else bytes([0xE0, 1, code])
 
 
-def refusal(packet: ConnAck | SubAck | Disconnect, version: Version) -> str:
+def refusal(packet: ConnAck | SubAck | UnsubAck | Disconnect, version: Version) -> str:
     """Why the broker said no, in words; empty if it did not."""
-    code = max(packet.codes, default=REFUSED) if isinstance(packet, SubAck) else packet.code
+    code = max(packet.codes, default=0) if isinstance(packet, (SubAck, UnsubAck)) else packet.code
     if version == 4 and isinstance(packet, ConnAck):
         words = _CONNACK_WORDS_4.get(code, "unknown return code") if code else ""
     else:
@@ -220,14 +242,28 @@ def _connack(body: bytes, version: Version) -> ConnAck:
 def _suback(body: bytes, version: Version) -> SubAck:
     if len(body) < 3 + (version == 5):
         raise malformed(wire.SUBACK, f"{len(body)} bytes long")
+    packet_id, codes, reason = _answers(body, version, wire.SUBACK)
+    if not codes or any(2 < code < REFUSED for code in codes):
+        raise malformed(wire.SUBACK, f"codes {bytes(codes).hex() or 'missing'}")
+    return SubAck(packet_id, codes, reason)
+
+
+def _unsuback(body: bytes, version: Version) -> UnsubAck:
+    if len(body) < 4 if version == 5 else len(body) != 2:
+        raise malformed(wire.UNSUBACK, f"{len(body)} bytes long")
+    packet_id, codes, reason = _answers(body, version, wire.UNSUBACK)
+    if (version == 5 and not codes) or any(code < REFUSED and code not in (0, _NO_SUBSCRIPTION) for code in codes):
+        raise malformed(wire.UNSUBACK, f"codes {bytes(codes).hex() or 'missing'}")
+    return UnsubAck(packet_id, codes, reason)
+
+
+def _answers(body: bytes, version: Version, kind: int) -> tuple[int, tuple[int, ...], str]:
+    """Packet id, codes and reason of SUBACK or UNSUBACK."""
     start, reason = 2, ""
     if version == 5:
-        raw, start = wire.section(body, 2, wire.SUBACK)
-        reason = str(wire.read_properties(raw, wire.SUBACK, _SUBACK_PROPERTIES).get(wire.REASON, ""))
-    codes = tuple(body[start:])
-    if not codes or any(2 < code < REFUSED for code in codes):
-        raise malformed(wire.SUBACK, f"codes {body[start:].hex() or 'missing'}")
-    return SubAck(int.from_bytes(body[:2]), codes, reason)
+        raw, start = wire.section(body, 2, kind)
+        reason = str(wire.read_properties(raw, kind, _SUBACK_PROPERTIES).get(wire.REASON, ""))
+    return int.from_bytes(body[:2]), tuple(body[start:]), reason
 
 
 def _pingresp(body: bytes, version: Version) -> PingResp:
@@ -245,6 +281,7 @@ def _disconnect(body: bytes, version: Version) -> Disconnect:
 _PARSERS: dict[int, Callable[[bytes, Version], Packet]] = {
     wire.CONNACK: _connack,
     wire.SUBACK: _suback,
+    wire.UNSUBACK: _unsuback,
     wire.PINGRESP: _pingresp,
     wire.DISCONNECT: _disconnect,
 }

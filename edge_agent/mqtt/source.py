@@ -7,7 +7,8 @@
   Keepalive pings go on meanwhile, and the broker's silence is not held against it.
 - `Batch.release()` queues the PUBACKs, in any thread, without blocking; the thread sends them in one piece. If the connection
   has changed since, nothing is sent: the broker delivers those messages again.
-- The session is persistent and QoS 1 is asked for; a broker that grants less is refused.
+- The session is persistent and QoS 1 is asked for; a broker that grants less is refused. A filter that the session has from an earlier
+  configuration is given up.
 - Connection losses are retried for ever with decorrelated jitter (Brooker, 2015); the last error stays in `status`.
 """
 
@@ -30,6 +31,7 @@ from edge_agent.mqtt import frames
 from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch, Wake
 from edge_agent.mqtt.side import SideStatus, SideThread
 from edge_agent.mqtt.tls import tls_context
+from edge_agent.subscriptions import Subscriptions
 
 if TYPE_CHECKING:
     from edge_agent.config import Tls
@@ -41,7 +43,7 @@ OUTBOX_BYTES_MAX = 4 * 1024 * 1024
 IDLE_S_MAX = 60.0
 BREATH_S = 0.001
 DENSE_S = 0.0025  # a breath, and what reading and cutting may take
-_SUBSCRIBE_ID = 1
+_SUBSCRIBE_ID, _UNSUBSCRIBE_ID = 1, 2
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ class SourceStatus(SideStatus):
 class Source:
     """Reads one sensor broker in its own thread, from `start` to `stop`."""
 
-    def __init__(self, config: SourceConfig, inlet: Inlet) -> None:
+    def __init__(self, config: SourceConfig, inlet: Inlet, subscriptions: Subscriptions) -> None:
         self._config = config
         self._inlet = inlet
+        self._subscriptions, self._session = subscriptions, f"{config.client_id} at {config.host}:{config.port}"
         if config.tls is not None:
             tls_context(config.tls)  # every connection reads the files again; here it is said at once if they do not load
         self._status = SourceStatus()
@@ -146,6 +149,9 @@ class Source:
         config = self._config
         if isinstance(packet, frames.PingResp):
             return
+        if isinstance(packet, frames.UnsubAck):
+            self._on_unsubscribed(packet)
+            return
         refused = frames.refusal(packet, config.version)
         if isinstance(packet, frames.Disconnect):
             raise UnavailableError(f"broker {config.host}:{config.port} disconnected us: {refused or 'no reason given'}")
@@ -154,7 +160,7 @@ class Source:
                 raise UnavailableError(f"broker {config.host}:{config.port} refuses client {config.client_id!r}: {refused}")
             if self._status.connections and not packet.session_present:
                 log.warning("source session lost by broker client=%s hint=messages queued meanwhile are gone", config.client_id)
-            connection.accepted(packet)
+            connection.accepted(packet, self._former(packet.session_present))
             return
         if refused or packet.packet_id != _SUBSCRIBE_ID or packet.codes != (1,):
             got = refused or f"granted QoS {packet.codes} instead of (1,)"
@@ -162,6 +168,21 @@ class Source:
         connection.subscribed()
         self._status = replace(self._status, connected=True, error="", connections=self._status.connections + 1)
         log.info("source connected broker=%s:%d filter=%s", config.host, config.port, config.subscribe)
+
+    def _former(self, session_present: bool) -> list[str]:
+        """Filters that the broker may hold for this session and that are not wanted any more; what is wanted is noted with them."""
+        wanted = self._config.subscribe
+        former = [f for f in self._subscriptions.held(self._session) if f != wanted] if session_present else []
+        self._subscriptions.note(self._session, [*former, wanted])
+        return former
+
+    def _on_unsubscribed(self, packet: frames.UnsubAck) -> None:
+        refused = frames.refusal(packet, self._config.version)
+        if refused:  # the next connection asks again
+            log.warning("source cannot give up its former filters client=%s error=%s", self._config.client_id, refused)
+            return
+        self._subscriptions.note(self._session, [self._config.subscribe])
+        log.info("source gave up its former filters client=%s filter=%s", self._config.client_id, self._config.subscribe)
 
 
 class _Connection:
@@ -205,11 +226,13 @@ class _Connection:
             self._outbox += data
         self._wake.set()
 
-    def accepted(self, packet: frames.ConnAck) -> None:
-        """The broker took our CONNECT: subscribe."""
+    def accepted(self, packet: frames.ConnAck, former: list[str]) -> None:
+        """The broker took our CONNECT: subscribe, and give up the `former` filters."""
         if packet.keepalive_s:
             self._keepalive_s = float(packet.keepalive_s)
         self.send(frames.subscribe(self._config.version, _SUBSCRIBE_ID, self._config.subscribe))
+        if former:
+            self.send(frames.unsubscribe(self._config.version, _UNSUBSCRIBE_ID, former))
 
     def subscribed(self) -> None:
         """The handshake is complete."""

@@ -116,6 +116,17 @@ def test_a_damaged_block_is_found_and_a_repair_names_it_in_the_ledger(tmp_path: 
     assert sorted(row["t"] for row in lines(path, stream="pump") if row["t"] == 9.0) == [9.0]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave files that the agent cannot open")
+def test_what_root_repairs_stays_the_agents(tmp_path: Path) -> None:
+    path, agent = made(tmp_path / "buffer.db"), 4711
+    damage(path, 3)
+    (tmp_path / "lock").unlink(missing_ok=True)
+    for part in (tmp_path, *tmp_path.iterdir()):
+        os.chown(part, agent, agent)
+    assert repair(path, None).repaired and inspect(path, None).clean
+    assert {part.name: part.stat().st_uid for part in tmp_path.iterdir() if part.stat().st_uid != agent} == {}
+
+
 def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
     path = made(tmp_path / "buffer.db")
     db = apsw.Connection(str(path))

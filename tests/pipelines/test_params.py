@@ -54,6 +54,7 @@ def test_override_changes_the_file_and_keeps_its_comments(project: Path) -> None
         ("features.window_s=.inf", "features.window_s: want a finite number"),
         ("features.fields=[sensor_2, sensor_2]", "sensor_2_last, sensor_2_mean, sensor_2_slope more than once"),
         ("features.aggregates=[median]", "median"),
+        ("register.model=turbofan/rul", "register.model 'turbofan/rul' must match"),
         ("train.folds={", "not YAML"),
     ],
 )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from edge_agent.contract.errors import ContractError
 from edge_agent.mqtt import frames, server_frames
-from edge_agent.mqtt.frames import ConnAck, Decoder, Disconnect, Frames, PingResp, SubAck, Version, connect
+from edge_agent.mqtt.frames import ConnAck, Decoder, Disconnect, Frames, PingResp, SubAck, UnsubAck, Version, connect
 from tests.edge_agent.mqtt.packets import pubacks
 
 CONNACK = {4: b"\x20\x02\x00\x00", 5: b"\x20\x03\x00\x00\x00"}
@@ -137,6 +137,9 @@ MALFORMED: list[tuple[str, Version, bytes, str]] = [
     ("pingresp with flags", 4, b"\xd1\x00", "flags"),
     ("suback without codes", 4, packet(0x90, b"\0\1"), "2 bytes long"),
     ("suback of QoS 3", 4, packet(0x90, b"\0\1\3"), "codes 03"),
+    ("unsuback with a code in 3.1.1", 4, packet(0xB0, b"\0\2\0"), "3 bytes long"),
+    ("unsuback without codes", 5, packet(0xB0, b"\0\2\0"), "3 bytes long"),
+    ("unsuback of QoS 1", 5, packet(0xB0, b"\0\2\0\1"), "codes 01"),
     ("oversize control packet", 4, packet(0x90, b"\0\1" + b"\0" * 70_000), "at most 65536"),
     ("topic alias", 5, publish(5, "t", b"", properties=b"\x23\0\1"), "property 0x23"),
     ("topic alias, no topic", 5, publish(5, "", b"", properties=b"\x23\0\1"), "property 0x23"),
@@ -200,6 +203,9 @@ def test_suback_and_disconnect_say_why() -> None:
     assert words == ["not authorized (code 0x87, abc)", "session taken over (code 0x8e, hi)", ""]
     assert frames.refusal(SubAck(1, (0x80,)), 4) == "unspecified error (code 0x80)"
     assert frames.refusal(SubAck(1, (1,)), 4) == ""
+    assert connected(4).feed(packet(0xB0, b"\0\2")).packets == [UnsubAck(2)]
+    assert frames.refusal(UnsubAck(2), 4) == frames.refusal(UnsubAck(2, (0, 0x11)), 5) == ""
+    assert frames.refusal(UnsubAck(2, (0, 0x87)), 5) == "not authorized (code 0x87)"
 
 
 @given(versions, st.integers(1_025, 5_000), st.lists(st.integers(0, 9_000), max_size=8), st.booleans())
@@ -285,6 +291,8 @@ def test_what_does_not_fit_a_field_is_refused() -> None:
         frames.connect(4, "\ud800", 30)
     with pytest.raises(ContractError, match="cannot subscribe"):
         frames.subscribe(4, 1, "")
+    with pytest.raises(ContractError, match="cannot unsubscribe"):
+        frames.unsubscribe(4, 1, [])
 
 
 def test_connect_in_3_1_1_byte_by_byte() -> None:
@@ -292,6 +300,7 @@ def test_connect_in_3_1_1_byte_by_byte() -> None:
     assert frames.connect(4, "id", 30, username="u", password="äpw") == want
     assert frames.connect(4, "id", 30, clean=True) == b"\x10\x0e\x00\x04MQTT\x04\x02\x00\x1e\x00\x02id"
     assert frames.subscribe(4, 1, "a/#") == b"\x82\x08\x00\x01\x00\x03a/#\x01"
+    assert frames.unsubscribe(4, 2, ["a/#", "b"]) == b"\xa2\x0a\x00\x02\x00\x03a/#\x00\x01b"
 
 
 class TestAgainstAnIndependentCodec:
@@ -310,6 +319,8 @@ class TestAgainstAnIndependentCodec:
         assert got.max_packet_size is None and got.will is None
         got, _ = codec.read(memoryview(frames.subscribe(5, 9, "sensors/x/#")))
         assert (got.packet_id, got.topic_filters[0].pattern, got.topic_filters[0].max_qos) == (9, "sensors/x/#", codec.QoS.AT_LEAST_ONCE)
+        got, _ = codec.read(memoryview(frames.unsubscribe(5, 10, ["a/#", "b"])))
+        assert (got.packet_id, got.patterns) == (10, ["a/#", "b"])
         got, _ = codec.read(memoryview(pubacks([513])))
         assert (got.packet_id, got.reason_code) == (513, codec.PubAckReasonCode.SUCCESS)
         assert isinstance(codec.read(memoryview(frames.PINGREQ))[0], codec.PingReqPacket)
@@ -372,8 +383,17 @@ class TestAgainstAnIndependentCodec:
                 user_properties=[("a", "b"), ("a", "c")],
             ),
             codec.SubAckPacket(1, [codec.SubAckReasonCode.GRANTED_QOS_AT_LEAST_ONCE], reason_str="ok", user_properties=[("a", "b")]),
+            codec.UnsubAckPacket(
+                2, [codec.UnsubAckReasonCode.SUCCESS, codec.UnsubAckReasonCode.NO_SUBSCRIPTION_EXISTED], reason_str="gone"
+            ),
             codec.PingRespPacket(),
             codec.DisconnectPacket(reason_code=codec.DisconnectReasonCode.SERVER_SHUTTING_DOWN, reason_str="bye", server_reference="s"),
         ]
         got = drain(Decoder(5), [a.write() for a in answers]).packets
-        assert got == [ConnAck(True, 0, "welcome", 20), SubAck(1, (1,), "ok"), PingResp(), Disconnect(0x8B, "bye")]
+        assert got == [
+            ConnAck(True, 0, "welcome", 20),
+            SubAck(1, (1,), "ok"),
+            UnsubAck(2, (0, 0x11), "gone"),
+            PingResp(),
+            Disconnect(0x8B, "bye"),
+        ]

@@ -158,10 +158,14 @@ class Maker:
         if not self._to_server:
             raw = [rng.choice((0, 1, 0x80, 0x87)) for _ in range(rng.randrange(1, 4))]
             if self._version == 4:
-                return rng.choice((b"\xd0\x00", b"\x90" + sized(b"\0\1" + bytes(raw))))
+                return rng.choice((b"\xd0\x00", b"\x90" + sized(b"\0\1" + bytes(raw)), b"\xb0\x02\0\2"))
             codes = [codec.SubAckReasonCode(code) for code in raw]
             suback = codec.SubAckPacket(rng.randrange(1, 65_536), codes, reason_str=self._maybe(self.text()), user_properties=self._pairs())
-            return bytes(rng.choice((codec.PingRespPacket(), suback)).write())
+            gone = [codec.UnsubAckReasonCode(rng.choice((0, 0x11, 0x80, 0x87))) for _ in raw]
+            unsuback = codec.UnsubAckPacket(
+                rng.randrange(1, 65_536), gone, reason_str=self._maybe(self.text()), user_properties=self._pairs()
+            )
+            return bytes(rng.choice((codec.PingRespPacket(), suback, unsuback)).write())
         if self._version == 4:
             filters = b"".join(write_text(self.text()) + bytes([rng.randrange(3)]) for _ in range(rng.randrange(1, 4)))
             return rng.choice((b"\xc0\x00", b"\x82" + sized(b"\0\1" + filters), b"\xa2" + sized(b"\0\1" + write_text(self.text()))))

@@ -21,12 +21,14 @@ from edge_agent.contract.errors import ConfigError
 from edge_agent.mqtt import frames
 from edge_agent.mqtt.inlet import Batch, BatchLimits, Inlet
 from edge_agent.mqtt.source import Source, SourceConfig, SourceStatus
+from edge_agent.subscriptions import Subscriptions
 from tests.brokers import Broker, ServerTls, User, mosquitto_broker, nats_broker
 from tests.edge_agent.mqtt.certificates import make
 from tests.edge_agent.mqtt.packets import pubacks
 from tests.servers import free_port
 
 WAIT_S = 20.0
+FORGETFUL = Subscriptions(None)
 
 
 def config(broker: Broker, **settings: object) -> SourceConfig:
@@ -50,9 +52,15 @@ class Side:
 
 
 @contextlib.contextmanager
-def running(settings: SourceConfig, connected: bool = True, limits: BatchLimits | None = None, batches_max: int = 4) -> Iterator[Side]:
+def running(
+    settings: SourceConfig,
+    connected: bool = True,
+    limits: BatchLimits | None = None,
+    batches_max: int = 4,
+    subscriptions: Subscriptions = FORGETFUL,
+) -> Iterator[Side]:
     inlet = Inlet(limits, batches_max)
-    source = Source(settings, inlet)
+    source = Source(settings, inlet, subscriptions)
     source.start()
     try:
         if connected:
@@ -245,6 +253,31 @@ def test_a_forbidden_filter_is_named(tmp_path: Path) -> None:
         assert "refuses the subscription to 'sensors/plane-01/#'" in source.status.error
 
 
+@pytest.mark.needs_mosquitto
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_filter_that_is_not_wanted_any_more_is_given_up(version: frames.Version, tmp_path: Path) -> None:
+    note = tmp_path / "subscriptions.json"
+    with mosquitto_broker(tmp_path) as broker, publisher(broker) as sensor:
+        for wanted in ("#", "sensors/+/pump"):
+            with running(config(broker, subscribe=wanted, version=version), subscriptions=Subscriptions(note)):
+                assert f'"{wanted}"' in note.read_text()
+        wanted = "sensors/plane-01/#"
+        with running(config(broker, subscribe=wanted, version=version), subscriptions=Subscriptions(note)) as source:
+            until(lambda: note.read_text() == f'{{"agent at 127.0.0.1:{broker.port}":["{wanted}"]}}', note.read_text)
+            for topic, payload in (("sensors/plane-02/turbofan", b"1"), ("sensors/plane-02/pump", b"2"), ("sensors/plane-01/pump", b"3")):
+                sensor.publish(topic, payload, 1).wait_for_publish(WAIT_S)
+            assert numbers(collect(source, 1)) == [3]
+
+
+@pytest.mark.needs_mosquitto
+@pytest.mark.parametrize("text", ["", "[1]", '{"agent": "#"}'])
+def test_a_note_of_filters_that_cannot_be_read_is_written_anew(text: str, tmp_path: Path) -> None:
+    (tmp_path / "subscriptions.json").write_text(text)
+    subscriptions = Subscriptions(tmp_path / "subscriptions.json")
+    with mosquitto_broker(tmp_path) as broker, running(config(broker, subscribe="#"), subscriptions=subscriptions):
+        assert subscriptions.held(f"agent at 127.0.0.1:{broker.port}") == ["#"]
+
+
 def test_mqtt_5_against_a_broker_that_only_knows_3(tmp_path: Path) -> None:
     with nats_broker(tmp_path) as broker, running(config(broker, version=5), connected=False) as source:
         until(lambda: source.status.error != "")
@@ -349,7 +382,7 @@ def test_messages_that_come_in_a_tls_record_each_are_read_together(certificates:
 
 def test_tls_files_that_do_not_load_are_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"missing\.pem"):
-        Source(SourceConfig("127.0.0.1", 1, "a", "#", tls=Tls(tmp_path / "missing.pem")), Inlet())
+        Source(SourceConfig("127.0.0.1", 1, "a", "#", tls=Tls(tmp_path / "missing.pem")), Inlet(), FORGETFUL)
 
 
 @contextlib.contextmanager
