@@ -153,13 +153,16 @@ def undone(rollout: Rollout, reason: str, by_operator: bool) -> Rollout:
 
 
 def done(rollout: Rollout, action: Action, version: int) -> Rollout:
-    """Note that `action` is done, in the desired document `version`. An action that is no longer intended is ignored."""
+    """Note that `action`, which is still intended, is done in the desired document `version`."""
     member = rollout.members[action.device]
-    if member.place is Place.MOVING and action.ref == rollout.ref:
-        return _placed(rollout, action.device, _with(member, place=Place.MOVED, version=version))
-    if member.place is Place.RESTORING and action.ref == member.previous:
-        return _placed(rollout, action.device, _with(member, place=Place.RESTORED, version=version))
-    return rollout
+    place = Place.MOVED if member.place is Place.MOVING else Place.RESTORED
+    return _with(rollout, members={**rollout.members, action.device: _with(member, place=place, version=version)})
+
+
+def intended(rollout: Rollout, action: Action) -> bool:
+    """Whether `action` is still to be done: another may have done it meanwhile, or undone the rollout."""
+    member = rollout.members.get(action.device)
+    return member is not None and _action(rollout, action.device, member) == action
 
 
 def without_strangers(rollout: Rollout, fleet: Collection[str]) -> Rollout:
@@ -192,8 +195,8 @@ def _advance(rollout: Rollout, reported: Mapping[str, Reported], now: float) -> 
     if len(failed) > rollout.failures_allowed:
         first = f"{failed[0]} {rollout.members[failed[0]].failure}"
         return undone(rollout, f"{len(failed)} failed, {rollout.failures_allowed} allowed; {first}", by_operator=False)
-    if all(m.place is Place.WAITING for m in rollout.members.values()):
-        return _move(rollout, 0, now)
+    if any(m.place is Place.WAITING for m in rollout.members.values() if m.wave == rollout.wave):
+        return _move(rollout, rollout.wave, now)
     late = [d for d, m in rollout.members.items() if m.wave == rollout.wave and not _settled(rollout, m, reported.get(d))]
     if not late and rollout.wave + 1 < rollout.waves:
         return _move(rollout, rollout.wave + 1, now)
@@ -224,12 +227,13 @@ def _settled(rollout: Rollout, member: Member, reported: Reported | None) -> boo
 
 
 def _actions(rollout: Rollout) -> list[Action]:
-    wanted = {Place.MOVING: lambda m: rollout.ref, Place.RESTORING: lambda m: m.previous}
-    return [Action(d, wanted[m.place](m)) for d, m in rollout.members.items() if m.place in wanted]
+    return [action for d, m in rollout.members.items() if (action := _action(rollout, d, m))]
 
 
-def _placed(rollout: Rollout, device: str, member: Member) -> Rollout:
-    return _with(rollout, members={**rollout.members, device: member})
+def _action(rollout: Rollout, device: str, member: Member) -> Action | None:
+    if member.place is Place.MOVING:
+        return Action(device, rollout.ref)
+    return Action(device, member.previous) if member.place is Place.RESTORING else None
 
 
 _with = msgspec.structs.replace
@@ -261,11 +265,10 @@ def start(
         raise ConfigError(
             f"failures allowed {failures_allowed} must not be negative, wave timeout {wave_timeout_s} s must be positive and finite"
         )
-    previous = {d: fleet.desired(d).bundle for d in chosen}
-    moving = [d for d in chosen if previous[d] != ref]
-    waves = plan(moving, canary)
-    members = {d: Member(wave=i, previous=previous[d]) for i, wave in enumerate(waves) for d in wave}
-    with _transaction(settings) as store:
+    with _transaction(settings) as store:  # no other rollout moves devices while it is looked what they want now
+        previous = {d: fleet.desired(d).bundle for d in chosen}
+        waves = plan([d for d in chosen if previous[d] != ref], canary)
+        members = {d: Member(wave=i, previous=previous[d]) for i, wave in enumerate(waves) for d in wave}
         _refuse_overlap(store.all(only_open=True), members)
         rollout = Rollout(
             id=store.next_id(),
@@ -319,7 +322,8 @@ def undo(settings: Databases, fleet: FleetState, rollout_id: int | None = None, 
 
 
 class Controller:
-    """Moves open rollouts on. Several may run (a service and a command): what they ask of devices twice changes nothing."""
+    """Moves open rollouts on. Several may run (a service and a command): a device is asked while the rollout is held, for what is intended
+    then, so nobody asks for what another has undone."""
 
     def __init__(self, settings: Databases, fleet: FleetState) -> None:
         self._settings = settings
@@ -355,10 +359,13 @@ class Controller:
         return after, actions
 
     def _perform(self, rollout_id: int, action: Action) -> None:
-        current = self._fleet.desired(action.device)
-        desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
         with _transaction(self._settings) as store:
-            store.save(done(store.load(rollout_id), action, desired.version))
+            rollout = store.load(rollout_id)
+            if not intended(rollout, action):
+                return
+            current = self._fleet.desired(action.device)
+            desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
+            store.save(done(rollout, action, desired.version))
 
 
 def _chosen(fleet: FleetState, devices: Collection[str] | None) -> list[str]:
