@@ -18,8 +18,10 @@ States: running or paused → complete; running, paused or complete → undoing 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -38,6 +40,7 @@ WAVE_TIMEOUT_S = 600.0
 DEVICES_MAX = 100_000
 LATE_NAMED_MAX = 5
 ROUNDING = 1e-9
+HOLD_S = 0.5
 
 
 class Status(StrEnum):
@@ -109,7 +112,7 @@ class FleetState(Protocol):
     def devices(self) -> list[str]: ...
     def desired(self, device: str) -> Desired: ...
     def set_desired(self, device: str, bundle: BundleRef | None) -> Desired: ...
-    def reported(self, device: str) -> Reported | None: ...
+    def all_reported(self) -> dict[str, tuple[Reported, int]]: ...
 
 
 class Databases(Protocol):
@@ -341,8 +344,8 @@ class Controller:
             rollout, actions = self._step(rollout_id, now)
             if not actions:
                 return rollout
-            for action in actions:
-                self._perform(rollout_id, action)
+            while actions:
+                actions = self._perform(rollout_id, actions)
 
     def _step(self, rollout_id: int, now: float) -> tuple[Rollout, list[Action]]:
         with _transaction(self._settings) as store:
@@ -350,7 +353,7 @@ class Controller:
             if before.status not in OPEN:
                 return before, []
             present = without_strangers(before, set(self._fleet.devices()))
-            reports = {d: r for d in present.members if (r := self._fleet.reported(d)) is not None}
+            reports = {d: r for d, (r, _) in self._fleet.all_reported().items()}
             after, actions = step(present, reports, now)
             if after != before:
                 store.save(after)
@@ -358,14 +361,21 @@ class Controller:
             log.info("rollout changed id=%d status=%s reason=%s", after.id, after.status, after.reason or "-")
         return after, actions
 
-    def _perform(self, rollout_id: int, action: Action) -> None:
+    def _perform(self, rollout_id: int, actions: list[Action]) -> list[Action]:
+        """Ask devices, for HOLD_S or a little longer; then it is somebody else's turn, who may want to undo all of it. What is left."""
+        started, asked = time.monotonic(), 0
         with _transaction(self._settings) as store:
             rollout = store.load(rollout_id)
-            if not intended(rollout, action):
-                return
-            current = self._fleet.desired(action.device)
-            desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
-            store.save(done(rollout, action, desired.version))
+            for action in actions:
+                asked += 1
+                if intended(rollout, action):
+                    current = self._fleet.desired(action.device)
+                    desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
+                    rollout = done(rollout, action, desired.version)
+                if time.monotonic() - started >= HOLD_S:
+                    break
+            store.save(rollout)
+        return actions[asked:]
 
 
 def _chosen(fleet: FleetState, devices: Collection[str] | None) -> list[str]:
@@ -432,5 +442,10 @@ _decode = msgspec.json.Decoder(Rollout).decode
 @contextmanager
 def _transaction(settings: Databases) -> Iterator[_Rollouts]:
     """The rollouts, held by this process alone; changes are kept only if the block ends well."""
-    with Store(settings.rollouts_db, _TABLES).writing() as db:
+    with _store(settings.rollouts_db).writing() as db:
         yield _Rollouts(db)
+
+
+@functools.cache
+def _store(database: Database) -> Store:
+    return Store(database, _TABLES)

@@ -63,8 +63,8 @@ class SimulatedFleet:
         self.desires[device] = Desired(version=self.desires[device].version + 1, bundle=bundle)
         return self.desires[device]
 
-    def reported(self, device: str) -> Reported | None:
-        return self.reports.get(device)
+    def all_reported(self) -> dict[str, tuple[Reported, int]]:
+        return {device: (report, 0) for device, report in self.reports.items()}
 
     def report(self, device: str, phase: Phase, active: BundleRef | None = None, reason: Reason | None = None) -> None:
         version = self.desires[device].version
