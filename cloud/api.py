@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import hmac
 import logging
-import os
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -30,6 +28,7 @@ from cloud import config, rollout
 from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.control import Control
+from cloud.files import secret
 from cloud.fleet import Fleet
 from cloud.status import collect, devices, exposition
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -41,12 +40,7 @@ OPEN_PATHS = ("/healthz",)
 
 def token(settings: Settings) -> str:
     """The API's token, made when first asked for."""
-    path = settings.token_path
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(TOKEN_BYTES) + "\n")
-    return path.read_text().strip()
+    return secret(settings.token_path, TOKEN_BYTES)
 
 
 class RequireToken:
@@ -91,7 +85,7 @@ def build(settings: Settings, control: Control | None = None) -> Any:
         Route("/v1/events", _json(lambda request: fleet.events(_limit(request)))),
         Route("/v1/audit", _json(lambda request: {"broken_at": audit.verify(), "entries": audit.entries(_limit(request))})),
         Route("/v1/rollouts", _json(lambda request: rollout.history(settings))),
-        Route("/metrics", _text(lambda request: exposition(settings))),
+        Route("/metrics", _endpoint(lambda request: PlainTextResponse(exposition(settings)))),
     ]
 
     @asynccontextmanager
@@ -109,29 +103,25 @@ def build(settings: Settings, control: Control | None = None) -> Any:
 
 def _limit(request: Request) -> int:
     text = request.query_params.get("limit", "100")
-    if not (text.isascii() and text.isdigit()) or not 1 <= int(text) <= LIMIT_MAX:
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(LIMIT_MAX))) or not 1 <= int(text) <= LIMIT_MAX:
         raise ConfigError(f"limit {text!r} is not between 1 and {LIMIT_MAX}")
     return int(text)
 
 
 def _json(answer: Callable[[Request], Any]) -> Callable[[Request], Awaitable[Response]]:
+    return _endpoint(lambda request: Response(msgspec.json.encode(answer(request)), media_type="application/json"))
+
+
+def _endpoint(answer: Callable[[Request], Response]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         try:
-            found = await run_in_threadpool(answer, request)
+            return await run_in_threadpool(answer, request)
         except ConfigError as e:
             return JSONResponse({"error": str(e)}, 400)
         except UnavailableError as e:
             return JSONResponse({"error": str(e)}, 503)
         except HTTPException as e:
             return JSONResponse({"error": e.detail}, e.status_code)
-        return Response(msgspec.json.encode(found), media_type="application/json")
-
-    return endpoint
-
-
-def _text(answer: Callable[[Request], bytes]) -> Callable[[Request], Awaitable[Response]]:
-    async def endpoint(request: Request) -> Response:
-        return PlainTextResponse(await run_in_threadpool(answer, request))
 
     return endpoint
 

@@ -14,20 +14,21 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from cloud.config import SENSORS, Settings
+from cloud import files
+from cloud.config import SENSORS, Address, Settings
 from cloud.gate import load_zones
 from cloud.rights import device_reads, device_writes, lanes_of
 from edge_agent.contract.block import BLOCK_BYTES_MAX
 from edge_agent.contract.errors import ConfigError
+
+Passwords = Callable[[], Mapping[str, str]]
 
 CLOUD_USER = "cloud"
 SENSOR_USER = "sensor"
@@ -64,36 +65,33 @@ def server_path() -> Path:
     return Path(found)
 
 
-def write_configs(settings: Settings, device_passwords: Mapping[str, str]) -> None:
-    """Write the configuration and the users of every broker."""
+def write_configs(settings: Settings, passwords: Passwords) -> None:
+    """Write the configuration and the users of every broker; `passwords` is asked for those of the devices."""
     settings.nats_dir.mkdir(parents=True, exist_ok=True)
-    ports = settings.ports
-    hosts = {SENSORS: settings.sensors.host, **{r.name: r.host for r in settings.regions}}
     for name in names(settings):
-        _write_private(_config_path(settings, name), _config(settings, name, hosts[name], ports[name]))
-    write_users(settings, device_passwords)
+        _write(_config_path(settings, name), _config(settings, name, settings.addresses[name]))
+    write_users(settings, passwords)
 
 
-def write_users(settings: Settings, device_passwords: Mapping[str, str]) -> None:
-    """Write who may connect; running servers read it at SIGHUP."""
-    cloud = _user(CLOUD_USER, password(settings, CLOUD_USER))
-    _write_private(_users_path(settings, SENSORS), _authorization([cloud, _user(SENSOR_USER, password(settings, SENSOR_USER))]))
-    zones = load_zones(settings)
-    in_use = {endpoint for zone in zones.zones for endpoint in zone.endpoints}
-    for region in settings.regions:  # a policy may take a region out of use: devices keep only their control topics there
-        lanes = lanes_of(zones, region.name) if region.name in in_use else ()
-        devices = [_user(name, secret, device_rights(name, lanes)) for name, secret in device_passwords.items()]
-        _write_private(_users_path(settings, region.name), _authorization([cloud, *devices]))
+def write_users(settings: Settings, passwords: Passwords) -> None:
+    """Write who may connect; running servers read it at SIGHUP. Of two that write at once, the later asks later: it knows all devices."""
+    settings.nats_dir.mkdir(parents=True, exist_ok=True)
+    with files.held(settings.nats_dir / ".users.lock"):
+        cloud = _user(CLOUD_USER, password(settings, CLOUD_USER))
+        _write(_users_path(settings, SENSORS), _authorization([cloud, _user(SENSOR_USER, password(settings, SENSOR_USER))]))
+        zones, by_device = load_zones(settings), passwords()
+        in_use = {endpoint for zone in zones.zones for endpoint in zone.endpoints}
+        for region in settings.regions:  # a policy may take a region out of use: devices keep only their control topics there
+            lanes = lanes_of(zones, region.name) if region.name in in_use else ()
+            devices = [_user(name, secret, device_rights(name, lanes)) for name, secret in by_device.items()]
+            _write(_users_path(settings, region.name), _authorization([cloud, *devices]))
 
 
 def password(settings: Settings, user: str) -> str:
     """The password of `cloud` or `sensor`, made when first asked for."""
     path = password_path(settings, user)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.chmod(0o700)
-        _write_private(path, secrets.token_urlsafe(PASSWORD_BYTES) + "\n")
-    return path.read_text().strip()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return files.secret(path, PASSWORD_BYTES)
 
 
 def password_path(settings: Settings, user: str) -> Path:
@@ -101,16 +99,16 @@ def password_path(settings: Settings, user: str) -> Path:
     return settings.secrets_dir / f"{user}.password"
 
 
-def _config(settings: Settings, name: str, host: str, port: int) -> str:
+def _config(settings: Settings, name: str, address: Address) -> str:
     """NATS takes JSON values; the users are included so that they alone change."""
     document: dict[str, object] = {
         "server_name": name,
-        "listen": f"{host}:-1",  # NATS's own protocol, which no user may use
+        "listen": f"{address.host}:-1",  # NATS's own protocol, which no user may use
         "max_payload": PAYLOAD_BYTES_MAX,
         "max_pending": 8 * PAYLOAD_BYTES_MAX,
         "jetstream": {"store_dir": str(settings.nats_dir / name), "max_file_store": STORE_BYTES_MAX, "max_memory_store": 64 * 1024**2},
         "mqtt": {
-            "listen": f"{host}:{port}",
+            "listen": f"{address.host}:{address.port}",
             "ack_wait": f"{ACK_WAIT_S}s",
             "max_ack_pending": UNACKED_MAX["sensors" if name == SENSORS else "region"],
         },
@@ -150,9 +148,5 @@ def _users_path(settings: Settings, name: str) -> Path:
     return settings.nats_dir / f"{name}.users.conf"
 
 
-def _write_private(path: Path, text: str) -> None:
-    """Write a file of 0600 that readers see whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
-    temporary.replace(path)
+def _write(path: Path, text: str) -> None:
+    files.write_atomically(path, text.encode(), private=True)

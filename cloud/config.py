@@ -27,10 +27,10 @@ MARKERS = (Path("pipelines/dvc.yaml"), Path("fenceline.toml"))
 PASSWORD_VARIABLE = "FENCELINE_METADATA_PASSWORD"
 WORKERS_MAX = 32
 VACUUM_HOURS_MIN = 7 * 24
-VACUUM_HOURS = 30 * 24
-SECONDS_MAX = 366 * 86_400  # a timer takes no number however large
-"""As long as Delta keeps its log: what a version needs does not go before the version itself."""
 """Readers and writers that are at work now need files that were replaced a moment ago. Delta's own default."""
+VACUUM_HOURS = 30 * 24
+"""As long as Delta keeps its log: what a version needs does not go before the version itself."""
+SECONDS_MAX = 366 * 86_400  # a timer takes no number however large
 SENSORS, RELEASE, MLFLOW, API = "sensors", "release", "mlflow", "api"
 
 
@@ -201,10 +201,15 @@ class Settings:
         return self.api.url
 
     @property
+    def addresses(self) -> dict[str, Address]:
+        """Where every part that listens does, by name."""
+        fixed = {SENSORS: self.sensors, RELEASE: self.release, MLFLOW: self.mlflow, API: self.api}
+        return {**fixed, **{r.name: Address(r.host, r.port) for r in self.regions}}
+
+    @property
     def ports(self) -> dict[str, int]:
         """The port of every part that listens, by name."""
-        fixed = {SENSORS: self.sensors.port, RELEASE: self.release.port, MLFLOW: self.mlflow.port, API: self.api.port}
-        return {**fixed, **{r.name: r.port for r in self.regions}}
+        return {name: address.port for name, address in self.addresses.items()}
 
     def region(self, name: str) -> Region:
         """The region called `name`, or ConfigError."""
@@ -217,15 +222,13 @@ class Settings:
         """The same settings with other ports, by the names of `ports`.
 
         Raises:
-            ConfigError: a name is unknown, or a port is not between 1 and 65535.
+            ConfigError: a name is unknown, a port is not between 1 and 65535, or two parts have one address.
         """
         unknown = sorted(set(ports) - set(self.ports))
         if unknown:
             raise ConfigError(f"unknown ports {', '.join(unknown)}; known: {', '.join(sorted(self.ports))}")
-        for name, port in ports.items():
-            _check_port(port, name)
         merged = {**self.ports, **ports}
-        return replace(
+        changed = replace(
             self,
             regions=tuple(replace(r, port=merged[r.name]) for r in self.regions),
             sensors=replace(self.sensors, port=merged[SENSORS]),
@@ -233,6 +236,8 @@ class Settings:
             mlflow=replace(self.mlflow, port=merged[MLFLOW]),
             api=replace(self.api, port=merged[API]),
         )
+        _check_addresses(changed)
+        return changed
 
 
 class _Address(msgspec.Struct, frozen=True):
@@ -270,9 +275,10 @@ class _Features(msgspec.Struct, frozen=True):
 
 
 class _StackFile(msgspec.Struct, frozen=True):
-    """What of stack.json must be there."""
+    """What of stack.json must be there. The number of a process alone is soon another's: `start_ticks` says which one it was."""
 
     pid: int
+    start_ticks: int
     ports: dict[str, int]
 
 
@@ -401,7 +407,16 @@ def running_stack(settings: Settings) -> dict[str, Any] | None:
         return None
     except UNREADABLE as e:
         raise ConfigError(f"{path} was not written by a stack ({e}); delete it if no stack runs") from e
-    return stack if Path(f"/proc/{running.pid}").exists() else None
+    return stack if start_ticks(running.pid) == running.start_ticks else None
+
+
+def start_ticks(pid: int) -> int | None:
+    """When a process was started, in clock ticks since the boot; None if there is none of this number."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(b")")[2].split()[19])  # its name, which may hold anything, stands in parentheses
 
 
 def _check(settings: Settings, origin: str) -> None:
@@ -411,11 +426,7 @@ def _check(settings: Settings, origin: str) -> None:
         raise ConfigError(f"{origin}: {e}") from e
     if not names or len(set(names)) != len(names) or set(names) & {SENSORS, RELEASE, MLFLOW, API}:
         raise ConfigError(f"{origin}: regions {names} must be distinct names, at least one, none of sensors, release, mlflow, api")
-    ports = settings.ports
-    for name, port in ports.items():
-        _check_port(port, name)
-    if len(set(ports.values())) != len(ports):
-        raise ConfigError(f"{origin}: two parts share a port: {ports}")
+    _check_addresses(settings)
     limits = settings.ingest
     times_ms = min(limits.linger_ms, limits.receipt_interval_ms)
     batch = min(limits.batch_blocks_max, limits.batch_bytes_max, limits.batch_rows_max)
@@ -432,6 +443,11 @@ def _check(settings: Settings, origin: str) -> None:
         raise ConfigError(f"{origin}: ingest.workers {limits.workers} is not between 1 and {WORKERS_MAX}")
 
 
-def _check_port(port: int, name: str) -> None:
-    if not 1 <= port <= 65_535:
-        raise ConfigError(f"port {port} of {name} is not between 1 and 65535")
+def _check_addresses(settings: Settings) -> None:
+    taken: dict[Address, str] = {}
+    for name, address in settings.addresses.items():
+        if not 1 <= address.port <= 65_535:
+            raise ConfigError(f"port {address.port} of {name} is not between 1 and 65535")
+        if address in taken:
+            raise ConfigError(f"{taken[address]} and {name} share a port: {address.host}:{address.port}")
+        taken[address] = name

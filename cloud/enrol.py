@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloud import brokers, config, keys
-from cloud.config import Settings
+from cloud.config import Region, Settings
 from cloud.fleet import Fleet
 from cloud.gate import load_contracts, load_zones, policy_path
 from cloud.parts import broker_part
@@ -56,28 +56,22 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
     if home is not None and _locate(zones, home) == NOWHERE:
         raise ConfigError(f"position {home.lat}, {home.lon} lies in no zone of {settings.zones_path}")
     contracts = list(zip(settings.contracts, load_contracts(settings).listed, strict=True))
-    document = _agent_toml(settings, device, contracts, home)
-    _make_directory(path.parent)  # before the name is taken, for names are for ever
-    password = fleet.add(device)
-    published = policy_path(settings)
-    files = {
-        "zones.geojson": (published if published.exists() else settings.zones_path).read_bytes(),
-        "root.json": keys.root_path(settings.releases_dir).read_bytes(),
-        f"{device}.password": f"{password}\n".encode(),
-        "sensors.password": f"{brokers.password(settings, brokers.SENSOR_USER)}\n".encode(),
-        **{p.name: p.read_bytes() for p, _ in contracts},
-    }
-    for name, data in files.items():
-        _write(path.parent / name, data)
-    _write(path, document.encode())
+    files = _files(settings, path, contracts, _agent_toml(settings, device, contracts, home))
+    _make_directory(path.parent)
+
+    def deliver(password: str) -> None:
+        """Write the directory, agent.toml last."""
+        for name, data in {f"{device}.password": f"{password}\n".encode(), **files}.items():
+            _write(path.parent / name, data)
+
+    fleet.add(device, deliver)
     reload_brokers(settings, fleet)
     return path
 
 
 def reload_brokers(settings: Settings, fleet: Fleet) -> None:
     """Let the brokers know every device: write their users, and tell those that run."""
-    settings.nats_dir.mkdir(parents=True, exist_ok=True)
-    brokers.write_users(settings, fleet.passwords())
+    brokers.write_users(settings, fleet.passwords)
     stack = config.running_stack(settings)
     pids: dict[str, int] = stack["pids"] if stack else {}
     for region in settings.regions:
@@ -85,6 +79,27 @@ def reload_brokers(settings: Settings, fleet: Fleet) -> None:
         if pid is not None:
             with suppress(ProcessLookupError):  # it has died: it reads the users when it is started again
                 os.kill(pid, signal.SIGHUP)
+
+
+def _files(settings: Settings, path: Path, contracts: list[tuple[Path, StreamContract]], document: str) -> dict[str, bytes]:
+    """What lies beside agent.toml and is not the device's alone, then agent.toml itself."""
+    sources = [settings.zones_path, *(p for p, _ in contracts)]
+    if path.parent.resolve() in {p.parent.resolve() for p in sources}:
+        raise ConfigError(f"{path.parent} holds contracts or zones of the project, which a device's would replace; give another --out FILE")
+    published = policy_path(settings)
+    pairs = [
+        ("zones.geojson", (published if published.exists() else settings.zones_path).read_bytes()),
+        ("root.json", keys.root_path(settings.releases_dir).read_bytes()),
+        ("sensors.password", f"{brokers.password(settings, brokers.SENSOR_USER)}\n".encode()),
+        *((p.name, p.read_bytes()) for p, _ in contracts),
+        *((_ca_name(r), Path(r.tls.ca_file).read_bytes()) for r in settings.regions if r.tls and r.tls.ca_file),
+        (path.name, document.encode()),
+    ]
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path.parent} would hold two files called {', '.join(twice)}; rename a contract, or give another --out FILE")
+    return dict(pairs)
 
 
 def _agent_toml(settings: Settings, device: str, contracts: list[tuple[Path, StreamContract]], home: Position | None) -> str:
@@ -113,9 +128,23 @@ def _agent_toml(settings: Settings, device: str, contracts: list[tuple[Path, Str
         where,
     ]
     for region in settings.regions:
-        lines += ["", "[[endpoints]]", f"name = {quoted(region.name)}", f'url = "mqtt://{region.host}:{region.port}"']
-        lines += [f"username = {quoted(device)}", f"password_file = {quoted(f'{device}.password')}"]
+        scheme = "mqtt" if region.tls is None else "mqtts"
+        lines += ["", "[[endpoints]]", f"name = {quoted(region.name)}", f'url = "{scheme}://{region.host}:{region.port}"']
+        if region.tls and region.tls.ca_file:
+            lines.append(f"ca_file = {quoted(_ca_name(region))}")
+        if region.tls and region.tls.cert_file:
+            lines += [
+                "# Put the device's own certificate and its key beside this file: the broker asks for one, its CN is the device's name."
+            ]
+            lines += [f"cert_file = {quoted(f'{device}.crt')}", f"key_file = {quoted(f'{device}.key')}"]
+        else:
+            lines += [f"username = {quoted(device)}", f"password_file = {quoted(f'{device}.password')}"]
     return "\n".join([*lines, "", "[releases]", f"url = {quoted(settings.release_url)}", 'root = "root.json"', ""])
+
+
+def _ca_name(region: Region) -> str:
+    """The file beside agent.toml with the authorities of a region's broker."""
+    return f"{region.name}.ca.crt"
 
 
 def _check_name(device: str) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 
 import msgspec
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     Column,
+    Connection,
     Integer,
     LargeBinary,
     MetaData,
@@ -82,8 +84,11 @@ class Fleet:
 
     # Devices
 
-    def add(self, device: str) -> str:
+    def add(self, device: str, deliver: Callable[[str], object] = lambda password: None) -> str:
         """Register a device; its new broker password.
+
+        Args:
+            deliver: is told the password before the name is taken; what it raises leaves the name free.
 
         Raises:
             ConfigError: the name is taken, or cannot be a device's.
@@ -93,10 +98,11 @@ class Fleet:
         except ContractError as e:
             raise ConfigError(str(e)) from e
         password = secrets.token_urlsafe(PASSWORD_BYTES)
-        desired = encode_state(Desired(version=1, zones=self.zones()))
         with self._store.writing() as db:
             if db.execute(select(_DEVICES.c.name).where(_DEVICES.c.name == device)).first():
                 raise ConfigError(f"device {device!r} is there already; names are for ever")
+            deliver(password)
+            desired = encode_state(Desired(version=1, zones=_zones(db)))
             db.execute(insert(_DEVICES).values(name=device, password=password, added_us=_now_us(), desired=desired))
         return password
 
@@ -136,8 +142,8 @@ class Fleet:
 
     def zones(self) -> ZonesRef | None:
         """The zone policy that every device should have; None before the first publication."""
-        rows = self._rows(select(_POLICY.c.ref))
-        return msgspec.json.decode(rows[0][0], type=ZonesRef) if rows else None
+        with self._store.reading() as db:
+            return _zones(db)
 
     def set_zones(self, ref: ZonesRef) -> None:
         """Ask every device, those to come too, for this zone policy; devices that are asked for it already hear nothing new."""
@@ -195,6 +201,11 @@ class Fleet:
     def _rows(self, query: Select) -> list[Row]:
         with self._store.reading() as db:
             return list(db.execute(query).all())
+
+
+def _zones(db: Connection) -> ZonesRef | None:
+    row = db.execute(select(_POLICY.c.ref)).first()
+    return msgspec.json.decode(row[0], type=ZonesRef) if row else None
 
 
 def _now_us() -> int:

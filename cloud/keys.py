@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, Targets, Timestamp  # type: ignore[attr-defined]
 
+from cloud.files import write_atomically
 from edge_agent.contract.errors import ConfigError
 
 ROOT, TARGETS, SNAPSHOT, TIMESTAMP = "root", "targets", "snapshot", "timestamp"
@@ -82,21 +83,6 @@ def load_signer(keys_dir: Path, role: str) -> CryptoSigner:
         raise ConfigError(f"no {role} key at {path}; make the keys with: {INIT_COMMAND}") from e
     except (OSError, ValueError, TypeError) as e:
         raise ConfigError(f"{role} key at {path} does not read: {e}") from e
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that readers see whole or not at all, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _create(path: Path) -> CryptoSigner:

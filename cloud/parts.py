@@ -9,15 +9,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import msgspec
 
 from cloud import brokers
-from cloud.config import API, HOST, MLFLOW, RELEASE, SENSORS, Address, Region, Settings
+from cloud.config import HOST, Address, Region, Settings
 from cloud.ingest_status import read_worker, status_path
 from cloud.workers import Worker, command
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import UNREADABLE, ConfigError
+
+T = TypeVar("T")
 
 PROBE_S = 1.0
 MLFLOW_ENVIRONMENT = {
@@ -38,9 +41,22 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
+class _Health(msgspec.Struct):
+    """What of an answer to `/healthz` is looked at."""
+
+    connected: bool = False
+
+
+class _Live(msgspec.Struct):
+    """What of the status of the live features is looked at."""
+
+    pid: int = 0
+    ready: bool = False
+
+
 def parts(settings: Settings) -> list[Part]:
     """All parts; each may need those before it, and waits for them by itself."""
-    where = {SENSORS: settings.sensors, **{r.name: Address(r.host, r.port) for r in settings.regions}}
+    where = settings.addresses
     servers = [Part(broker_part(name), brokers.command(settings, name), _listens(where[name])) for name in brokers.names(settings)]
     workers = [part for region in settings.regions for part in _ingest(settings, region)]
     always = [*servers, *workers, _release(settings), _api(settings), _mlflow(settings)]
@@ -66,7 +82,7 @@ def free_ports(settings: Settings) -> Settings:
 
 def check_ports(settings: Settings) -> None:
     """Raise ConfigError if a port is taken, or a part would listen beyond loopback (MLflow and the brokers have no TLS here)."""
-    for name, address in _addresses(settings).items():
+    for name, address in settings.addresses.items():
         if not _is_loopback(address.host):
             raise ConfigError(f"host {address.host!r} of {name} is not loopback; the development stack listens on {HOST} only")
     for region in settings.regions:
@@ -82,11 +98,6 @@ def check_ports(settings: Settings) -> None:
                 probe.bind((HOST, port))
             except OSError as e:
                 raise ConfigError(f"port {port} of {name} is taken; give another: --ports {name}=PORT, or --free-ports") from e
-
-
-def _addresses(settings: Settings) -> dict[str, Address]:
-    fixed = {SENSORS: settings.sensors, RELEASE: settings.release, MLFLOW: settings.mlflow, API: settings.api}
-    return {**fixed, **{r.name: Address(r.host, r.port) for r in settings.regions}}
 
 
 def _is_loopback(host: str) -> bool:
@@ -122,7 +133,7 @@ def _release(settings: Settings) -> Part:
 def _api(settings: Settings) -> Part:
     def ready(pid: int) -> bool:
         answer = _get(f"{settings.api_url}/healthz")
-        return answer is not None and bool(answer.json()["connected"])
+        return answer is not None and _decoded(answer.content, _Health, _Health()).connected
 
     return Part("api", _python(settings, "cloud.api"), ready)
 
@@ -140,10 +151,10 @@ def _live_features(settings: Settings) -> Part:
 
     def ready(pid: int) -> bool:
         try:
-            status = msgspec.json.decode(path.read_bytes())
+            status = _decoded(path.read_bytes(), _Live, _Live())
         except FileNotFoundError:
             return False
-        return status["pid"] == pid and status["ready"]
+        return status.pid == pid and status.ready
 
     return Part("features-live", _python(settings, "pipelines.live"), ready)
 
@@ -165,9 +176,17 @@ def _listens(address: Address) -> Callable[[int], bool]:
     return ready
 
 
+def _decoded(data: bytes, kind: type[T], otherwise: T) -> T:
+    """A document of a part; `otherwise` if another program has taken its place, or it is half written."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except UNREADABLE:
+        return otherwise
+
+
 def _get(url: str) -> httpx.Response | None:
     try:
         answer = httpx.get(url, timeout=PROBE_S, trust_env=False)
-    except httpx.TransportError:
+    except httpx.HTTPError:  # nobody there, or somebody else
         return None
     return answer if answer.status_code == httpx.codes.OK else None

@@ -20,9 +20,9 @@ from cloud import release
 from cloud.audit import Audit
 from cloud.config import Settings
 from cloud.enrol import reload_brokers
+from cloud.files import held, write_atomically
 from cloud.fleet import Fleet
 from cloud.gate import load_zones, policy_path
-from cloud.keys import write_atomically
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.state import ZonesRef
 from edge_agent.core.zones import Zones, parse_zones
@@ -64,14 +64,18 @@ def publish(settings: Settings, fleet: Fleet, path: Path, *, now: datetime) -> Z
     unknown = sorted({e for z in zones.zones for e in z.endpoints} - regions)
     if unknown:
         raise ConfigError(f"{path} names endpoints {', '.join(unknown)}; the regions of fenceline.toml are {', '.join(sorted(regions))}")
+    policy_path(settings).parent.mkdir(parents=True, exist_ok=True)
+    with held(policy_path(settings).with_name(".lock")):  # of two at once, one is the later in every place
+        return _put_into_force(settings, fleet, document, zones, now)
+
+
+def _put_into_force(settings: Settings, fleet: Fleet, document: bytes, zones: Zones, now: datetime) -> ZonesRef:
     before = fleet.zones()
     ref = release.publish_zones(document, keys_dir=settings.keys_dir, releases_dir=settings.releases_dir, now=now)
     if ref != before:
-        detail = f"version {ref.version} sha256 {ref.sha256}: " + "; ".join(
-            f"{z.name}: {', '.join(z.endpoints) or 'none'}" for z in zones.zones
-        )
+        allowed = "; ".join(f"{z.name}: {', '.join(z.endpoints) or 'none'}" for z in zones.zones)
+        detail = f"version {ref.version} sha256 {ref.sha256}: {allowed}"
         Audit(settings.audit_db).add(PUBLISHED, region="", subject="fleet", reason="", detail=detail)
-    policy_path(settings).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(policy_path(settings), document)
     fleet.set_zones(ref)
     reload_brokers(settings, fleet)

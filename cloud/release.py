@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -23,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import msgspec
+from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]
 from tuf.api.metadata import Metadata, Root, Snapshot, TargetFile, Targets, Timestamp  # type: ignore[attr-defined]
 
+from cloud.files import held, write_atomically
 from cloud.keys import (
     INIT_COMMAND,
     LIFETIME,
@@ -35,9 +36,9 @@ from cloud.keys import (
     key_path,
     load_signer,
     signed_bytes,
-    write_atomically,
 )
 from edge_agent.contract.bundle import Bundle, Manifest, pack_bundle, read_bundle
+from edge_agent.contract.columns import Floats
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
 from edge_agent.contract.state import BundleRef, ZonesRef
 from edge_agent.contract.topics import check_name
@@ -147,7 +148,7 @@ def publish_zones(document: bytes, *, keys_dir: Path, releases_dir: Path, now: d
 
 def _add(repository: _Repository, file: TargetFile, data: bytes, *, keys_dir: Path, releases_dir: Path, now: datetime) -> None:
     """Write a target, then the metadata that names it."""
-    signer = load_signer(keys_dir, TARGETS)
+    signer = repository.signer(keys_dir, TARGETS)
     for path in file.get_prefixed_paths():
         (releases_dir / "targets" / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(releases_dir / "targets" / path, data)
@@ -201,12 +202,12 @@ def refresh(*, keys_dir: Path, releases_dir: Path, now: datetime) -> list[str]:
             due.remove(ROOT)
         for role in (ROOT, TARGETS):
             if role in due:
-                repository.renew(role, now, load_signer(keys_dir, role))
+                repository.renew(role, now, repository.signer(keys_dir, role))
         if TARGETS in due or SNAPSHOT in due:
             repository.publish_snapshot(keys_dir, now)
             due = [*(r for r in due if r in (ROOT, TARGETS)), SNAPSHOT, TIMESTAMP]
         elif TIMESTAMP in due:
-            repository.renew(TIMESTAMP, now, load_signer(keys_dir, TIMESTAMP))
+            repository.renew(TIMESTAMP, now, repository.signer(keys_dir, TIMESTAMP))
     if due:
         log.info("release metadata signed again roles=%s", ",".join(due))
     return due
@@ -229,6 +230,14 @@ class _Repository:
         left: timedelta = self._document(role).expires - now
         return left < LIFETIME[role] * REFRESH_SHARE
 
+    def signer(self, keys_dir: Path, role: str) -> CryptoSigner:
+        """The signer of `role`, or ConfigError: its key is not there, or is not the one that devices trust for it."""
+        signer = load_signer(keys_dir, role)
+        trusted = [self.root.keys[keyid].keyval for keyid in self.root.roles[role].keyids]
+        if signer.public_key.keyval not in trusted:
+            raise ConfigError(f"{key_path(keys_dir, role)} is not the {role} key of this repository, so devices would refuse what it signs")
+        return signer
+
     def renew(self, role: str, now: datetime, signer: Any) -> None:
         """Write the role's document as a new version that expires a full lifetime from now."""
         document = self._document(role)
@@ -239,7 +248,7 @@ class _Repository:
 
     def publish_snapshot(self, keys_dir: Path, now: datetime) -> None:
         """Make the current targets visible: a new snapshot, then a new timestamp."""
-        snapshot_signer, timestamp_signer = load_signer(keys_dir, SNAPSHOT), load_signer(keys_dir, TIMESTAMP)
+        snapshot_signer, timestamp_signer = self.signer(keys_dir, SNAPSHOT), self.signer(keys_dir, TIMESTAMP)
         self.snapshot.meta["targets.json"].version = self.targets.version
         self.renew(SNAPSHOT, now, snapshot_signer)
         self.timestamp.snapshot_meta.version = self.snapshot.version
@@ -259,8 +268,7 @@ def _writing(releases_dir: Path) -> Iterator[_Repository]:
     metadata_dir = releases_dir / "metadata"
     if not metadata_dir.exists():
         raise ConfigError(f"no release repository at {releases_dir}; make it with: {INIT_COMMAND}")
-    with (releases_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with held(releases_dir / ".lock"):
         yield _Repository(metadata_dir)
 
 
@@ -282,11 +290,24 @@ def _same_again(target: str, known: TargetFile, bundle: Bundle, releases_dir: Pa
 
 def _self_test(bundle: Bundle, functions: Functions) -> None:
     """Check the golden vectors here before anything is signed; the device checks them again there."""
+    check_golden(bundle.manifest, lambda features: _score(bundle.model, features), functions)
+
+
+def _score(model: bytes, features: Floats) -> Floats:
+    """What a model says of features (rows, features), as the device's worker takes it: one input, float32 scores, one for each row."""
     from onnxruntime import InferenceSession
 
-    session = InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    check_golden(bundle.manifest, lambda features: session.run(None, {name: features.astype("float32")})[0].reshape(-1), functions)
+    try:
+        session = InferenceSession(model, providers=["CPUExecutionProvider"])
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        scores = session.run([outputs[0].name], {inputs[0].name: features.astype("float32")})[0]
+    except Exception as e:  # its errors have no base of their own
+        raise BundleError(f"self-test: model.onnx does not run: {e}") from e
+    rows = len(features)
+    if len(inputs) != 1 or scores.shape not in ((rows,), (rows, 1)) or scores.dtype != "float32":
+        found = f"{len(inputs)} inputs, {scores.dtype} scores of shape {scores.shape}"
+        raise BundleError(f"self-test: model.onnx has {found}; want one input, float32 scores of ({rows},) or ({rows}, 1)")
+    return scores.reshape(-1)
 
 
 def _client(mlflow_url: str) -> MlflowClient:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import threading
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ from cloud import config
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 30
+CONNECTIONS_MAX = 256
 _SERVED = re.compile(r"/(metadata|targets)/[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*){0,4}")
 
 
@@ -28,24 +30,48 @@ class _Handler(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def send_head(self) -> Any:
-        if not _SERVED.fullmatch(self.path) or Path(self.translate_path(self.path)).is_dir():
+        if not _SERVED.fullmatch(self.path) or not self._is_ours(Path(self.translate_path(self.path))):
             self.send_error(HTTPStatus.NOT_FOUND)
             return None
         return super().send_head()
+
+    def _is_ours(self, path: Path) -> bool:
+        return path.is_file() and path.resolve().is_relative_to(Path(self.directory).resolve())
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("request answered %s", format % args)
 
 
-def serve(directory: Path, host: str, port: int) -> None:
-    """Serve until the process ends."""
+class _Server(ThreadingHTTPServer):
+    """A thread for each of at most CONNECTIONS_MAX connections; more are closed at once, and devices try again."""
+
+    daemon_threads = True
+    request_queue_size = CONNECTIONS_MAX  # of connections that wait to be taken
+
+    def __init__(self, *args: Any) -> None:
+        self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+def open_server(directory: Path, host: str, port: int) -> ThreadingHTTPServer:
+    """A server that listens; `serve_forever` serves."""
 
     def handler(*args: Any) -> _Handler:
         return _Handler(*args, directory=str(directory))
 
-    with ThreadingHTTPServer((host, port), handler) as server:
-        server.daemon_threads = True
-        server.serve_forever()
+    return _Server((host, port), handler)
 
 
 def main() -> None:
@@ -56,7 +82,8 @@ def main() -> None:
     settings = config.load(arguments.project, arguments.state)
     for part in ("metadata", "targets"):
         (settings.releases_dir / part).mkdir(parents=True, exist_ok=True)
-    serve(settings.releases_dir, settings.release.host, settings.release.port)
+    with open_server(settings.releases_dir, settings.release.host, settings.release.port) as server:
+        server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ States: running or paused → complete; running, paused or complete → undoing 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -38,6 +40,7 @@ WAVE_TIMEOUT_S = 600.0
 DEVICES_MAX = 100_000
 LATE_NAMED_MAX = 5
 ROUNDING = 1e-9
+HOLD_S = 0.5
 
 
 class Status(StrEnum):
@@ -109,7 +112,7 @@ class FleetState(Protocol):
     def devices(self) -> list[str]: ...
     def desired(self, device: str) -> Desired: ...
     def set_desired(self, device: str, bundle: BundleRef | None) -> Desired: ...
-    def reported(self, device: str) -> Reported | None: ...
+    def all_reported(self) -> dict[str, tuple[Reported, int]]: ...
 
 
 class Databases(Protocol):
@@ -153,13 +156,16 @@ def undone(rollout: Rollout, reason: str, by_operator: bool) -> Rollout:
 
 
 def done(rollout: Rollout, action: Action, version: int) -> Rollout:
-    """Note that `action` is done, in the desired document `version`. An action that is no longer intended is ignored."""
+    """Note that `action`, which is still intended, is done in the desired document `version`."""
     member = rollout.members[action.device]
-    if member.place is Place.MOVING and action.ref == rollout.ref:
-        return _placed(rollout, action.device, _with(member, place=Place.MOVED, version=version))
-    if member.place is Place.RESTORING and action.ref == member.previous:
-        return _placed(rollout, action.device, _with(member, place=Place.RESTORED, version=version))
-    return rollout
+    place = Place.MOVED if member.place is Place.MOVING else Place.RESTORED
+    return _with(rollout, members={**rollout.members, action.device: _with(member, place=place, version=version)})
+
+
+def intended(rollout: Rollout, action: Action) -> bool:
+    """Whether `action` is still to be done: another may have done it meanwhile, or undone the rollout."""
+    member = rollout.members.get(action.device)
+    return member is not None and _action(rollout, action.device, member) == action
 
 
 def without_strangers(rollout: Rollout, fleet: Collection[str]) -> Rollout:
@@ -192,8 +198,8 @@ def _advance(rollout: Rollout, reported: Mapping[str, Reported], now: float) -> 
     if len(failed) > rollout.failures_allowed:
         first = f"{failed[0]} {rollout.members[failed[0]].failure}"
         return undone(rollout, f"{len(failed)} failed, {rollout.failures_allowed} allowed; {first}", by_operator=False)
-    if all(m.place is Place.WAITING for m in rollout.members.values()):
-        return _move(rollout, 0, now)
+    if any(m.place is Place.WAITING for m in rollout.members.values() if m.wave == rollout.wave):
+        return _move(rollout, rollout.wave, now)
     late = [d for d, m in rollout.members.items() if m.wave == rollout.wave and not _settled(rollout, m, reported.get(d))]
     if not late and rollout.wave + 1 < rollout.waves:
         return _move(rollout, rollout.wave + 1, now)
@@ -224,12 +230,13 @@ def _settled(rollout: Rollout, member: Member, reported: Reported | None) -> boo
 
 
 def _actions(rollout: Rollout) -> list[Action]:
-    wanted = {Place.MOVING: lambda m: rollout.ref, Place.RESTORING: lambda m: m.previous}
-    return [Action(d, wanted[m.place](m)) for d, m in rollout.members.items() if m.place in wanted]
+    return [action for d, m in rollout.members.items() if (action := _action(rollout, d, m))]
 
 
-def _placed(rollout: Rollout, device: str, member: Member) -> Rollout:
-    return _with(rollout, members={**rollout.members, device: member})
+def _action(rollout: Rollout, device: str, member: Member) -> Action | None:
+    if member.place is Place.MOVING:
+        return Action(device, rollout.ref)
+    return Action(device, member.previous) if member.place is Place.RESTORING else None
 
 
 _with = msgspec.structs.replace
@@ -261,11 +268,10 @@ def start(
         raise ConfigError(
             f"failures allowed {failures_allowed} must not be negative, wave timeout {wave_timeout_s} s must be positive and finite"
         )
-    previous = {d: fleet.desired(d).bundle for d in chosen}
-    moving = [d for d in chosen if previous[d] != ref]
-    waves = plan(moving, canary)
-    members = {d: Member(wave=i, previous=previous[d]) for i, wave in enumerate(waves) for d in wave}
-    with _transaction(settings) as store:
+    with _transaction(settings) as store:  # no other rollout moves devices while it is looked what they want now
+        previous = {d: fleet.desired(d).bundle for d in chosen}
+        waves = plan([d for d in chosen if previous[d] != ref], canary)
+        members = {d: Member(wave=i, previous=previous[d]) for i, wave in enumerate(waves) for d in wave}
         _refuse_overlap(store.all(only_open=True), members)
         rollout = Rollout(
             id=store.next_id(),
@@ -319,7 +325,8 @@ def undo(settings: Databases, fleet: FleetState, rollout_id: int | None = None, 
 
 
 class Controller:
-    """Moves open rollouts on. Several may run (a service and a command): what they ask of devices twice changes nothing."""
+    """Moves open rollouts on. Several may run (a service and a command): a device is asked while the rollout is held, for what is intended
+    then, so nobody asks for what another has undone."""
 
     def __init__(self, settings: Databases, fleet: FleetState) -> None:
         self._settings = settings
@@ -337,8 +344,8 @@ class Controller:
             rollout, actions = self._step(rollout_id, now)
             if not actions:
                 return rollout
-            for action in actions:
-                self._perform(rollout_id, action)
+            while actions:
+                actions = self._perform(rollout_id, actions)
 
     def _step(self, rollout_id: int, now: float) -> tuple[Rollout, list[Action]]:
         with _transaction(self._settings) as store:
@@ -346,7 +353,7 @@ class Controller:
             if before.status not in OPEN:
                 return before, []
             present = without_strangers(before, set(self._fleet.devices()))
-            reports = {d: r for d in present.members if (r := self._fleet.reported(d)) is not None}
+            reports = {d: r for d, (r, _) in self._fleet.all_reported().items()}
             after, actions = step(present, reports, now)
             if after != before:
                 store.save(after)
@@ -354,11 +361,21 @@ class Controller:
             log.info("rollout changed id=%d status=%s reason=%s", after.id, after.status, after.reason or "-")
         return after, actions
 
-    def _perform(self, rollout_id: int, action: Action) -> None:
-        current = self._fleet.desired(action.device)
-        desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
+    def _perform(self, rollout_id: int, actions: list[Action]) -> list[Action]:
+        """Ask devices, for HOLD_S or a little longer; then it is somebody else's turn, who may want to undo all of it. What is left."""
+        started, asked = time.monotonic(), 0
         with _transaction(self._settings) as store:
-            store.save(done(store.load(rollout_id), action, desired.version))
+            rollout = store.load(rollout_id)
+            for action in actions:
+                asked += 1
+                if intended(rollout, action):
+                    current = self._fleet.desired(action.device)
+                    desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
+                    rollout = done(rollout, action, desired.version)
+                if time.monotonic() - started >= HOLD_S:
+                    break
+            store.save(rollout)
+        return actions[asked:]
 
 
 def _chosen(fleet: FleetState, devices: Collection[str] | None) -> list[str]:
@@ -425,5 +442,10 @@ _decode = msgspec.json.Decoder(Rollout).decode
 @contextmanager
 def _transaction(settings: Databases) -> Iterator[_Rollouts]:
     """The rollouts, held by this process alone; changes are kept only if the block ends well."""
-    with Store(settings.rollouts_db, _TABLES).writing() as db:
+    with _store(settings.rollouts_db).writing() as db:
         yield _Rollouts(db)
+
+
+@functools.cache
+def _store(database: Database) -> Store:
+    return Store(database, _TABLES)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,7 @@ import msgspec
 
 from cloud import brokers
 from cloud.api import token
-from cloud.config import Settings
+from cloud.config import Settings, start_ticks
 from cloud.fleet import Fleet
 from cloud.parts import Part, broker_part, check_ports, environment, parts
 from cloud.tether import tethered
@@ -72,6 +74,8 @@ class Stack:
         self._thread = threading.Thread(target=self._supervise, name="stack")
         self._lock_file: int | None = None
         self._started_s = 0.0
+        self._told = True  # stack.json says how it is
+        self._failed = False
 
     def __enter__(self) -> Stack:
         self.start()
@@ -92,7 +96,7 @@ class Stack:
         settings.state_dir.chmod(0o700)
         self._take_lock()
         check_ports(settings)
-        brokers.write_configs(settings, Fleet(settings.fleet_db).passwords())
+        brokers.write_configs(settings, Fleet(settings.fleet_db).passwords)
         token(settings)
         self._started_s = time.time()
         self._write_stack_file()
@@ -108,6 +112,7 @@ class Stack:
         waiting = [self._child(n) for n in names or self._children]
         while waiting and time.monotonic() < deadline and not self._stopping.wait(POLL_S):
             waiting = [c for c in waiting if not c.ready]
+        self._raise_failure()
         if waiting and not self._stopping.is_set():
             late = ", ".join(c.part.name for c in waiting)
             raise UnavailableError(f"not ready after {timeout_s:.0f} s: {late}; see {self.settings.logs_dir}")
@@ -127,9 +132,18 @@ class Stack:
         self._stopping.set()
 
     def wait(self) -> None:
-        """Return when somebody asked to stop."""
+        """Return when somebody asked to stop.
+
+        Raises:
+            UnavailableError: the supervision failed by a mistake of ours, and all parts were ended.
+        """
         while not self._stopping.wait(1.0):
             pass
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failed:
+            raise UnavailableError("the supervision of the stack failed, so all its parts were ended; the traceback is above")
 
     # For tests and the demo
 
@@ -141,7 +155,7 @@ class Stack:
             if child.process is not None:
                 child.process.kill()
                 child.process.wait()
-        self._write_stack_file()
+        self._tell()
 
     def restart(self, name: str) -> None:
         """Start a part that was killed; does not wait for it."""
@@ -169,15 +183,23 @@ class Stack:
     # The supervising thread
 
     def _supervise(self) -> None:
-        while not self._stopping.wait(POLL_S):
-            now = time.monotonic()
-            with self._lock:
-                changed = [self._look_after(child, now) for child in self._children.values()]
-                unready = [child for child in self._children.values() if child.alive and not child.ready]
-            changed += [self._probe(child) for child in unready]
-            if any(changed):
-                self._write_stack_file()
-        self._end_all()
+        try:
+            while not self._stopping.wait(POLL_S):
+                now = time.monotonic()
+                with self._lock:
+                    changed = [self._look_after(child, now) for child in self._children.values()]
+                    unready = [child for child in self._children.values() if child.alive and not child.ready]
+                changed += [self._probe(child) for child in unready]
+                for child in self._children.values():
+                    self._bound_log(child.part)
+                if any(changed) or not self._told:
+                    self._tell()
+        except Exception:  # the children end with this thread, so there is no stack without it: `wait` says so
+            log.exception("supervision failed")
+            self._failed = True
+        finally:
+            self._stopping.set()
+            self._end_all()
 
     def _look_after(self, child: _Child, now: float) -> bool:
         """Start the child if it is due; True if something changed."""
@@ -185,22 +207,26 @@ class Stack:
             return False
         if child.process is not None:
             code, child.process, child.ready = child.process.returncode, None, False
-            child.backoff_s = BACKOFF_S[0] if now - child.started > STEADY_S else min(2 * child.backoff_s, BACKOFF_S[1])
-            child.due, child.restarts = now + child.backoff_s, child.restarts + 1
+            self._put_off(child, now)
             where = self._log_path(child.part)
             log.warning("part died name=%s exit=%s restart_s=%.1f log=%s", child.part.name, code, child.backoff_s, where)
             return True
         if now < child.due:
             return False
         child.started = now
-        child.process = self._spawn(child.part)
+        try:
+            child.process = self._spawn(child.part)
+        except OSError as e:  # no room for its log, no process free, its program is being replaced
+            self._put_off(child, now)
+            log.warning("part not started name=%s reason=%s restart_s=%.1f", child.part.name, e, child.backoff_s)
         return True
 
+    def _put_off(self, child: _Child, now: float) -> None:
+        child.backoff_s = BACKOFF_S[0] if now - child.started > STEADY_S else min(2 * child.backoff_s, BACKOFF_S[1])
+        child.due, child.restarts = now + child.backoff_s, child.restarts + 1
+
     def _spawn(self, part: Part) -> subprocess.Popen[bytes]:
-        path = self._log_path(part)
-        if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
-            path.replace(path.with_suffix(".log.1"))
-        with path.open("ab") as output:
+        with self._log_path(part).open("ab") as output:
             return subprocess.Popen(
                 tethered(part.command),
                 cwd=self.settings.project,
@@ -209,6 +235,20 @@ class Stack:
                 stdout=output,
                 stderr=output,
             )
+
+    def _bound_log(self, part: Part) -> None:
+        """Begin a long log anew, and keep the old one: a device that tries what it may not, again and again, fills no disk with it.
+
+        The part goes on writing at the end of the same file; what it writes between the two steps is lost.
+        """
+        path = self._log_path(part)
+        if not path.is_file() or path.stat().st_size <= LOG_BYTES_MAX:
+            return
+        try:
+            shutil.copyfile(path, path.with_suffix(".log.1"))
+        except OSError as e:
+            log.warning("old log not kept path=%s reason=%s", path, e.strerror)
+        os.truncate(path, 0)
 
     def _end_all(self) -> None:
         """SIGTERM in reverse order, brokers last; what is left after TERM_S_MAX is killed, with its own children."""
@@ -226,7 +266,7 @@ class Stack:
                     process.kill()
                     process.wait()
             for pid in family:
-                if Path(f"/proc/{pid}").exists():
+                with suppress(ProcessLookupError):  # the usual case: it ended with its parent
                     os.kill(pid, signal.SIGKILL)
 
     def _probe(self, child: _Child) -> bool:
@@ -263,6 +303,7 @@ class Stack:
         with self._lock:
             return {
                 "pid": os.getpid(),
+                "start_ticks": start_ticks(os.getpid()),
                 "started_s": self._started_s,
                 "ready": all(c.ready for c in self._children.values()),
                 "ports": settings.ports,
@@ -270,6 +311,16 @@ class Stack:
                 "pids": self.pids(),
                 "restarts": self.restarts(),
             }
+
+    def _tell(self) -> None:
+        """Bring stack.json up to date; on a full disk later."""
+        try:
+            self._write_stack_file()
+            self._told = True
+        except OSError as e:
+            if self._told:
+                log.warning("stack file not written path=%s reason=%s", self.settings.stack_path, e.strerror)
+            self._told = False
 
     def _write_stack_file(self) -> None:
         if self._stopping.is_set():

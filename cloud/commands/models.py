@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
-from cloud.commands.output import add_command, add_group, print_json, print_table, say, show
+from cloud.commands.output import add_command, add_group, positive, print_json, print_table, say, show
 
 if TYPE_CHECKING:
     from cloud.rollout import Rollout
@@ -37,9 +37,9 @@ def declare(commands: Any) -> None:
     start.add_argument("--wave-timeout", type=float, default=600.0, metavar="S")
     start.add_argument("--wait", action="store_true", help="return when it is complete (0) or has failed or paused (1)")
     status = add_command(rollout, "status", _rollout_status, "how far a rollout is")
-    status.add_argument("id", type=int, nargs="?", help="default: the last one")
+    status.add_argument("id", type=positive, nargs="?", help="default: the last one")
     undo = add_command(rollout, "undo", _rollout_undo, "give every device its previous bundle back")
-    undo.add_argument("id", type=int, nargs="?", help="default: the last one")
+    undo.add_argument("id", type=positive, nargs="?", help="default: the last one")
     keys = add_group(commands, "keys", "signing keys")
     add_command(keys, "init", _keys_init, "make the signing keys and an empty release repository")
 
@@ -56,9 +56,13 @@ def _train(args: argparse.Namespace) -> int:
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     while True:
         try:
-            return process.wait()
+            code = process.wait()
         except KeyboardInterrupt:  # it got the same Ctrl-C, and ends its stages
             continue
+        if code < 0:
+            say(f"fenceline: the pipeline was ended by signal {-code}")
+            return 1
+        return code
 
 
 def _release(args: argparse.Namespace) -> int:
@@ -92,9 +96,10 @@ def _rollout_start(args: argparse.Namespace) -> int:
     settings = config.load(args.project, args.state)
     model, version = _model(args.model, "")
     ref = release.find(settings.releases_dir, model, version or None)
+    fleet = Fleet(settings.fleet_db)
     started = rollout.start(
         settings,
-        Fleet(settings.fleet_db),
+        fleet,
         ref,
         now=time.time(),
         devices=args.device,
@@ -106,7 +111,7 @@ def _rollout_start(args: argparse.Namespace) -> int:
         say("the stack does not run, so devices hear of it later: fenceline up")
     while args.wait and started.status in (rollout.Status.RUNNING, rollout.Status.UNDOING):
         time.sleep(ROLLOUT_POLL_S)
-        started = rollout.status(settings, started.id)
+        started = rollout.Controller(settings, fleet).advance(started.id, time.time())  # also without a control loop it pauses in time
     _print_rollout(started, args.json)
     return 1 if args.wait and started.status is not rollout.Status.COMPLETE else 0
 

@@ -22,6 +22,7 @@ SECONDS_MAX = 100 * 365 * 86_400.0
 PIPE_WIDTH = 140  # of tables that no terminal shows
 CELL_CHARACTERS_MAX = 60
 COLUMN_CHARACTERS_MIN = 8
+NUMBER_MAX = 2**31 - 1  # what a database takes
 _JSON = msgspec.json.Encoder(enc_hook=str, decimal_format="number")  # the sum of whole numbers is a decimal in Arrow
 
 
@@ -103,9 +104,10 @@ def print_devices(found: list[dict[str, Any]]) -> None:
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number from 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    """An argument that is a whole number from 1 to NUMBER_MAX."""
+    digits = text.isascii() and text.isdecimal() and len(text) <= len(str(NUMBER_MAX))  # Python reads no number of thousands of digits
+    if not digits or not 1 <= int(text) <= NUMBER_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {NUMBER_MAX}")
     return int(text)
 
 

@@ -183,6 +183,8 @@ def _options(args: argparse.Namespace) -> Options:
         raise ConfigError(
             f"--devices {args.devices} must be 1 to {DEVICES_MAX}, --engines {args.engines} at least that and at most {ENGINES_MAX}"
         )
+    if args.seed < 0:
+        raise ConfigError(f"--seed {args.seed} must not be negative")
     source = config.find_project(getattr(args, "project", None))
     return Options(source, args.cmapss, args.seed, args.devices, args.engines, tuple(args.set))
 

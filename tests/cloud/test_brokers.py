@@ -25,7 +25,7 @@ PASSWORDS = {"plane-01": "one", "plane-02": "two"}
 def settings(tmp_path: Path) -> Iterator[Settings]:
     """The embedded broker of region eu runs, with two devices."""
     settings = config.load(ROOT, tmp_path / "state").with_ports({"eu": free_port()})
-    brokers.write_configs(settings, PASSWORDS)
+    brokers.write_configs(settings, lambda: PASSWORDS)
     running = Broker(brokers.command(settings, "eu"), settings.region("eu").port, tmp_path / "nats.log")
     running.start()
     yield settings

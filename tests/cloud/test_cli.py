@@ -96,6 +96,7 @@ def test_a_device_needs_keys_first_then_gets_a_directory_its_agent_accepts(run: 
         (["release", "turbofan-rul@champion"], "turbofan-rul"),
         (["up", "--ports", "asia=1"], "unknown ports asia"),
         (["up", "--ports", "eu=99999"], "port 99999"),
+        (["up", "--ports", "eu=2222,us=2222"], "eu and us share a port"),
         (["ui", "--no-open"], "fenceline up"),
     ],
 )
@@ -107,10 +108,23 @@ def test_what_a_person_must_change_exits_2_and_says_so(run: Run, words: list[str
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["fly"], ["up", "--ports", "eu"], ["up", "--ports", "eu=x"], ["labels", "add", "f"], ["device", "add", "a", "--home", "x"]],
+    [
+        [],
+        ["fly"],
+        ["rollout", "undo", "9" * 30],
+        ["up", "--ports", "eu"],
+        ["up", "--ports", "eu=x"],
+        ["labels", "add", "f"],
+        ["device", "add", "a", "--home", "x"],
+    ],
 )
 def test_a_wrong_command_line_exits_2(run: Run, words: list[str]) -> None:
     assert run(*words)[0] == 2
+
+
+def test_a_demo_of_no_possible_fleet_is_refused_before_anything_starts(run: Run) -> None:
+    code, out, err = run("demo", "--seed", "-1", "--json")
+    assert code == 2 and not out and "--seed -1 must not be negative" in err
 
 
 def test_a_directory_without_a_project_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,10 +129,13 @@ def test_the_ports_of_a_running_stack_win_and_those_of_a_dead_one_do_not(project
     settings.state_dir.mkdir()
     ports = {**settings.ports, "eu": 2222}
 
-    settings.stack_path.write_text(json.dumps({"pid": os.getpid(), "ports": ports}))
+    settings.stack_path.write_text(json.dumps({"pid": os.getpid(), "start_ticks": config.start_ticks(os.getpid()), "ports": ports}))
     assert config.load(project).region("eu").port == 2222
 
-    settings.stack_path.write_text(json.dumps({"pid": 2**22 + 1, "ports": ports}))
+    settings.stack_path.write_text(json.dumps({"pid": 2**22 + 1, "start_ticks": 1, "ports": ports}))
+    assert config.load(project).region("eu").port == 18831
+
+    settings.stack_path.write_text(json.dumps({"pid": os.getpid(), "start_ticks": 1, "ports": ports}))  # its number is another's now
     assert config.load(project).region("eu").port == 18831
 
     for other in (b"{", b"[]", b'{"a": 1}', b'{"pid": "x", "ports": {}}', b'{"pid": \xff'):
@@ -147,6 +150,17 @@ def test_unknown_port_names_and_regions_are_named(project: Path) -> None:
         settings.with_ports({"asia": 1})
     with pytest.raises(ConfigError, match="no region 'asia'"):
         settings.region("asia")
+
+
+def test_two_parts_with_one_address_are_named_wherever_their_ports_come_from(project: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eu and us share a port: 127\.0\.0\.1:2222"):
+        config.load(project).with_ports({"eu": 2222, "us": 2222})
+
+
+def test_brokers_on_hosts_of_their_own_may_have_the_same_port(project: Path) -> None:
+    regions = [f"[[regions]]\nname = '{name}'\nhost = '{name}.example.org'\nport = 8883\n" for name in ("eu", "us")]
+    write(project, "".join(regions))
+    assert [r.port for r in config.load(project).regions] == [8883, 8883]
 
 
 def test_a_stack_that_would_listen_beyond_loopback_is_refused(project: Path) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import threading
+import tomllib
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from cloud import config, keys
-from cloud.enrol import enrol
+from cloud.config import Settings, Tls
+from cloud.enrol import enrol, reload_brokers
 from cloud.fleet import EVENTS_MAX, Fleet
 from edge_agent.contract.errors import ConfigError
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
+from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, ZonesRef
 
 REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
 
@@ -122,3 +126,100 @@ def test_a_missing_contract_is_named_before_a_device_is_added(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml"):
         enrol(settings, fleet, "gw")
     assert fleet.devices() == []
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    found = config.load(Path(__file__).parents[2], tmp_path / "state")
+    keys.init(found.keys_dir, found.releases_dir, datetime.now(UTC))
+    return found
+
+
+def test_a_disk_that_is_full_at_the_last_file_keeps_the_name_free(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = Fleet(settings.fleet_db)
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "agent.toml":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cloud.enrol._write", full)
+        with pytest.raises(OSError, match="No space left"):
+            enrol(settings, fleet, "gw")
+    assert fleet.devices() == []
+    assert enrol(settings, fleet, "gw").exists() and fleet.devices() == ["gw"]
+
+
+def test_a_device_is_not_enrolled_into_the_directory_of_the_projects_own_zones(settings: Settings, tmp_path: Path) -> None:
+    draft = tmp_path / "zones.geojson"
+    draft.write_bytes(settings.zones_path.read_bytes())
+    settings = replace(settings, zones_path=draft)
+    with pytest.raises(ConfigError, match=r"holds contracts or zones of the project.* give another --out"):
+        enrol(settings, Fleet(settings.fleet_db), "gw", tmp_path / "gw.toml")
+    assert Fleet(settings.fleet_db).devices() == [] and not (tmp_path / "root.json").exists()
+
+
+def test_contracts_of_one_name_do_not_replace_each_other_on_the_device(settings: Settings, tmp_path: Path) -> None:
+    (contract,) = settings.contracts
+    other = tmp_path / "other" / contract.name
+    other.parent.mkdir()
+    other.write_text(contract.read_text().replace("turbofan", "pump"))
+    both = replace(settings, contracts=(contract, other))
+    with pytest.raises(ConfigError, match=rf"two files called {contract.name}; rename a contract"):
+        enrol(both, Fleet(both.fleet_db), "gw")
+    assert Fleet(both.fleet_db).devices() == []
+
+
+def test_devices_that_are_added_at_once_are_all_users_of_the_brokers(settings: Settings) -> None:
+    """The first looks who there is; another is added meanwhile."""
+    fleet = Fleet(settings.fleet_db)
+    fleet.add("first")
+
+    class Slow(Fleet):
+        adding: threading.Thread | None = None
+
+        def passwords(self) -> dict[str, str]:
+            found = super().passwords()
+            if self.adding is None:
+                self.adding = threading.Thread(target=enrol, args=(settings, fleet, "second"))
+                self.adding.start()
+                self.adding.join(3.0)  # it either is done, or waits for us
+            return found
+
+    slow = Slow(settings.fleet_db)
+    reload_brokers(settings, slow)
+    assert slow.adding is not None
+    slow.adding.join()
+    users = (settings.nats_dir / "eu.users.conf").read_text()
+    assert '"user":"first"' in users and '"user":"second"' in users
+
+
+def test_a_device_that_is_added_while_a_policy_is_published_wants_that_policy(fleet: Fleet) -> None:
+    ref = ZonesRef(target="zones/zones.geojson", version=1, sha256="0" * 64)
+    publishing = threading.Thread(target=fleet.set_zones, args=(ref,))
+
+    def deliver(password: str) -> None:
+        publishing.start()
+        publishing.join(0.5)
+
+    fleet.add("gw", deliver)
+    publishing.join()
+    assert fleet.desired("gw").zones == fleet.desired("d1").zones == ref
+
+
+def test_a_region_that_wants_tls_is_told_no_password_in_clear(settings: Settings, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("authorities")
+    eu, us = settings.regions
+    tls = Tls(ca_file=str(tmp_path / "ca.pem"), cert_file="{name}.crt", key_file="{name}.key")
+    settings = replace(settings, regions=(replace(eu, host="eu.example.org", port=8883, tls=tls), replace(us, tls=Tls())))
+    path = enrol(settings, Fleet(settings.fleet_db), "gw")
+    by_certificate, by_password = tomllib.loads(path.read_text())["endpoints"]
+    assert by_certificate == {
+        "name": "eu",
+        "url": "mqtts://eu.example.org:8883",
+        "ca_file": "eu.ca.crt",
+        "cert_file": "gw.crt",
+        "key_file": "gw.key",
+    }
+    assert by_password["url"] == f"mqtts://{us.host}:{us.port}" and by_password["username"] == "gw"
+    assert (path.parent / "eu.ca.crt").read_text() == "authorities"

@@ -26,6 +26,13 @@ def test_a_devices_free_text_does_not_break_the_list(capsys: pytest.CaptureFixtu
     assert "[/x]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "2147483648", "9" * 5_000, "1.0", "٣"])
+def test_a_number_that_no_database_takes_is_refused(text: str) -> None:
+    assert positive("2147483647") == 2147483647
+    with pytest.raises(ArgumentTypeError, match="is not a whole number from 1 to 2147483647"):
+        positive(text)
+
+
 def test_text_that_can_be_seen_stays_as_it_is() -> None:
     assert printable("größer → 3 µm 水") == "größer → 3 µm 水" and printable("\x00\t\ud800") == r"\x00\t\ud800"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,22 @@ def test_a_policy_that_the_audit_trail_cannot_tell_is_not_in_force(settings: Set
     assert not policy_path(settings).exists() and Fleet(settings.fleet_db).zones() is None
     assert publish(settings) == Fleet(settings.fleet_db).zones()
     assert [e.kind for e in Audit(settings.audit_db).entries()] == [policy.PUBLISHED]
+
+
+def test_of_two_publications_at_once_one_is_the_later_in_every_place(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, audited = Fleet(settings.fleet_db), Audit.add
+    other = threading.Thread(target=policy.publish, args=(settings, fleet, settings.project / "zones.geojson"), kwargs={"now": NOW})
+
+    def add(audit: Audit, *args: Any, **kwargs: Any) -> Any:
+        if other.ident is None:
+            other.start()
+            other.join(2.0)  # it either is done, or waits for us
+        return audited(audit, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Audit, "add", add)
+        assert publish(settings).version == 1
+        other.join()
+    ref = fleet.zones()
+    assert ref is not None and ref.version == 2
+    assert policy.show(settings, fleet).zones.digest == ref.sha256

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -16,7 +17,7 @@ import pytest
 from tuf.api.exceptions import RepositoryError
 from tuf.ngclient import Updater
 
-from cloud import keys
+from cloud import files, keys
 from cloud.release import SHA256_TAG, find, publish, refresh, release, released
 from edge_agent.contract.bundle import Bundle, read_bundle
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
@@ -89,6 +90,19 @@ def version(number: str, **changes: object) -> Bundle:
     return a_bundle(model="turbofan-rul", model_version=number, **changes)
 
 
+def in_float64(model: bytes) -> bytes:
+    """The same model with a cast behind it: its scores are equal, of a type that the device's worker refuses."""
+    import onnx
+
+    loaded = onnx.load_model_from_string(model)
+    output = loaded.graph.output[0]
+    loaded.graph.node.append(onnx.helper.make_node("Cast", [output.name], ["wide"], to=onnx.TensorProto.DOUBLE))
+    shape = [d.dim_value or d.dim_param or None for d in output.type.tensor_type.shape.dim]
+    del loaded.graph.output[:]
+    loaded.graph.output.append(onnx.helper.make_tensor_value_info("wide", onnx.TensorProto.DOUBLE, shape))
+    return loaded.SerializeToString()
+
+
 # --- keys ---
 
 
@@ -131,6 +145,18 @@ def test_release_without_a_key_names_the_command_and_changes_nothing_visible(hou
     (house.keys_dir / f"{missing}.pem").unlink()
     before = (house.releases_dir / "metadata/timestamp.json").read_bytes()
     with pytest.raises(ConfigError, match="fenceline keys init"):
+        house.publish(version("1"))
+    assert (house.releases_dir / "metadata/timestamp.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("role", ["targets", "snapshot", "timestamp"])
+def test_key_of_another_house_signs_nothing(house: House, tmp_path: Path, role: str) -> None:
+    house.init()
+    other = House(tmp_path / "other")
+    other.init()
+    (house.keys_dir / f"{role}.pem").write_bytes((other.keys_dir / f"{role}.pem").read_bytes())
+    before = (house.releases_dir / "metadata/timestamp.json").read_bytes()
+    with pytest.raises(ConfigError, match=rf"{role}\.pem is not the {role} key of this repository"):
         house.publish(version("1"))
     assert (house.releases_dir / "metadata/timestamp.json").read_bytes() == before
 
@@ -181,11 +207,20 @@ def test_bundle_that_fails_its_self_test_is_not_released(house: House) -> None:
     assert house.files() == before
 
 
+def test_model_that_devices_could_not_run_is_not_released(house: House) -> None:
+    house.init()
+    with pytest.raises(BundleError, match=r"model\.onnx does not run"):
+        house.publish(dataclasses.replace(version("1"), model=b"no model"))
+    with pytest.raises(BundleError, match=r"float64 scores of shape .* want one input, float32 scores"):
+        house.publish(dataclasses.replace(version("1"), model=in_float64(version("1").model)))
+    assert released(house.releases_dir) == []
+
+
 def test_release_cut_off_before_the_timestamp_is_invisible_and_made_good_by_the_next(
     house: House, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = house.publish(version("1"))
-    whole = keys.write_atomically
+    whole = files.write_atomically
 
     def power_cut(path: Path, data: bytes) -> None:
         if path.name == "timestamp.json":

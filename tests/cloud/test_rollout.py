@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,8 +63,8 @@ class SimulatedFleet:
         self.desires[device] = Desired(version=self.desires[device].version + 1, bundle=bundle)
         return self.desires[device]
 
-    def reported(self, device: str) -> Reported | None:
-        return self.reports.get(device)
+    def all_reported(self) -> dict[str, tuple[Reported, int]]:
+        return {device: (report, 0) for device, report in self.reports.items()}
 
     def report(self, device: str, phase: Phase, active: BundleRef | None = None, reason: Reason | None = None) -> None:
         version = self.desires[device].version
@@ -251,6 +252,73 @@ def test_crash_between_intention_and_action_is_made_good(state: Databases) -> No
     Controller(state, fleet).tick(1.0)
     Controller(state, fleet).tick(2.0)
     assert fleet.asked == [Action("a", NEW)]
+
+
+def test_undo_in_the_midst_of_a_wave_is_not_moved_over_by_who_moves_it(state: Databases) -> None:
+    """The control loop works through a wave while an operator undoes the rollout from another process."""
+
+    class Fleet(SimulatedFleet):
+        undoing: threading.Thread | None = None
+
+        def set_desired(self, device: str, bundle: BundleRef | None) -> Desired:
+            desired = super().set_desired(device, bundle)
+            if self.undoing is None:
+                self.undoing = threading.Thread(target=undo, args=(state, self), kwargs={"now": 1.0})
+                self.undoing.start()
+                self.undoing.join(1.0)  # it either is done, or waits for us
+            return desired
+
+    fleet = Fleet.of("a", "b", "c")
+    start(state, fleet, NEW, now=0.0, canary=0)
+    assert fleet.undoing is not None
+    fleet.undoing.join()
+    assert Controller(state, fleet).advance(1, 2.0).status is Status.UNDONE
+    assert fleet.wants() == {"a": OLD, "b": OLD, "c": OLD}
+
+
+def test_rollout_that_starts_while_another_is_undone_does_not_bring_its_bundle_back(state: Databases) -> None:
+    class Fleet(SimulatedFleet):
+        undoing: threading.Thread | None = None
+
+        def desired(self, device: str) -> Desired:
+            desired = super().desired(device)
+            if desired.bundle == NEW and self.undoing is None:
+                self.undoing = threading.Thread(target=attempt)
+                self.undoing.start()
+                self.undoing.join(1.0)
+            return desired
+
+    def attempt() -> None:
+        try:
+            undo(state, fleet, 1, now=2.0)
+        except ConfigError as e:
+            refused.append(str(e))
+
+    refused: list[str] = []
+    fleet = Fleet.of("a")
+    start(state, fleet, NEW, now=0.0)
+    fleet.accept("a")
+    Controller(state, fleet).tick(1.0)
+    start(state, fleet, a_ref(3), now=2.0)
+    assert fleet.undoing is not None
+    fleet.undoing.join()
+    undo(state, fleet, 2, now=3.0)
+    assert refused == ["rollout 2 has moved the same devices since; undo it first: fenceline rollout undo 2"]
+    assert fleet.wants() == {"a": NEW}
+
+
+def test_rollout_whose_first_wave_left_the_fleet_moves_the_next(state: Databases) -> None:
+    rollout = Rollout(
+        id=1,
+        ref=NEW,
+        members={"b": Member(wave=1, previous=OLD)},
+        waves=2,
+        failures_allowed=0,
+        wave_timeout_s=60.0,
+        created_s=0.0,
+        wave_started_s=0.0,
+    )
+    assert step(rollout, {}, 1.0)[1] == [Action("b", NEW)]
 
 
 def test_device_that_leaves_the_fleet_while_moved_counts_as_failed(state: Databases) -> None:

@@ -69,7 +69,7 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
     (project / "fenceline.toml").write_text(f"contracts = ['pump.yaml']\nzones = 'zones.geojson'\n{regions}")
     made = Cloud(config.load(project, tmp_path / "state"))
     made.settings.logs_dir.mkdir(parents=True)
-    brokers.write_configs(made.settings, PASSWORDS)
+    brokers.write_configs(made.settings, lambda: PASSWORDS)
     with ExitStack() as stack:
         for name in REGIONS:
             stack.enter_context(region(made, name))
