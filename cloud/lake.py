@@ -235,13 +235,12 @@ class Lake:
             return self._handles[stream, lane]
         contract = self._contract(header)
         try:
-            table = self._tables.create(lane, contract)
+            try:
+                table = self._tables.create(lane, contract)
+            except CommitFailedError:
+                table = self._tables.open(stream, lane)  # another process was faster
             handle = Handle.of(stream, lane, table, seen=False)
             self._sync(handle)  # another process may have created it, and more, a moment ago
-        except CommitFailedError:
-            table = self._tables.open(stream, lane)  # another process was faster
-            handle = Handle.of(stream, lane, table, seen=False)
-            self._sync(handle)
         except (DeltaError, OSError) as e:
             raise UnavailableError(f"lake {lane}/{stream} cannot be made: {e}") from e
         self._handles[stream, lane] = handle

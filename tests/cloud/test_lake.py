@@ -340,3 +340,20 @@ def test_only_compaction_looks_for_expired_commits(tmp_path: Path) -> None:
     lake.compact(files_max=10)
     assert not any(commit.exists() for commit in old)
     assert len(lake.append("eu", [block(1), block(201)]).committed) == 1
+
+
+def test_a_table_that_another_made_first_and_that_does_not_read_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faster(tables: Tables, lane: str, contract: StreamContract) -> DeltaTable:
+        create(tables, lane, contract)
+        raise CommitFailedError("another made it")
+
+    def away(lake: Lake, handle: Handle) -> None:
+        raise DeltaError("the storage is away")
+
+    create, lake = Tables.create, open_lake(tmp_path)
+    monkeypatch.setattr(Tables, "create", faster)
+    with monkeypatch.context() as storage:
+        storage.setattr(Lake, "_sync", away)
+        with pytest.raises(UnavailableError, match="cannot be made: the storage is away"):
+            lake.append("eu", [block(1)])
+    assert len(lake.append("eu", [block(1)]).committed) == 1
