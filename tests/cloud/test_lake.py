@@ -13,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError
 
+from cloud.handle import Handle
 from cloud.lake import Lake
 from cloud.rows import Contracts
+from cloud.tables import Tables
 from edge_agent.contract.block import SCORE, BlockHeader
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt
+from edge_agent.contract.stream import StreamContract
 from tests.cloud.blocks import block, contract
 
 ROOT = Path(__file__).parents[2]
