@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 
-
 M_ARENA_MAX = -8  # malloc.h
 
 
