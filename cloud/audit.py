@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Collection
 
 import msgspec
 from sqlalchemy import BigInteger, Column, Integer, LargeBinary, MetaData, Table, Text, insert, select
@@ -61,7 +62,7 @@ class Audit:
                 at_us=time.time_ns() // 1_000,
                 kind=kind,
                 region=region,
-                subject=subject,
+                subject=subject[:DETAIL_CHARACTERS_MAX],
                 reason=reason,
                 detail=detail[:DETAIL_CHARACTERS_MAX],
                 count=count,
@@ -73,18 +74,18 @@ class Audit:
         return entry
 
     def entries(self, limit: int = 100) -> list[Entry]:
-        """The newest entries, the newest first."""
+        """The newest entries, the newest first; those that nobody can read any more are left out, and `verify` names the first."""
         with self._store.reading() as db:
             rows = db.execute(select(_ENTRIES.c.entry).order_by(_ENTRIES.c.id.desc()).limit(limit)).all()
-        return [_decode(row.entry) for row in rows]
+        return [entry for row in rows if (entry := _readable(row.entry)) is not None]
 
-    def counts(self) -> dict[str, int]:
-        """How often each reason was given; entries that are no refusals have none."""
+    def counts(self, kinds: Collection[str] | None = None) -> dict[str, int]:
+        """How often each reason was given, in entries of `kinds` (None: of any); entries that need none have none."""
         counts: dict[str, int] = {}
         with self._store.reading() as db:
             for row in db.execute(select(_ENTRIES.c.entry).order_by(_ENTRIES.c.id)).yield_per(READ_ROWS):
                 entry = _readable(row.entry)
-                if entry is not None and entry.reason:
+                if entry is not None and entry.reason and (kinds is None or entry.kind in kinds):
                     counts[entry.reason] = counts.get(entry.reason, 0) + entry.count
         return counts
 

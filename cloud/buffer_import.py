@@ -23,7 +23,7 @@ from cloud.fleet import Fleet
 from cloud.gate import Gate, Refusal, load_contracts, load_zones
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
-from cloud.refusals import REFUSED
+from cloud.refusals import KINDS_MAX, REFUSED, Kind
 from edge_agent.buffer_file import BufferFile, Found
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
@@ -89,7 +89,7 @@ class BufferImport:
         file = BufferFile(path, load_keys(key_file))
         done = Imported(str(path), _digest(path))
         devices: Counter[str] = Counter()
-        refusals: Counter[tuple[str, Reason, str]] = Counter()
+        refusals: dict[Kind, tuple[int, str]] = {}
         ended = "ended early: "
         try:
             for batch in _batches(file.blocks()):
@@ -104,15 +104,14 @@ class BufferImport:
                 self._write_down(done, refusals, ended)
         return done
 
-    def _take(self, batch: list[Found], done: Imported, refusals: Counter[tuple[str, Reason, str]]) -> None:
+    def _take(self, batch: list[Found], done: Imported, refusals: dict[Kind, tuple[int, str]]) -> None:
         accepted: defaultdict[str, list[tuple[BlockHeader, Table]]] = defaultdict(list)
         for found in batch:
             region, answer = self._inspect(found)
             done.blocks += 1
             done.rows += found.header.rows
             if isinstance(answer, Refusal):
-                refusals[answer.device, answer.reason, answer.detail] += 1
-                done.refused[answer.reason] = done.refused.get(answer.reason, 0) + 1
+                _refuse(answer, done, refusals)
             else:
                 accepted[region].append(answer)
         for region, blocks in accepted.items():
@@ -124,8 +123,7 @@ class BufferImport:
             done.regions[region] = done.regions.get(region, 0) + len(settled.committed)
             done.quarantined_rows += sum(found.rows for found in self._lake.take_found())
             for refusal in settled.refused:
-                refusals[refusal.device, refusal.reason, refusal.detail] += 1
-                done.refused[refusal.reason] = done.refused.get(refusal.reason, 0) + 1
+                _refuse(refusal, done, refusals)
 
     def _inspect(self, found: Found) -> tuple[str, tuple[BlockHeader, Table] | Refusal]:
         """The region that may store a block, and the block; or why none may."""
@@ -140,14 +138,26 @@ class BufferImport:
         detail = f"no region of {', '.join(self._gates)} may hold {header.lane!r}"
         return "", Refusal(header.device, header.lane, header.stream, Reason.WRONG_REGION, detail)
 
-    def _write_down(self, done: Imported, refusals: Counter[tuple[str, Reason, str]], ended: str) -> None:
+    def _write_down(self, done: Imported, refusals: dict[Kind, tuple[int, str]], ended: str) -> None:
         source = f"{done.file} sha256 {done.sha256}"
-        for (device, reason, detail), count in refusals.items():
-            log.warning("block refused device=%s reason=%s blocks=%d detail=%s", device, reason, count, detail)
-            self._audit.add(REFUSED, region="", subject=device, reason=reason, detail=f"import of {source}: {detail}", count=count)
+        for kind, (count, detail) in refusals.items():
+            log.warning("block refused device=%s reason=%s blocks=%d detail=%s", kind.device, kind.reason, count, detail)
+            self._audit.add(
+                kind.by, region="", subject=kind.device, reason=kind.reason, detail=f"import of {source}: {detail}", count=count
+            )
         regions = ", ".join(f"{name} {blocks}" for name, blocks in done.regions.items()) or "none"
         detail = f"{ended}{source}: {done.stored_blocks} blocks stored ({regions}), {done.duplicates} there before, {done.damaged} damaged"
         self._audit.add(IMPORTED, region="", subject=", ".join(done.devices), reason="imported", detail=detail)
+
+
+def _refuse(refusal: Refusal, done: Imported, refusals: dict[Kind, tuple[int, str]]) -> None:
+    """Count a refused block, and keep what was wrong with the first of its kind; as for ingest, kinds have a limit."""
+    kind = Kind(REFUSED, refusal.device, refusal.lane, refusal.stream, refusal.reason)
+    if kind not in refusals and len(refusals) >= KINDS_MAX:
+        kind = Kind(REFUSED, "", "", "", refusal.reason)
+    count, detail = refusals.get(kind, (0, refusal.detail))
+    refusals[kind] = count + 1, detail
+    done.refused[refusal.reason] = done.refused.get(refusal.reason, 0) + 1
 
 
 def _batches(blocks: Iterable[Found]) -> Iterator[list[Found]]:

@@ -22,6 +22,7 @@ Of every number up to the highest that the lake has seen of a device's epoch and
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -272,23 +273,31 @@ def _gaps(key: LaneKey, lane: _Lane, old_us: int) -> Iterable[tuple[Gap, int]]:
     highest = int(sequences[-1]) if len(sequences) else 0
     if beyond := [loss for loss in lane.ledger if loss.last_sequence > highest]:  # of a buffer that is gone nothing comes any more
         ranges.append((highest + 1, max(loss.last_sequence for loss in beyond), min(loss.arrived_us for loss in beyond)))
-    for start, stop, shown_us in ranges:
-        state = State.UNACCOUNTED if shown_us <= old_us else State.PENDING
-        for gap in _accounted(key, losses, start, stop, state):
-            yield gap, shown_us
-
-
-def _accounted(key: LaneKey, ledger: list[_Loss], first: int, last: int, otherwise: State) -> Iterable[Gap]:
-    """The gap, parted by what the ledger says of it."""
-    losses = [loss for loss in ledger if loss.first_sequence <= last and loss.last_sequence >= first]
-    cuts = {first, last + 1}
-    for loss in losses:
-        cuts |= {max(first, loss.first_sequence), min(last, loss.last_sequence) + 1}
-    for start, following in itertools.pairwise(sorted(cuts)):
-        stop = following - 1
-        named = next((loss for loss in losses if loss.first_sequence <= start and stop <= loss.last_sequence), None)
+    for start, stop, shown_us, named in _parted(ranges, losses):
         if named is None:
-            yield Gap(*key, start, stop, following - start, otherwise)
+            yield Gap(*key, start, stop, stop - start + 1, State.UNACCOUNTED if shown_us <= old_us else State.PENDING), shown_us
         elif named.of_stream != UNUSED:
             readings = named.readings if (named.first_sequence, named.last_sequence) == (start, stop) else None
-            yield Gap(*key, start, stop, following - start, State.LOST, named.of_stream, named.reason, readings)
+            yield Gap(*key, start, stop, stop - start + 1, State.LOST, named.of_stream, named.reason, readings), shown_us
+
+
+def _parted(ranges: list[tuple[int, int, int]], ledger: list[_Loss]) -> Iterable[tuple[int, int, int, _Loss | None]]:
+    """The ranges, which rise, parted where rows of the ledger begin and end, each part with the first row that names it.
+
+    One way through all of them: a device may have tens of thousands of rows.
+    """
+    cuts = {end for first, last, _ in ranges for end in (first, last + 1)}
+    cuts |= {end for loss in ledger for end in (loss.first_sequence, loss.last_sequence + 1)}
+    coming = sorted(enumerate(ledger), key=lambda row: -row[1].first_sequence)
+    begun: list[tuple[int, _Loss]] = []  # a heap, by place in the ledger
+    left = iter(ranges)
+    first, last, shown_us = next(left, (0, -1, 0))
+    for start, following in itertools.pairwise(sorted(cuts)):
+        while coming and coming[-1][1].first_sequence <= start:
+            heapq.heappush(begun, coming.pop())
+        while begun and begun[0][1].last_sequence < start:
+            heapq.heappop(begun)
+        if start > last:
+            first, last, shown_us = next(left, (first, last, shown_us))
+        if first <= start <= last:
+            yield start, following - 1, shown_us, begun[0][1] if begun else None

@@ -110,6 +110,8 @@ def _values(path: Path, chunks: Iterator[Chunk], value: str | None) -> Iterator[
         if value is not None:
             if value not in chunk.frame:
                 raise ConfigError(f"{path} has no column {value!r}; columns: {', '.join(map(str, chunk.frame.columns))}")
+            if chunk.frame[value].dtype.kind in "mM":
+                raise ConfigError(f"{path}, column {value!r} holds times; labels are numbers")
             try:
                 labels = chunk.frame[value].to_numpy(np.float64)
             except (ValueError, TypeError) as e:

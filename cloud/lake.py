@@ -235,13 +235,12 @@ class Lake:
             return self._handles[stream, lane]
         contract = self._contract(header)
         try:
-            table = self._tables.create(lane, contract)
+            try:
+                table = self._tables.create(lane, contract)
+            except CommitFailedError:
+                table = self._tables.open(stream, lane)  # another process was faster
             handle = Handle.of(stream, lane, table, seen=False)
             self._sync(handle)  # another process may have created it, and more, a moment ago
-        except CommitFailedError:
-            table = self._tables.open(stream, lane)  # another process was faster
-            handle = Handle.of(stream, lane, table, seen=False)
-            self._sync(handle)
         except (DeltaError, OSError) as e:
             raise UnavailableError(f"lake {lane}/{stream} cannot be made: {e}") from e
         self._handles[stream, lane] = handle
@@ -285,7 +284,7 @@ class Lake:
 
     def _index(self, stream: str, lane: str, table: DeltaTable) -> None:
         if stream == LOSSES.stream:
-            self._settled.give_up(table.to_pyarrow_dataset().to_table(columns=list(LEDGER_COLUMNS)))
+            self._give_up(table)
         scanner = table.to_pyarrow_dataset().scanner(columns=["device", "epoch", "sequence"])
         for batch in scanner.to_batches():
             found = pa.table(batch).group_by(["device", "epoch", "sequence"]).aggregate([])
@@ -306,9 +305,15 @@ class Lake:
         for identity in sorted(found):
             self._settled.add(identity)
         if found and handle.stream == LOSSES.stream:
-            theirs = pc.field("sequence").isin(sorted({identity[3] for identity in found}))
-            self._settled.give_up(handle.table.to_pyarrow_dataset().to_table(columns=list(LEDGER_COLUMNS), filter=theirs))
+            self._give_up(handle.table, pc.field("sequence").isin(sorted({identity[3] for identity in found})))
         handle.seen = handle.table.version()
+
+    def _give_up(self, table: DeltaTable, which: pc.Expression | None = None) -> None:
+        """Take rows of the ledger into the index, a few at a time: its texts are a device's, and may be as long as it likes."""
+        dataset, names = table.to_pyarrow_dataset(), list(LEDGER_COLUMNS)
+        scanner = dataset.scanner(columns=names, filter=which, batch_size=upkeep.SCAN_ROWS, batch_readahead=0, fragment_readahead=1)
+        for batch in scanner.to_batches():
+            self._settled.give_up(pa.Table.from_batches([batch]))
 
     # Upkeep
 

@@ -4,7 +4,7 @@
   before it is used, and tables are made at the first use: a service starts while its database is away.
 - `writing` is a transaction that no other writer of the same tables overlaps, on both: what it read is still so when it commits. `reading`
   sees one state of the tables, and waits for nobody.
-- A database that is away, busy for BUSY_S or out of room is UnavailableError. Nothing is tried again here.
+- A database that is away, busy for BUSY_S, out of room or damaged is UnavailableError. Nothing is tried again here.
 
     store = Store(settings.fleet_db, _TABLES)
     with store.writing() as db:
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, MetaData, NullPool, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -76,6 +76,8 @@ class Store:
         except (OperationalError, PoolTimeoutError) as e:  # away, locked, full, or ended by an operator
             raise UnavailableError(f"metadata database {_shown(self._database)}: {getattr(e, 'orig', e)}") from e
         except DBAPIError as e:
+            if type(e) is DatabaseError:  # a file that is none, or is damaged; other errors have classes of their own
+                raise UnavailableError(f"metadata database {_shown(self._database)}: {e.orig}") from e
             if e.connection_invalidated:
                 raise UnavailableError(f"metadata database {_shown(self._database)} was lost: {e.orig}") from e
             raise

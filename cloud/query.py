@@ -7,6 +7,7 @@
 - One SELECT at a time, with limits of memory, time and rows. Nothing can be written to the lake.
 - DuckDB holds the whole answer before any of it is given away: its memory limit counts all of it, and an error in the last row is an
   error. To be handed over it is copied once, so a query takes up to twice its limit.
+- Times are in UTC, wherever it is asked: `ts::DATE` is the row's `event_date`.
 - Columns of one name are told apart as DuckDB does it: `a`, `a_1`.
 - `cloud.viewers` says which zones the caller may see.
 
@@ -43,7 +44,8 @@ _SETTINGS: dict[str, str | bool | int | float | list[str]] = {
     "temp_directory": "",  # DuckDB leaves it open to SQL
     "max_temp_directory_size": "0KB",
 }
-_LOCKS = ("SET enable_external_access = false", "SET lock_configuration = true")
+UTC = "SET TimeZone = 'UTC'"
+_LOCKS = (UTC, "SET enable_external_access = false", "SET lock_configuration = true")
 
 
 class Query:

@@ -40,6 +40,7 @@ _ENCODE: dict[Encoding, Callable[[Any], bytes]] = {
     Encoding.MSGPACK: msgspec.msgpack.encode,
     Encoding.CBOR: cbor2.dumps,
 }
+_UNSENDABLE = (TypeError, ValueError, OverflowError, cbor2.CBOREncodeError)
 
 Progress = Callable[[int, int], None]
 """Called with the rows acknowledged so far, and the rows in all."""
@@ -144,12 +145,29 @@ def messages(
             seconds = us / 1e6 if us % 1_000_000 else us // 1_000_000
             message: dict[str, Any] = {contract.event_time: seconds, contract.entity: entity}
             message.update((n, v) for n, v in zip(names, values, strict=True) if v is not None)
-            yield topics[assignment.device(entity)], encode(message)
+            try:
+                payload = encode(message)
+            except _UNSENDABLE as e:
+                raise ConfigError(f"{_culprit(encode, message)}: {e}; {contract.encoding} has nothing for it") from e
+            yield topics[assignment.device(entity)], payload
+
+
+def _culprit(encode: Callable[[Any], bytes], message: dict[str, Any]) -> str:
+    """The field that a message cannot hold, with its value."""
+    for name, value in message.items():
+        try:
+            encode(value)
+        except _UNSENDABLE:
+            return f"field {name!r}, value {value!r}"
+    return "a row"
 
 
 def _values(chunk: Chunk, column: str, kind: FieldType) -> list[Any]:
     """A column as a sensor would send it: None is missing, whole numbers of an integer field have no point."""
-    values = [None if isinstance(v, float) and math.isnan(v) else v for v in chunk.frame[column].tolist()]
+    told = chunk.frame[column]
+    values = [None if missing else v for v, missing in zip(told.tolist(), told.isna().tolist(), strict=True)]
+    if kind is FieldType.TIMESTAMP and told.dtype.kind == "M":
+        return [None if v is None else v.timestamp() for v in values]
     if kind is FieldType.INTEGER:
         return [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if kind is FieldType.STRING:

@@ -16,6 +16,7 @@ from cloud.config import Settings
 from cloud.fleet import Fleet
 from cloud.ingest_status import read_status
 from cloud.lake import Lake
+from cloud.refusals import DENIED, REFUSED
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef
 
@@ -24,7 +25,8 @@ def collect(settings: Settings) -> dict[str, Any]:
     """Everything worth telling, as plain values.
 
     Keys: state_dir, stack (None if it does not run), devices, ingest (by region), lake (rows' tables by stream and lane:
-    version), quality (what the last look found, or None), refused (by reason), audit_broken_at, rollout (the last one, or None).
+    version), quality (what the last look found, or None), refused (how often by the gate or a broker, by reason), audit_broken_at,
+    rollout (the last one, or None).
     """
     fleet, audit, lake = Fleet(settings.fleet_db), Audit(settings.audit_db), Lake(settings.lake)
     reports = {r.name: read_status(settings, r.name) for r in settings.regions}
@@ -35,7 +37,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "ingest": {name: report for name, report in reports.items() if report is not None},
         "lake": {stream: lake.versions(stream) for stream in lake.streams()},
         "quality": watch.read_quality(settings),
-        "refused": audit.counts(),
+        "refused": audit.counts((REFUSED, DENIED)),
         "audit_broken_at": audit.verify(),
         "rollout": _last_rollout(settings),
     }

@@ -3,7 +3,7 @@
 - Every commit makes a file for each event date in it. Compaction merges the small ones of a date; rows stay what they are, and versions
   that were read before can be read again.
 - A date that is quiet (no file came for QUIET_S) is written again as a whole, sorted by entity and event time, if it has at most
-  SORT_ROWS_MAX rows. In a date that is being written to, the rows since the oldest small file are written again as they come.
+  SORT_ROWS_MAX rows and they take at most SORT_BYTES_MAX. In others the rows since the oldest small file are written again as they come.
 - Writers go on meanwhile. Who meets a writer loses: nothing is changed, the date is tried again another time.
 - Vacuum removes files that no version of the last `hours` needs. Older versions cannot be read after it, nor can they after Delta has
   cleaned up its log (30 days): whoever must repeat a training run later keeps its snapshot.
@@ -39,6 +39,10 @@ FILE_BYTES = 64 * 1024 * 1024
 """A file that is smaller is small; compaction makes files of about this size."""
 QUIET_S = 3_600.0
 SORT_ROWS_MAX = 1_000_000
+SORT_BYTES_MAX = 512 * 1024 * 1024
+"""Of rows that are sorted in memory, which takes some five times as much: texts may be far larger than their files."""
+SCAN_ROWS = 256
+"""Rows in memory at once until it is known how large they are."""
 MERGE_ROWS_MAX = 4_000_000
 """What one date may cost a call that must not take long."""
 VACUUM_EVERY_S = 86_400.0
@@ -191,10 +195,12 @@ def merge_date(table: DeltaTable, partition: Partition) -> Compacted:
 
 
 def sort_date(table: DeltaTable, day: date | None) -> bool:
-    """Write the rows of a date again, sorted by entity and event time; False if it met a writer: then nothing is changed."""
+    """Write a date again, sorted by entity and event time; False, and nothing changed, if it is too large or meets a writer."""
     contract = contract_of(table)
-    mine = pc.field(EVENT_DATE).is_null() if day is None else pc.field(EVENT_DATE) == day
-    rows = table.to_pyarrow_dataset().to_table(filter=mine)
+    rows = _rows(table, day)
+    if rows is None:
+        log.info("sorting skipped table=%s date=%s reason=more than %d bytes", table.table_uri, day, SORT_BYTES_MAX)
+        return False
     rows = rows.sort_by([(contract.entity, "ascending"), (contract.event_time, "ascending")])
     try:
         write_deltalake(table, rows, mode="overwrite", predicate=_predicate(day), writer_properties=PARQUET)
@@ -203,6 +209,18 @@ def sort_date(table: DeltaTable, day: date | None) -> bool:
         table.update_incremental()
         return False
     return True
+
+
+def _rows(table: DeltaTable, day: date | None) -> pa.Table | None:
+    """The rows of a date; None if they take more than SORT_BYTES_MAX."""
+    mine = pc.field(EVENT_DATE).is_null() if day is None else pc.field(EVENT_DATE) == day
+    scanner = table.to_pyarrow_dataset().scanner(filter=mine, batch_size=SCAN_ROWS, batch_readahead=0, fragment_readahead=1)
+    batches, left = [], SORT_BYTES_MAX
+    for batch in scanner.to_batches():
+        batches.append(batch)
+        if (left := left - batch.nbytes) < 0:
+            return None
+    return pa.Table.from_batches(batches, scanner.projected_schema)
 
 
 def vacuum(table: DeltaTable, hours: int, dry_run: bool) -> list[str]:

@@ -17,8 +17,10 @@ import pwd
 from collections.abc import Sequence
 
 from cloud.config import Settings
+from cloud.gate import load_zones
 from cloud.roots import ALL
 from edge_agent.contract.errors import ConfigError
+from edge_agent.core.settings import nearest
 
 
 def user_name() -> str:
@@ -33,7 +35,7 @@ def rights(settings: Settings, wanted: Sequence[str] = ()) -> tuple[str, ...]:
     """The zones that this process's user may see; of these only `wanted`, if any are named. `*` stands for all.
 
     Raises:
-        ConfigError: he may see none, or not all that are wanted, or cannot read the lake.
+        ConfigError: he may see none, or not all that are wanted, or there is none of such a name, or he cannot read where they lie.
     """
     user, users = user_name(), settings.query.users
     if users:
@@ -45,8 +47,19 @@ def rights(settings: Settings, wanted: Sequence[str] = ()) -> tuple[str, ...]:
         granted = (ALL,)
     if refused := [zone for zone in wanted if ALL not in granted and zone not in granted]:
         raise ConfigError(f"user {user!r} may not see {', '.join(refused)}; only {', '.join(granted)}")
-    _check_readable(settings, user)
-    return tuple(wanted) or granted
+    if ALL in granted:
+        _check_known(settings, wanted)
+    zones = tuple(wanted) or granted
+    _check_readable(settings, zones, user)
+    return zones
+
+
+def _check_known(settings: Settings, wanted: Sequence[str]) -> None:
+    """Of a zone whose name is mistaken there would be nothing to see, and of several the others would be all."""
+    known = [ALL, *settings.lake.zones, *(zone.name for zone in load_zones(settings).zones)]
+    for zone in wanted:
+        if zone not in known:
+            raise ConfigError(f"there is no zone {zone!r}{nearest(zone, known)}")
 
 
 def _check_owner(settings: Settings, user: str) -> None:
@@ -62,9 +75,9 @@ def _check_owner(settings: Settings, user: str) -> None:
         )
 
 
-def _check_readable(settings: Settings, user: str) -> None:
-    """A lake that a user cannot read would look empty to him, or fail somewhere deep."""
-    for root in settings.lake.all:
+def _check_readable(settings: Settings, zones: Sequence[str], user: str) -> None:
+    """What a user cannot read would look empty to him, or fail somewhere deep. Roots of other zones may well be closed to him."""
+    for root in settings.lake.within(zones):
         if root.on_s3:
             continue
         try:

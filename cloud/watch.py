@@ -25,7 +25,7 @@ from cloud.gate import load_contracts
 from cloud.lake import Lake
 from cloud.levels import breaches
 from cloud.quarantine import CheckedLake
-from edge_agent.contract.errors import FencelineError
+from edge_agent.contract.errors import UNREADABLE, FencelineError
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,10 @@ def quality_path(settings: Settings) -> Path:
 
 
 def read_quality(settings: Settings) -> Quality | None:
-    """What the last look found; None before the first."""
+    """What the last look found; None before the first, and if it cannot be read any more: then alarms that stand are told again."""
     try:
         return msgspec.json.decode(quality_path(settings).read_bytes(), type=Quality)
-    except FileNotFoundError:
+    except (FileNotFoundError, *UNREADABLE):
         return None
 
 
@@ -122,6 +122,7 @@ class Watch:
             if key not in self._told:
                 log.warning("%s %s", kind.replace("_", " "), detail)
                 self._audit.add(kind, region="", subject=subject, reason=kind, detail=detail, count=count)
+                self._told.add(key)  # the next alarm may not get into the trail
         self._told = set(alarms)
         self._write(quality)
         return quality

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cloud import config
 from cloud.commands.output import add_command, add_group
@@ -30,21 +29,16 @@ def _materialise(args: argparse.Namespace) -> int:
     settings = config.load(args.project, args.state)
     words = [word for name in ("view", "until") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
     flags = [f"--{name}" for name in ("full", "rebuild", "json") if getattr(args, name)]
-    return _run(["pipelines.materialise", "--project", str(settings.project), *words, *flags])
+    _run(["pipelines.materialise", "--project", str(settings.project), *words, *flags])
 
 
 def _live(args: argparse.Namespace) -> int:
     settings = config.load(args.project, args.state)
     flags = [f"--{name}" for name in ("skip-history", "once", "json") if getattr(args, name.replace("-", "_"))]
-    return _run(["pipelines.live", "--project", str(settings.project), "--state", str(settings.state_dir), *flags])
+    _run(["pipelines.live", "--project", str(settings.project), "--state", str(settings.state_dir), *flags])
 
 
-def _run(command: list[str]) -> int:
-    """Run a module of the pipelines, which this room must not import; its exit code."""
+def _run(command: list[str]) -> NoReturn:
+    """Go on as a module of the pipelines, which this room must not import: signals and exit code are its own."""
     path = os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen([sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": path})
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # it got the same Ctrl-C, and ends by itself
-            continue
+    os.execve(sys.executable, [sys.executable, "-m", *command], {**os.environ, "PYTHONPATH": path})

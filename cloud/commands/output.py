@@ -90,7 +90,7 @@ def print_records(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 def short(value: Any) -> Any:
     """A value as a cell of a table: times without noise, long texts cut."""
     if isinstance(value, datetime):
-        return value.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S")
+        return (value.astimezone(UTC) if value.tzinfo else value).strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, str) and len(value) > CELL_CHARACTERS_MAX:
         return f"{value[:CELL_CHARACTERS_MAX]}… ({len(value)} characters)"
     return value

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, print_json, print_records, say, short
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,9 +21,7 @@ def declare(commands: Any) -> None:
     """Declare the command."""
     query = add_command(commands, "query", _query, "SQL over the lake: one SELECT, a view per stream")
     query.add_argument("sql", metavar="SELECT")
-    query.add_argument(
-        "--zones", type=lambda text: text.split(","), default=[], metavar="A,B", help="only these zones (default: all you may see)"
-    )
+    query.add_argument("--zones", type=_zones, default=[], metavar="A,B", help="only these zones (default: all you may see)")
     form = query.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV")
     form.add_argument("--parquet", type=Path, metavar="FILE", help="write Parquet")
@@ -58,17 +55,26 @@ def _query(args: argparse.Namespace) -> int:
     return 0
 
 
+def _zones(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
 def _write_parquet(found: pa.Table, file: Path) -> None:
+    """Write the answer; a file that is there is not touched before that can be done."""
     import pyarrow as pa
     import pyarrow.parquet
 
+    sink = pa.BufferOutputStream()
     try:
-        pyarrow.parquet.write_table(found, file)
-    except OSError as e:
-        raise ConfigError(f"{file} cannot be written: {os.strerror(e.errno) if e.errno else e}") from e
+        pyarrow.parquet.write_table(found, sink)
     except pa.ArrowException as e:
-        file.unlink(missing_ok=True)
         raise ConfigError(f"{e}: cast that column to text, x::VARCHAR") from e
+    try:
+        file.write_bytes(sink.getvalue())
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
+        raise ConfigError(f"{file} cannot be written: {e.strerror}") from e
+    except OSError as e:  # the disk is full, for instance
+        raise UnavailableError(f"{file} cannot be written: {e.strerror}") from e
 
 
 def _print_csv(found: pa.Table) -> None:
@@ -93,5 +99,8 @@ def _values(column: pa.ChunkedArray) -> list[Any]:
         import duckdb
         import pyarrow as pa
 
+        from cloud.query import UTC
+
         with duckdb.connect() as db:
+            db.execute(UTC)
             return [text for (text,) in db.from_arrow(pa.table({"x": column})).project("x::VARCHAR").fetchall()]

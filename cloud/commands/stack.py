@@ -67,7 +67,7 @@ def _status(args: argparse.Namespace) -> int:
     print_table(("ingest", "rows", "in quarantine", "blocks", "duplicates", "refused"), rows)
     print_table(("lake stream", "lane", "version"), [(s, lane, v) for s, lanes in found["lake"].items() for lane, v in lanes.items()])
     if found["refused"]:
-        print_table(("refused because", "blocks, ever"), list(found["refused"].items()))
+        print_table(("refused because", "times, ever"), list(found["refused"].items()))
     _print_quality(found["quality"])
     if found["rollout"]:
         last = found["rollout"]

@@ -44,3 +44,9 @@ def test_an_entry_made_unreadable_shows_and_the_others_still_count(path: Path) -
     with sqlite3.connect(path) as db:
         db.execute("UPDATE entries SET entry = ?, hash = ? WHERE id = 5", (b"\xff{", hashlib.sha256(b"\xff{").hexdigest()))
     assert Audit(path).verify() == 5 and Audit(path).counts() == {"corrupt": 10}
+    assert [e.detail for e in Audit(path).entries()] == ["3", "2", "1", "0"]
+
+
+def test_refusals_are_counted_without_alarms_and_imports(path: Path) -> None:
+    Audit(path).add("buffer_imported", region="", subject="d1", reason="imported", detail="a file")
+    assert Audit(path).counts(("block_refused",)) == {"corrupt": 15}

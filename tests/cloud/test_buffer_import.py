@@ -110,6 +110,21 @@ def test_a_stranger_s_buffer_and_unknown_streams_are_refused(settings: Settings,
     assert wrong.refused == {"corrupt": 1}
 
 
+def test_a_file_of_many_bad_blocks_fills_no_trail(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with a block names it: each block was an entry of its own."""
+    bad = [draft(n, "europe", table={"ts": np.arange(3) + n}) for n in range(6)]
+    done = BufferImport(settings).run(dead(tmp_path / "buffer.db", bad))
+    assert done.refused == {"corrupt": 6}
+    assert [(e.kind, e.count) for e in Audit(settings.audit_db).entries()] == [(IMPORTED, 1), (REFUSED, 6)]
+    monkeypatch.setattr("cloud.buffer_import.KINDS_MAX", 1)
+    drafts = [draft(n, "europe", stream=f"fan{n}") for n in range(4)]
+    BufferImport(settings).run(dead(tmp_path / "streams.db", drafts))
+    assert [(e.subject, e.reason, e.count) for e in Audit(settings.audit_db).entries(3)][1:] == [
+        ("", "unknown_stream", 3),
+        ("d1", "unknown_stream", 1),
+    ]
+
+
 def test_a_damaged_buffer_gives_what_is_whole(settings: Settings, tmp_path: Path) -> None:
     path = dead(tmp_path / "buffer.db", [draft(3 * n, "europe") for n in range(5)])
     db = apsw.Connection(str(path))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -218,3 +219,19 @@ def test_a_policy_that_cannot_be_in_force_is_refused_before_anything_changes(
     code, _, err = run("policy", "publish", str(path))
     assert code == 2 and re.search(says, err), err
     assert answer(run("policy", "show", "--json"))["version"] is None
+
+
+def test_features_live_is_one_process_that_a_signal_ends(tmp_path: Path) -> None:
+    """Its child went on pushing when only the command was told to end, by `kill` or a service manager."""
+    (tmp_path / "fenceline.toml").write_text("")
+    process = subprocess.Popen([sys.executable, "-m", "cloud.cli", "--project", str(tmp_path), "features", "live"], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while b"pipelines.live" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()

@@ -12,7 +12,7 @@ import pytest
 
 from cloud.audit import Audit
 from cloud.block_index import BlockIndex
-from cloud.completeness import Gap, State, examine
+from cloud.completeness import Gap, State, _gaps, _Lane, _Loss, examine
 from cloud.quarantine import CheckedLake
 from cloud.quarantined import Selection, parse_name
 from cloud.readmission import Readmission
@@ -176,3 +176,30 @@ def test_against_an_oracle_that_looks_at_every_number(tmp_path: Path, seed: int)
     named = {n: gap.state for gap in found.gaps for n in range(gap.first, gap.last + 1)}
     expected = {n: State.LOST if f == "l" else State.UNACCOUNTED for n, f in fate.items() if f in "lu"}
     assert named == expected | ({} if count["l"] else {61: State.LOST})
+
+
+def test_tens_of_thousands_of_ledger_rows_are_gone_through_once() -> None:
+    """A full buffer that gives up blocks of two streams in turn. Each row was compared with each other one: half a minute for these."""
+    rows = 32_768
+    lane = _Lane([np.array([rows + 1])], [np.array([1])])
+    lane.ledger = [_Loss(f"s{n % 2}", n, n, 1, 1.0, "evicted_full", 1) for n in random.Random(1).sample(range(1, rows + 1), rows)]
+    began = time.process_time()
+    gaps = [gap for gap, _ in _gaps(("d1", "e1", "europe"), lane, 10)]
+    assert time.process_time() - began < 5
+    assert [(g.first, g.last, g.stream) for g in gaps] == [(n, n, f"s{n % 2}") for n in range(1, rows + 1)]
+
+
+def test_of_several_ledger_rows_that_name_a_number_the_first_counts() -> None:
+    lane = _Lane([np.array([1, 9])], [np.array([1, 1])])
+    lane.ledger = [
+        _Loss("a", 4, 6, 3, 3.0, "evicted_full", 1),
+        _Loss("b", 3, 9, 7, 7.0, "evicted_age", 1),
+        _Loss("c", 1, 2, 2, 2.0, "x", 1),
+    ]
+    gaps = [gap for gap, _ in _gaps(("d1", "e1", "europe"), lane, 10)]
+    assert [(g.first, g.last, g.stream, g.readings) for g in gaps] == [
+        (2, 2, "c", None),
+        (3, 3, "b", None),
+        (4, 6, "a", 3.0),
+        (7, 8, "b", None),
+    ]

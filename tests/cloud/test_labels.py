@@ -235,3 +235,9 @@ def test_required_field_without_a_column_is_refused(turbofan: StreamContract) ->
     mapping = ColumnMapping(entity=EntityRule("engine"), time=TimeRule(column="ts"), fields={"cycle": "cycle"})
     with pytest.raises(ConfigError, match=r"no column for setting_1, .*--set setting_1=COLUMN"):
         adjust(mapping, turbofan)
+
+
+def test_a_column_of_times_is_no_label(tmp_path: Path) -> None:
+    pd.DataFrame({"who": ["a"], "when": [1.0], "failed": pd.to_datetime(["2026-01-01"])}).to_parquet(tmp_path / "labels.parquet")
+    with pytest.raises(ConfigError, match="column 'failed' holds times; labels are numbers"):
+        from_column(tmp_path / "labels.parquet", plain("who", "when"), "failed")

@@ -13,13 +13,18 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
+from deltalake.exceptions import CommitFailedError, DeltaError
 
+from cloud.handle import Handle
 from cloud.lake import Lake
 from cloud.rows import Contracts
+from cloud.tables import Tables
 from edge_agent.contract.block import SCORE, BlockHeader
 from edge_agent.contract.columns import Strings, Table
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt
+from edge_agent.contract.stream import StreamContract
 from tests.cloud.blocks import block, contract
 
 ROOT = Path(__file__).parents[2]
@@ -340,3 +345,20 @@ def test_only_compaction_looks_for_expired_commits(tmp_path: Path) -> None:
     lake.compact(files_max=10)
     assert not any(commit.exists() for commit in old)
     assert len(lake.append("eu", [block(1), block(201)]).committed) == 1
+
+
+def test_a_table_that_another_made_first_and_that_does_not_read_is_not_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faster(tables: Tables, lane: str, contract: StreamContract) -> DeltaTable:
+        create(tables, lane, contract)
+        raise CommitFailedError("another made it")
+
+    def away(lake: Lake, handle: Handle) -> None:
+        raise DeltaError("the storage is away")
+
+    create, lake = Tables.create, open_lake(tmp_path)
+    monkeypatch.setattr(Tables, "create", faster)
+    with monkeypatch.context() as storage:
+        storage.setattr(Lake, "_sync", away)
+        with pytest.raises(UnavailableError, match="cannot be made: the storage is away"):
+            lake.append("eu", [block(1)])
+    assert len(lake.append("eu", [block(1)]).committed) == 1

@@ -125,7 +125,18 @@ def test_the_answer_of_a_query_in_every_form(shell: Shell, tmp_path: Path) -> No
     assert shell("query", "--json", "--parquet", str(file), sql).json == {"file": str(file), "rows": 2}
     assert pyarrow.parquet.read_table(file).column_names == ["n", "n_1", "lane"]
     assert shell("query", sql).out.split()[:3] == ["n", "n_1", "lane"]
+    assert [row["lane"] for row in shell("query", "--json", "--zones", "canada, europe", sql).json] == ["canada", "europe"]
     assert "[/x]" in shell("query", "SELECT '[/x]' AS a").out
+
+
+def test_a_file_that_is_there_stays_if_the_answer_does_not_fit_into_parquet_or_its_disk(shell: Shell, tmp_path: Path) -> None:
+    """Arrow takes away what it could not write: a device's node, for root."""
+    file, full = tmp_path / "x.parquet", tmp_path / "full"
+    file.write_text("precious")
+    full.symlink_to("/dev/full")
+    assert "cast" in shell("query", "--parquet", str(file), "SELECT interval 1 day AS i").refused() and file.read_text() == "precious"
+    assert "full cannot be written: No space left" in shell("query", "--parquet", str(full), "SELECT 1").refused(1)
+    assert full.is_symlink()
 
 
 def test_times_that_python_has_no_object_for_are_text(shell: Shell) -> None:
@@ -143,7 +154,8 @@ def test_times_that_python_has_no_object_for_are_text(shell: Shell) -> None:
         (["query", "--csv", "SELECT [1] AS l"], "cast that column to text"),
         (["query", "--parquet", "/nonexistent/x.parquet", "SELECT 1"], "/nonexistent/x.parquet cannot be written: No such file"),
         (["query", "--parquet", "{tmp}/i.parquet", "SELECT interval 1 day AS i"], "cast that column to text"),
-        (["query", "--zones", "mars", "SELECT * FROM pump"], "there is no stream 'pump'"),
+        (["query", "--zones", "mars", "SELECT * FROM pump"], "there is no zone 'mars'; known: *, canada, europe"),
+        (["query", "--zones", "canada, europ", "SELECT * FROM pump"], "there is no zone 'europ'; did you mean 'europe'"),
         (["quarantine", "show", "d1/e1/europe/²/0"], "names no row"),
         (["quarantine", "show", "d1/e1/europe/99999999999999999999/0"], "names no row"),
         (["quarantine", "show", "--reason", "nope"], "no such row"),

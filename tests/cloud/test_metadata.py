@@ -170,3 +170,9 @@ def test_a_message_about_a_database_holds_no_password() -> None:
     with pytest.raises(UnavailableError, match=r"metadata database 127\.0\.0\.1:1/d: ") as refused:
         Fleet("postgresql://me:s3cret@127.0.0.1:1/d?application_name=s3cret").devices()
     assert "s3cret" not in str(refused.value)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+    (tmp_path / "audit.db").write_bytes(b"not a database" * 1_000)
+    with pytest.raises(UnavailableError, match=r"metadata database .*audit\.db: file is not a database"):
+        Audit(tmp_path / "audit.db").entries()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from cloud.commands.output import short
 from cloud.config import QueryLimits
 from cloud.quarantine import CheckedLake
 from cloud.query import Query
@@ -193,3 +195,19 @@ def test_an_unknown_stream_is_answered_with_the_nearest_name(european: Query) ->
 def test_a_query_has_limits(lake: CheckedLake, limits: QueryLimits, sql: str, words: str) -> None:
     with Query(lake, ["europe"], limits) as query, pytest.raises(UnavailableError, match=words):
         query.run(sql)
+
+
+def test_times_are_in_utc_wherever_it_is_asked(
+    lake: CheckedLake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        with Query(lake, ["*"], QueryLimits()) as query:
+            dates = query.run("SELECT count(*) AS n FROM pump WHERE ts::DATE <> event_date").to_pylist()
+            (row,) = query.run("SELECT TIMESTAMP '2026-01-01' AS plain, TIMESTAMPTZ '2026-01-01 00:00:00+00' AS zoned").to_pylist()
+        assert dates == [{"n": 0}] and row["zoned"].isoformat() == "2026-01-01T00:00:00+00:00"
+        assert {short(value) for value in row.values()} == {"2026-01-01 00:00:00"}
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -13,15 +13,17 @@ from typing import Any
 import cbor2
 import msgspec
 import paho.mqtt.client as mqtt
+import pandas as pd
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cloud.mapping import ColumnMapping, EntityRule, TimeRule, load_mapping, read_rows
+from cloud.mapping import ColumnMapping, EntityRule, TimeRule, load_mapping, read_rows, same_names
 from cloud.replay import Assignment, SensorBroker, messages, replay
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import Encoding, StreamContract
 from tests.brokers import Broker, User, nats_broker
+from tests.cloud.blocks import CONTRACT_YAML, contract
 from tests.cloud.test_labels import HOUR_US, PROJECT, START_US, cmapss_line
 from tests.servers import free_port
 
@@ -166,3 +168,28 @@ def test_devices_are_checked_before_anything_is_sent() -> None:
 def test_a_negative_limit_is_refused(tmp_path: Path, cmapss: ColumnMapping, turbofan: StreamContract) -> None:
     with pytest.raises(ConfigError, match="-5 rows"):
         replay(cmapss_file(tmp_path, 1, 1), cmapss, turbofan, SensorBroker("127.0.0.1", 1), ["gw"], rows_max=-5)
+
+
+def parquet(tmp_path: Path, **columns: Any) -> Path:
+    frame = pd.DataFrame({"ts": [1.0, 2.0], "pump": ["a", "b"], "count": [1, 2], "pressure": [1.0, 2.0], **columns})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    return tmp_path / "rows.parquet"
+
+
+def sent(path: Path, stream: StreamContract) -> list[Any]:
+    mapping = same_names(stream)
+    return [msgspec.json.decode(payload) for _, payload in messages(read_rows(path, mapping), mapping, stream, Assignment(["d1"]))]
+
+
+def test_missing_values_of_every_column_type_are_left_out(tmp_path: Path) -> None:
+    path = parquet(tmp_path, count=pd.array([1, None], dtype="Int64"), pressure=pd.array([None, 2.5], dtype="Float64"))
+    assert sent(path, contract()) == [{"ts": 1, "pump": "a", "count": 1}, {"ts": 2, "pump": "b", "pressure": 2.5}]
+
+
+def test_times_beside_the_event_time_go_out_in_seconds_and_what_no_message_holds_is_named(tmp_path: Path) -> None:
+    field = "      - {name: serviced, logicalType: timestamp, required: true}\n"
+    path = parquet(tmp_path, serviced=pd.to_datetime(["2026-01-01T00:00:00.5", None]))
+    assert [row.get("serviced") for row in sent(path, parse_contract(CONTRACT_YAML + field))] == [1_767_225_600.5, None]
+    path = parquet(tmp_path, pressure=[[1.0], [2.0]])
+    with pytest.raises(ConfigError, match=r"field 'pressure', value array\(\[1\.\]\).*json"):
+        sent(path, contract())

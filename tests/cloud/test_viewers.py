@@ -98,3 +98,22 @@ def as_user(user: int, project: Path) -> str:
     os.waitpid(child, 0)
     with os.fdopen(reading) as answer:
         return answer.read()
+
+
+def test_a_zone_that_there_is_not_is_refused_with_the_nearest_name(project: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no zone 'europ'; did you mean 'europe'"):
+        rights(config.load(project), ["canada", "europ"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_the_root_of_a_zone_that_is_not_his_may_be_closed_to_a_user(project: Path) -> None:
+    for place in (project, *project.parents[:2]):
+        place.chmod(0o755)
+    for root, mode in (("lake", 0o755), ("canada", 0o700)):
+        (project / root).mkdir(mode=mode)
+    name = pwd.getpwuid(65_534).pw_name
+    base = f"{BASE}[lake]\nroot = 'lake'\n[lake.zones]\ncanada = 'canada'\n"
+    allow(project, f'{name} = ["europe"]', base)
+    assert as_user(65_534, project) == "europe"
+    allow(project, f'{name} = ["canada", "europe"]', base)
+    assert f"user '{name}' cannot read the lake in {project}/canada" in as_user(65_534, project)

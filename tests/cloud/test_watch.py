@@ -221,3 +221,30 @@ def test_a_lake_that_is_empty_is_whole(settings: Settings, capsys: pytest.Captur
     assert run(settings, capsys, "completeness")[0] == 0
     assert run(settings, capsys, "quarantine", "list")[1] == "nothing lies in quarantine\n"
     assert run(settings, capsys, "query", "SELECT * FROM pump")[0] == 2
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"at_us": 1, "sha', b"\xff"])
+def test_a_torn_file_of_the_last_look_stops_nothing(settings: Settings, torn: bytes) -> None:
+    """A power cut may leave it empty; the control loop starts with reading it."""
+    open_lake(settings).append("eu", [fresh(1)])
+    settings.run_dir.mkdir(parents=True)
+    watch_module.quality_path(settings).write_bytes(torn)
+    assert read_quality(settings) is None and collect(settings)["quality"] is None
+    assert Watch(settings).look(now_us()) == read_quality(settings)
+
+
+def test_an_alarm_is_told_once_though_the_next_one_was_not_written(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_lake(settings).append("eu", [fresh(1), fresh(3)])
+    watch, told = Watch(settings), list[str]()
+
+    def add(kind: str, **entry: Any) -> None:
+        if kind == "level_broken" and told.count(kind) == 0 and len(told) == 1:
+            told.append("away")
+            raise UnavailableError("the metadata database is away")
+        told.append(kind)
+
+    monkeypatch.setattr(watch._audit, "add", add)
+    with pytest.raises(UnavailableError):
+        watch.look(now_us() + 60_000_000)
+    watch.look(now_us() + 60_000_000)
+    assert told == ["unaccounted", "away", "level_broken"]

@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cloud.cli import main
 from edge_agent.contract.errors import ConfigError
 from pipelines.feature_store import open_repo
 from pipelines.features import CREATED_TIME, EVENT_TIME
@@ -81,14 +80,14 @@ def test_feasts_command_line_applies_lists_and_materialises(project: Path) -> No
 
 
 @pytest.mark.timeout(400)
-def test_fenceline_features_live_once_pushes_what_the_lake_holds(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fenceline_features_live_once_pushes_what_the_lake_holds(project: Path, tmp_path: Path) -> None:
     (project / "fenceline.toml").write_text(f"state = '{tmp_path}/state'\n")
     table, _ = readings(["e1", "e2"], 3)
     store(open_lake(tmp_path / "state/lake"), "plane-1", table)
-    code = main(["--project", str(project), "features", "live", "--once", "--json"])
-    out, err = capfd.readouterr()
-    assert code == 0, err
-    done = json.loads(out)
+    command = [sys.executable, "-m", "cloud.cli", "--project", str(project), "features", "live", "--once", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=380)
+    assert ended.returncode == 0, ended.stderr
+    done = json.loads(ended.stdout)
     assert done["readings"] == len(table["ts"])
     assert sorted(done["seen"]) == ["europe", "united-states"]
     repo = open_repo(project)
