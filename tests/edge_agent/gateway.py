@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from paho.mqtt.client import Client
@@ -38,6 +39,7 @@ class Cloud:
         self.headers: dict[tuple[str, str, int], BlockHeader] = {}
         self.reported: dict[str, Any] = {}
         self._settled: dict[tuple[str, str], SequenceSet] = {}
+        self._arriving = Lock()  # a dict that grows cannot be gone through
         self._client = Client(CallbackAPIVersion.VERSION2, "cloud", clean_session=False)
         self._client.reconnect_delay_set(0.1, 0.5)
         self._client.on_connect = lambda client, *_: client.subscribe([(ALL_BLOCKS, 1), (ALL_REPORTED, 1)])
@@ -51,7 +53,8 @@ class Cloud:
             return
         header, table = decode_block(message.payload)
         name = (header.epoch, header.lane, header.sequence)
-        self.tables[name], self.headers[name] = table, header
+        with self._arriving:
+            self.tables[name], self.headers[name] = table, header
         if self.answering:
             settled = self._settled.setdefault((header.epoch, header.lane), SequenceSet())
             settled.add(header.sequence)
@@ -63,23 +66,22 @@ class Cloud:
         """Publish a desired document, retained."""
         self._client.publish(DeviceTopics("plane-01").desired, encode_state(desired), qos=1, retain=True)
 
+    def arrived(self, stream: str) -> list[tuple[BlockHeader, Table]]:
+        """The blocks of a stream, by name."""
+        with self._arriving:
+            return [(header, self.tables[name]) for name, header in sorted(self.headers.items()) if header.stream == stream]
+
     def readings(self) -> list[tuple[str, int]]:
         """(lane, cycle) of every reading that arrived."""
-        return [
-            (name[1], int(cycle))
-            for name, table in sorted(self.tables.items())
-            if self.headers[name].stream == "turbofan"
-            for cycle in table["cycle"].tolist()
-        ]
+        return [(header.lane, int(cycle)) for header, table in self.arrived("turbofan") for cycle in table["cycle"].tolist()]
 
     def quarantined(self) -> list[tuple[str, str]]:
         """(reason, detail) of every rejected payload that arrived."""
         out = []
-        for name, table in sorted(self.tables.items()):
-            if self.headers[name].stream == "quarantine":
-                reason, detail = table["reason"], table["detail"]
-                assert isinstance(reason, Strings) and isinstance(detail, Strings)
-                out += list(zip(reason.tolist(), detail.tolist(), strict=True))
+        for _, table in self.arrived("quarantine"):
+            reason, detail = table["reason"], table["detail"]
+            assert isinstance(reason, Strings) and isinstance(detail, Strings)
+            out += list(zip(reason.tolist(), detail.tolist(), strict=True))
         return out
 
     def close(self) -> None:

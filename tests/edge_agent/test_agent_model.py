@@ -73,10 +73,7 @@ class Fleet:
     def device_scores(self) -> tuple[Strings, Ints, dict[str, Any], list[str | None], Floats]:
         """Entity, event time, fields, model and score of every reading, by ordinal."""
         rows: list[tuple[int, str, int, float, float, str | None, float]] = []
-        for name, table in self.bench.cloud.tables.items():
-            header = self.bench.cloud.headers[name]
-            if header.stream != "turbofan":
-                continue
+        for header, table in self.bench.cloud.arrived("turbofan"):
             scores = table[SCORE] if SCORE in table else np.full(header.rows, np.nan)
             columns = [table[c].tolist() for c in (ORDINAL, "engine", "ts", "sensor_2", "sensor_11")]
             rows += list(zip(*columns, [header.model] * header.rows, scores.tolist(), strict=True))  # type: ignore[union-attr]

@@ -25,9 +25,7 @@ class Account:
 
 def losses(bench: Bench) -> list[Loss]:
     """The ledger as the cloud has it."""
-    cloud = bench.cloud
-    ledgers = [name for name, header in list(cloud.headers.items()) if header.stream == LOSSES.stream]
-    return [loss for name in ledgers for loss in read_losses(cloud.tables[name])]
+    return [loss for _, table in bench.cloud.arrived(LOSSES.stream) for loss in read_losses(table)]
 
 
 def settle_accounts(bench: Bench, published: int) -> Account:
