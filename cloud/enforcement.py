@@ -28,6 +28,8 @@ from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
 
 US_PER_S = 1e6
 FLOAT_MAX = sys.float_info.max
+SAID_CHARACTERS_MAX = 100
+"""Of what a block's header says, in the detail of a rule: each of its rows gets that text."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -61,7 +63,7 @@ def violations(contract: StreamContract, stack: Stack) -> dict[int, Violations]:
     found = {place: check(contract, stack.block(place)[1]) for place in _suspects(contract, stack)}
     for place, header in enumerate(stack.headers):
         if header.units and header.units != contract.units:
-            detail = f"the block's units are {header.units!r}, those of version {contract.version} {contract.units!r}"
+            detail = f"the block's units are {header.units[:SAID_CHARACTERS_MAX]!r}, those of version {contract.version} {contract.units!r}"
             rule = Rule(Reason.WRONG_UNIT, "", detail)
             found[place] = Violations(np.arange(header.rows), np.zeros(header.rows, np.int64), (rule,))
     return {place: hit for place, hit in found.items() if len(hit.rows)}

@@ -143,5 +143,5 @@ def order(version: str) -> tuple[tuple[int, int | str], ...]:
     ['1.9.0', '1.10.0', '2.0.0-rc1', '2.0.0']
     """
     number, _, candidate = version.partition("-")
-    parts = [(1, int(p)) if p.isdigit() else (0, p) for p in re.split(r"[.+_]", number)]
+    parts = [(1, int(p)) if p.isdecimal() else (0, p) for p in re.split(r"[.+_]", number)]
     return (*parts, (0, candidate) if candidate else (1, 0))

@@ -25,6 +25,7 @@ from deltalake.exceptions import DeltaError
 from deltalake.fs import DeltaStorageHandler
 
 from cloud.lake import Lake
+from cloud.reading import schema_with
 from cloud.tables import text_field
 from edge_agent.contract.errors import UnavailableError
 
@@ -117,7 +118,8 @@ class Follower:
 
     def _read(self, table: DeltaTable, files: pa.fs.FileSystem, paths: list[str]) -> pa.Table:
         """Rows of data files; a column that an old file lacks is null."""
-        schema = pa.schema([pa.schema(table.schema()).field(name) for name in self._columns])
+        known = schema_with(table, self._columns)
+        schema = pa.schema([known.field(name) for name in self._columns])
         if not paths:
             return schema.empty_table()
         return pyarrow.dataset.dataset(paths, schema=schema, format="parquet", filesystem=files).to_table()
@@ -125,7 +127,7 @@ class Follower:
     def _whole(self, lane: str, table: DeltaTable) -> Iterator[Piece]:
         """All that the table holds now."""
         rows = None
-        for batch in table.to_pyarrow_dataset().scanner(columns=self._columns).to_batches():
+        for batch in _dataset(table, self._columns).scanner(columns=self._columns).to_batches():
             rows = pa.table(batch)
             yield Piece(lane, self.seen.get(lane, -1), rows)
         if rows is not None:
@@ -134,13 +136,13 @@ class Follower:
 
 def _rows(table: DeltaTable, columns: list[str], version: int, wanted: pc.Expression) -> Iterator[pa.Table]:
     """Rows at a version; where its files are gone, or none is handled whole yet (-1, see `_whole`), those of the newest."""
-    newest = table.to_pyarrow_dataset()
+    newest = _dataset(table, columns)
     if version < 0:
         yield from _tables(newest, columns, wanted)
         return
     try:
         table.load_as_version(version)
-        yield from _tables(table.to_pyarrow_dataset(), columns, wanted)
+        yield from _tables(_dataset(table, columns), columns, wanted)
     except (DeltaError, FileNotFoundError):
         yield from _tables(newest, columns, wanted)
 
@@ -149,6 +151,10 @@ def _tables(rows: pyarrow.dataset.Dataset, columns: list[str], wanted: pc.Expres
     for batch in rows.scanner(columns=columns, filter=wanted).to_batches():
         if batch.num_rows:
             yield pa.table(batch)
+
+
+def _dataset(table: DeltaTable, columns: Sequence[str]) -> pyarrow.dataset.Dataset:
+    return table.to_pyarrow_dataset(schema=schema_with(table, columns))
 
 
 def _files(table: DeltaTable) -> pa.fs.FileSystem:

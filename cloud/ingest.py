@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -35,7 +36,7 @@ import pyarrow as pa
 import zstandard
 
 from cloud import brokers, config
-from cloud.audit import Audit
+from cloud.audit import DETAIL_CHARACTERS_MAX, Audit
 from cloud.broker_log import BrokerLog, Denial
 from cloud.config import IngestLimits, Region, Settings
 from cloud.gate import Gate, PolicyWatch, Refusal, Sealed, load_contracts, load_zones
@@ -148,8 +149,15 @@ class Ingest:
             if len(self._next.sealed) >= UNSEAL_BLOCKS:
                 self._unseal()
         self._unseal()
-        if self._work is not None and self._full:  # no room for more before it is done
-            wait([self._work], self._wait_s(time.monotonic()))
+        if self._full:  # no room for more before the lake's thread is done, or may try again
+            self._rest(time.monotonic())
+
+    def _rest(self, now: float) -> None:
+        """Wait for the lake, as long as nothing else has to be done."""
+        if self._work is not None:
+            wait([self._work], self._wait_s(now))
+        elif now < self._retry_due:
+            time.sleep(min(self._wait_s(now), self._retry_due - now))
 
     def _unseal(self) -> None:
         """Read the columns of the next batch's blocks, many at once, while the lake's thread writes the batch before it."""
@@ -259,16 +267,22 @@ class Ingest:
             log.info("policy taken region=%s digest=%s", self.gate.region, zones.digest)
         if self.broker_log is not None and self._refusals.available:
             if self._refusals.written:
-                self.broker_log.keep_place()
+                self._keep(self.broker_log.keep_place)
             for denial in self.broker_log.read():
                 self._deny(denial)
         self.status.connected, self.status.audit_available = self.intake.connected, self._refusals.available
         self.status.updated_us = time.time_ns() // 1_000
-        write_status(self.status_file, self.status)
+        self._keep(partial(write_status, self.status_file, self.status))
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        """Write a small file for others. If that fails nothing stops: the lake may have a disk of its own. The next look tries again."""
+        try:
+            write()
+        except OSError as e:
+            log.warning("file not written region=%s reason=%s", self.gate.region, e)
 
     def _deny(self, denial: Denial) -> None:
         detail = f"the broker of {self.gate.region} refused to let {denial.client!r} {denial.action} {denial.topic!r} {denial.address}"
-        log.warning("denied by broker %s", detail)
         try:
             topic = parse(denial.topic)
             lane, stream = topic.lane, topic.stream
@@ -277,10 +291,11 @@ class Ingest:
         self._add_refusal(Kind(DENIED, denial.client, lane, stream, Reason.DENIED), detail)
 
     def _refuse(self, refusal: Refusal) -> None:
-        log.warning("block refused device=%s lane=%s reason=%s detail=%s", refusal.device, refusal.lane, refusal.reason, refusal.detail)
         self._add_refusal(Kind(REFUSED, refusal.device, refusal.lane, refusal.stream, refusal.reason), refusal.detail)
 
     def _add_refusal(self, kind: Kind, detail: str) -> None:
+        detail = detail[:DETAIL_CHARACTERS_MAX]  # a column's name, say, may be as long as a block: no log, memory or broker takes that
+        log.warning("%s device=%s lane=%s reason=%s detail=%s", kind.by, kind.device, kind.lane, kind.reason, detail)
         self.status.refused[kind.reason] = self.status.refused.get(kind.reason, 0) + 1
         self._refusals.add(kind, detail, time.monotonic())
 

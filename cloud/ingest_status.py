@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 
 from cloud.config import Settings
+from edge_agent.contract.errors import UNREADABLE
 
 
 class Status(msgspec.Struct):
@@ -47,10 +48,10 @@ def write_status(path: Path, status: Status) -> None:
 
 
 def read_worker(path: Path) -> Status | None:
-    """The Status in one worker's file; None before its first word."""
+    """The Status in one worker's file; None before its first word, or if it does not read."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=Status)
-    except FileNotFoundError:
+    except (FileNotFoundError, *UNREADABLE):  # cut off by a power cut, say: the worker writes the next one soon
         return None
 
 

@@ -7,8 +7,9 @@
 - What is not `kept` is for another session: it is PUBACKed at once.
 - A broker that loses patience (NATS after `ack_wait`) sends a message again that is still on its way here: it is not taken twice.
 - The limit of unacknowledged messages bounds the queue: ours on MQTT 5, the broker's on 3.1.1. It does not count messages of QoS 0,
-  which Fenceline's devices do not send for blocks: beyond UNCOUNTED_MAX waiting messages they are dropped, as MQTT allows.
+  which Fenceline's devices do not send for blocks: beyond UNCOUNTED_BYTES_MAX of unreleased ones they are dropped, as MQTT allows.
 - paho's callbacks only put messages on the queue.
+- Nobody asks for the properties of a message (MQTT 5), and they are not read: a sender writes into them what it likes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from paho.mqtt.client import Client, ConnectFlags, DisconnectFlags, MQTTMessage, MQTTv5, MQTTv311
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
+from paho.mqtt.properties import Properties, VariableByteIntegers
 from paho.mqtt.reasoncodes import ReasonCode
 
 from cloud.config import Region
@@ -36,10 +37,12 @@ log = logging.getLogger(__name__)
 KEEPALIVE_S = 15
 RECONNECT_S = (0.1, 2.0)
 QOS = 1
-UNCOUNTED_MAX = 10_000
+UNCOUNTED_BYTES_MAX = 64 * 1024 * 1024
+MESSAGE_BYTES = 1_024  # what one takes besides its payload
 RECEIVE_MAX = 4_096
 SESSION_EXPIRY_S = 3_600
 FORGET_S = 5.0
+_QOS_BITS = 0x06  # of the first byte of a PUBLISH
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class Intake:
         self._filters, self._kept = list(filters), kept
         self._persistent = persistent
         self._unreleased: set[int] = set()  # of this connection; no other message can have these numbers
+        self._uncounted_bytes, self._uncounted = 0, threading.Lock()  # of messages of QoS 0, from their coming to their release
         self._client = _client(region, client_id, user, password, persistent=persistent)
         self._client.reconnect_delay_set(*RECONNECT_S)  # type: ignore[arg-type]
         self._client.on_socket_open = _no_delay
@@ -101,7 +105,9 @@ class Intake:
     def release(self, batch: Sequence[Received]) -> None:
         """PUBACK messages, unless the connection that brought them is gone. Those of QoS 0 have no PUBACK: it would break the protocol."""
         for message in batch:
-            if message.qos and self._alive and message.connection == self.connection:
+            if not message.qos:
+                self._uncount(-len(message.payload) - MESSAGE_BYTES)
+            elif self._alive and message.connection == self.connection:
                 self._unreleased.discard(message.mid)
                 self._client.ack(message.mid, QOS)
 
@@ -134,8 +140,6 @@ class Intake:
         log.info("broker lost region=%s reason=%s", self.region.name, code)
 
     def _on_message(self, client: Client, data: Any, message: MQTTMessage) -> None:
-        if not message.qos and self.queue.qsize() >= UNCOUNTED_MAX:
-            return
         try:
             topic = message.topic
         except UnicodeDecodeError:
@@ -145,9 +149,19 @@ class Intake:
         if self._kept(topic):
             if message.qos:
                 self._unreleased.add(message.mid)
+            elif not self._uncount(len(message.payload) + MESSAGE_BYTES):
+                return
             self.queue.put(Received(topic, bytes(message.payload), self.connection, message.mid, message.retain, message.qos))
         elif message.qos:
             client.ack(message.mid, QOS)
+
+    def _uncount(self, more_bytes: int) -> bool:
+        """Add to the bytes that no acknowledgement bounds; False: there is no room for them."""
+        with self._uncounted:
+            if more_bytes > 0 and self._uncounted_bytes + more_bytes > UNCOUNTED_BYTES_MAX:
+                return False
+            self._uncounted_bytes += more_bytes
+            return True
 
 
 def forget(region: Region, client_id: str, user: str, password: str) -> None:
@@ -178,10 +192,30 @@ def forget(region: Region, client_id: str, user: str, password: str) -> None:
         client.loop_stop()
 
 
+class _Client(Client):
+    """paho, but for the properties of messages.
+
+    It takes a text with U+FEFF there for a broken protocol, which it is not, and disconnects. The broker would send that message again
+    at once, for ever.
+    """
+
+    def _handle_publish(self) -> MQTTErrorCode:
+        if self._protocol == MQTTv5:
+            self._in_packet["packet"] = _without_properties(self._in_packet["command"], self._in_packet["packet"])
+        return super()._handle_publish()
+
+
+def _without_properties(command: int, packet: bytearray) -> bytearray:
+    """A PUBLISH with no properties, from the first byte of its header and all that comes after its length."""
+    start = 2 + int.from_bytes(packet[:2], "big") + (2 if command & _QOS_BITS else 0)
+    length, length_bytes = VariableByteIntegers.decode(packet[start : start + 4])
+    return packet[:start] + b"\0" + packet[start + length_bytes + length :] if length else packet
+
+
 def _client(region: Region, client_id: str, user: str, password: str, *, persistent: bool) -> Client:
     five = region.mqtt == 5
     clean = None if five else not persistent
-    client = Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=MQTTv5 if five else MQTTv311, manual_ack=True)
+    client = _Client(CallbackAPIVersion.VERSION2, client_id, clean, protocol=MQTTv5 if five else MQTTv311, manual_ack=True)
     if region.tls is not None:
         client.tls_set_context(region.tls.context(client_id))
     if region.tls is None or region.tls.cert_file is None:  # otherwise the certificate says who we are

@@ -28,6 +28,7 @@ Entity and time must be readable in every row; what the other columns hold is pa
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,6 +50,8 @@ from edge_agent.core.settings import nearest, parse_settings
 CHUNK_ROWS = 20_000
 WHITESPACE = "whitespace"
 MAPPINGS_DIR = Path("contracts/mappings")
+DAMAGED = (OSError, EOFError, ValueError, zlib.error)
+"""What pandas, Arrow and gzip raise at a file that is not what its name says, or is damaged."""
 _US = {"s": 1e6, "ms": 1e3, "us": 1.0}
 
 
@@ -175,7 +178,7 @@ def count_rows(path: Path, mapping: ColumnMapping) -> int:
             return int(pq.ParquetFile(path).metadata.num_rows)
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             lines = sum(1 for line in file if line.strip())
-    except (OSError, EOFError, ValueError) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{path} does not read: {e}") from e
     return max(0, lines - (0 if mapping.columns else 1))
 
@@ -255,7 +258,7 @@ def _frames(path: Path, mapping: ColumnMapping) -> Iterator[pd.DataFrame]:
             yield from _text_frames(path, mapping)
     except pd.errors.EmptyDataError as e:
         raise ConfigError(f"{path} is empty") from e
-    except (OSError, EOFError, ValueError) as e:
+    except DAMAGED as e:
         raise ConfigError(f"{path} does not read: {e}") from e
 
 
@@ -284,8 +287,10 @@ def _entities(column: pd.Series[Any], rule: EntityRule) -> list[str]:
     for row, value in enumerate(values):
         if pd.isna(value) or value == "":
             raise _RowError(row, f"column {rule.column!r} names no entity")
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        names.append(rule.prefix + (f"{int(value):0{rule.digits}d}" if whole else str(value)))
+        if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+            value = str(int(value))
+        text = str(value)  # a number is text where a neighbour in its chunk is no number
+        names.append(rule.prefix + (text.zfill(rule.digits) if text.removeprefix("-").isdecimal() else text))
     return names
 
 

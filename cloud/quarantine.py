@@ -162,15 +162,17 @@ class CheckedLake:
         refused = {refusal.block: refusal for refusal in done.refused if refusal.block is not None}
         taken = {i: set(broken[i].rows.tolist()) for i in new}
         for i in (set(broken) | before) - new - set(refused):
-            taken[i] = self._rows_held(i, unique[i][0].stream)
+            taken[i] = self._rows_held(i)
         for i in done.committed:
             self._found += _summary(unique[i][0], broken[i])
         return taken, refused
 
-    def _rows_held(self, identity: Identity, stream: str) -> set[int]:
+    def _rows_held(self, identity: Identity) -> set[int]:
+        """The rows of a block that are in quarantine, whichever stream it was said to be of when they came."""
         device, epoch, lane, sequence = identity
         same = (text_field("device") == device) & (text_field("epoch") == epoch) & (pc.field("sequence") == sequence)
-        return set(read_table(self.held.table(stream, lane), columns=["row"], filter=same)["row"].to_pylist())
+        tables = [self.held.table(stream, lane) for stream in self.held.streams(lane)]
+        return {row for table in tables for row in read_table(table, columns=["row"], filter=same)["row"].to_pylist()}
 
 
 def whole_blocks(held: Lake, lane: str) -> Iterator[Identity]:

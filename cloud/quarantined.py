@@ -26,9 +26,9 @@ from deltalake import DeltaTable
 from cloud.enforcement import broken_fields
 from cloud.evolution import order
 from cloud.lake import Lake
-from cloud.quarantine import CheckedLake, rows_of
+from cloud.quarantine import CheckedLake, quarantine_contract, rows_of
 from cloud.roots import ALL, may_see
-from cloud.rows import Contracts
+from cloud.rows import Contracts, schema
 from cloud.tables import is_table, open_table, read_table, text_field
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.sensor_topics import parse_shape
@@ -237,7 +237,7 @@ def describe(lake: CheckedLake, shelf: Shelf, limit: int) -> list[dict[str, Any]
     broken: what the newest contract allows in the fields that break it, by field.
     """
     part = replace(shelf, table=shelf.table.slice(0, limit))
-    contract = newest(lake.lake.contracts, shelf.stream)
+    contract, details = newest(lake.lake.contracts, shelf.stream), part.details
     rows = []
     for i, name in enumerate(part.names):
         row: dict[str, Any] = {
@@ -245,19 +245,24 @@ def describe(lake: CheckedLake, shelf: Shelf, limit: int) -> list[dict[str, Any]
             "origin": shelf.origin.value,
             "stream": shelf.stream,
             "reason": part.reasons[i].as_py(),
-            "detail": part.details[i],
+            "detail": details[i],
             "at": part.table["arrived_at"][i].as_py(),
             "released_at": part.table["released"][i].as_py(),
         }
         if shelf.origin is Origin.DEVICE:
             row |= {key: part.table[key][i].as_py() for key in ("topic", "payload")}
         elif contract is not None:
-            one = part.table.slice(i, 1)
-            fields = [f for f in contract.fields if f.name in one.column_names]
-            row["values"] = {f.name: one[f.name][0].as_py() for f in fields}
-            row["broken"] = broken_fields(replace(contract, fields=tuple(fields)), rows_of(one, replace(contract, fields=tuple(fields))))
+            row |= _values(contract, part.table.slice(i, 1))
         rows.append(row)
     return rows
+
+
+def _values(contract: StreamContract, row: pa.Table) -> dict[str, Any]:
+    """The fields of a row, and what is allowed in those that it breaks. A field that had another type then is only shown."""
+    held = schema(quarantine_contract(contract))
+    fields = [f for f in contract.fields if f.name in row.column_names]
+    alike = replace(contract, fields=tuple(f for f in fields if row.schema.field(f.name).type == held.field(f.name).type))
+    return {"values": {f.name: row[f.name][0].as_py() for f in fields}, "broken": broken_fields(alike, rows_of(row, alike))}
 
 
 def newest(contracts: Contracts, stream: str) -> StreamContract | None:

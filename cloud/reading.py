@@ -20,6 +20,8 @@ TAKE_BYTES_MAX = 2**30
 def read_rows(tables: Sequence[DeltaTable], columns: Sequence[str] | None, during_us: tuple[int, int] | None) -> pa.Table:
     """Rows of a stream's tables as one, sorted by ORDER; the arguments are those of `Lake.read`.
 
+    A column that a table does not have is null: no row of the field's contract has come there yet.
+
     Raises:
         UnavailableError: files cannot be read.
     """
@@ -27,11 +29,29 @@ def read_rows(tables: Sequence[DeltaTable], columns: Sequence[str] | None, durin
     parts = []
     for table in tables:
         within = None if during_us is None else _during(contract_of(table), *during_us)
-        parts.append(read_table(table, columns=wanted, filter=within))
+        parts.append(_filled(read_table(table, columns=_there(table, wanted), filter=within), wanted or ()))
     if not parts:
         return pa.table({})
     whole = _ordered(pa.concat_tables(parts, promote_options="default"))
     return whole if columns is None else whole.select(list(columns))
+
+
+def schema_with(table: DeltaTable, columns: Sequence[str]) -> pa.Schema:
+    """A table's schema, with these columns: what it does not have yet can only be a number (`cloud.evolution`)."""
+    known = pa.schema(table.schema())
+    return pa.schema([*known, *((name, pa.float64()) for name in columns if name not in known.names)])
+
+
+def _there(table: DeltaTable, wanted: Sequence[str] | None) -> list[str] | None:
+    known = {field.name for field in table.schema().fields}
+    return None if wanted is None else [name for name in wanted if name in known]
+
+
+def _filled(part: pa.Table, wanted: Sequence[str]) -> pa.Table:
+    for name in wanted:
+        if name not in part.column_names:
+            part = part.append_column(name, pa.nulls(part.num_rows, pa.float64()))
+    return part
 
 
 def _during(contract: StoredContract, from_us: int, to_us: int) -> pc.Expression:

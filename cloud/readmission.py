@@ -33,7 +33,7 @@ from cloud.evolution import disagreement
 from cloud.lake import ATTEMPTS_MAX, PARQUET
 from cloud.quarantine import CheckedLake, quarantine_contract, rows_of, whole_blocks
 from cloud.quarantined import NAME, RELEASED, Origin, Selection, Shelf, newest, shelves, topic_of
-from cloud.rows import DAY_US, DAYS, EVENT_DATE, TIME, schema
+from cloud.rows import EVENT_DATE, NO_DAY, TIME, Days, event_days, schema
 from cloud.tables import Tables, contract_of, read_table, text_field
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings, Table, concat, take
@@ -221,17 +221,26 @@ def to_arrow(contract: StreamContract, table: pa.Table, values: Table) -> pa.Tab
     now = pa.array([time.time_ns() // 1_000] * table.num_rows, pa.int64()).cast(TIME)
     times = values[contract.event_time]
     assert isinstance(times, np.ndarray)
-    days = times.astype(np.int64) // DAY_US
-    dateless = (days < DAYS.start) | (days >= DAYS.stop)
+    days = _days(table, times)
     told: dict[str, Any] = {
         **{f.name: _array(values[f.name], f.type) for f in contract.fields},
         "contract_version": pa.array([contract.version] * table.num_rows, pa.string()),
         "arrived_at": now,
-        EVENT_DATE: pa.array(np.where(dateless, 0, days).astype(np.int32), mask=dateless).cast(pa.date32()),
+        EVENT_DATE: pa.array(days.astype(np.int32), mask=days == NO_DAY).cast(pa.date32()),
     }
     wanted = schema(contract)
     whole = pa.table({name: told[name] if name in told else table[name] for name in wanted.names}, schema=wanted)
     return whole.sort_by([(EVENT_DATE, "ascending"), (contract.entity, "ascending"), (contract.event_time, "ascending")])
+
+
+def _days(table: pa.Table, times: Any) -> Days:
+    """The event dates of rows in any order, by the rule that ingest has for those of one block."""
+    keys = np.stack([pc.rank(table[name], tiebreaker="dense").to_numpy() for name in NAME[:3]])
+    order = np.lexsort(keys)
+    first = np.flatnonzero((np.diff(keys[:, order]) != 0).any(axis=0)) + 1
+    days = np.empty(len(order), np.int64)
+    days[order] = event_days(times[order], np.diff([0, *first, len(order)]))
+    return days
 
 
 def _array(column: Any, kind: FieldType) -> pa.Array:

@@ -156,7 +156,7 @@ def to_rows(contract: StreamContract, region: str, stack: Stack, shifts: Sequenc
     `shifts` are the corrections of the devices' clocks, one for each block, if they are known.
     """
     headers, table = stack.headers, _corrected(contract, stack, shifts)
-    dates = _event_days(table[contract.event_time], stack.counts)
+    dates = event_days(table[contract.event_time], stack.counts)
     order = _sorted(table[contract.entity], table[contract.event_time], dates)
     owner = pa.array(stack.each(range(len(headers)))[order])
     rows = table.get(ROW, np.arange(len(order)) - stack.each(stack.starts))
@@ -204,10 +204,10 @@ def date_span(contract: StreamContract, table: Table) -> tuple[int, int]:
 def event_dates(contract: StreamContract, table: Table) -> set[int]:
     """The event dates of a block's rows."""
     first, last = date_span(contract, table)
-    return {first} if first == last else set(np.unique(_event_days(table[contract.event_time], [len(table[ORDINAL])])).tolist())
+    return {first} if first == last else set(np.unique(event_days(table[contract.event_time], [len(table[ORDINAL])])).tolist())
 
 
-def _event_days(times: Column, counts: Sequence[int] | Days) -> Days:
+def event_days(times: Column, counts: Sequence[int] | Days) -> Days:
     """The event date of each row of blocks, in days since 1970; NO_DAY for rows that lie apart."""
     assert not isinstance(times, Strings)
     days: Days = times.astype(np.int64) // DAY_US

@@ -6,10 +6,14 @@ import argparse
 import logging
 import signal
 import threading
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, positive, say
+
+if TYPE_CHECKING:
+    from cloud.config import Region, Settings
 
 
 def declare(commands: Any) -> None:
@@ -36,13 +40,14 @@ def _ingest(args: argparse.Namespace) -> int:
     from cloud.workers import Pool, Worker, command
 
     settings = config.load(args.project, args.state)
-    settings.region(args.region)
+    region = settings.region(args.region)
     count = args.workers or settings.ingest.workers
     workers = [Worker(number, count, args.worker_name) for number in args.only or range(1, count + 1)]
     logging.getLogger().setLevel(logging.INFO)
     if len(workers) == 1:
         serve(settings, args.region, workers[0])
         return 0
+    _check(settings, region, [worker.name for worker in workers])
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -51,5 +56,19 @@ def _ingest(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check(settings: Settings, region: Region, names: Sequence[str]) -> None:
+    """Raise the ConfigError that each worker would end with, and be started again, for ever."""
+    from cloud.gate import load_contracts, load_zones
+
+    load_contracts(settings)
+    load_zones(settings)
+    if region.tls is not None:
+        for name in names:
+            region.tls.context(name)
+
+
 def _numbers(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
+    numbers = [positive(part) for part in text.split(",")]
+    if len(set(numbers)) < len(numbers):  # two of one session would cut each other off for ever
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different workers")
+    return numbers

@@ -98,10 +98,11 @@ def test_other_units_under_the_same_version_condemn_every_row() -> None:
     metric = replace(contract(), fields=tuple(replace(f, unit="bar") if f.name == "pressure" else f for f in contract().fields))
     header, table = block(1)
     assert metric.units and not contract().units
-    for units, bad in (("", 0), (metric.units, 0), ("deadbeef", 3)):
+    for units, bad in (("", 0), (metric.units, 0), ("deadbeef", 3), ("u" * 15_000, 3)):
         hit = violations(metric, Stack([msgspec.structs.replace(header, units=units)], table)).get(0)
         assert (0 if hit is None else len(hit.rows)) == bad
         assert hit is None or hit.texts("reason").tolist() == [Reason.WRONG_UNIT] * 3
+        assert hit is None or len(hit.rules[0].detail) < 300, "each row gets it, and a header may say a lot"
 
 
 def test_what_the_device_treats_passes_here() -> None:

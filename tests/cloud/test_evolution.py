@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from cloud.evolution import broken, check_versions, disagreement, stored
+from cloud.follow import Follower
 from cloud.lake import Lake
 from cloud.rows import Contracts
 from edge_agent.contract.block import ORDINAL, BlockHeader
@@ -85,6 +87,32 @@ def test_versions_are_compared_in_the_order_of_their_numbers() -> None:
         check_versions([replace(widest, version="1.9.0"), replace(wider, version="1.10.0")])
     with pytest.raises(ConfigError, match=r"two contracts of version '1\.0\.0'"):
         check_versions([OLD, wider])
+
+
+def test_a_version_may_be_written_in_any_characters() -> None:
+    check_versions([replace(OLD, version="1.²"), OLD])
+
+
+def flowing(sequence: int, stream: StreamContract, lane: str = "europe", **more: float) -> tuple[BlockHeader, Table]:
+    header, table = block(sequence, lane=lane, contract_version=stream.version)
+    return header, {**table, **{name: np.full(header.rows, value) for name, value in {"flow": 1.0, **more}.items()}}
+
+
+def test_a_field_that_no_row_has_yet_is_null_for_all_readers(tmp_path: Path) -> None:
+    newer = replace(adding(Field("heat", FieldType.NUMBER, required=False)), version="1.1.0")
+    contracts = Contracts([OLD, newer])
+    lake, columns = Lake(tmp_path, contracts), ["sequence", "heat"]
+    lake.append("eu", [flowing(1, OLD), flowing(2, OLD, lane="canada")])
+    read = lake.read("pump", columns=columns)
+    assert read.to_pydict() == {"sequence": [1, 1, 1, 2, 2, 2], "heat": [None] * 6} and read.schema.field("heat").type == pa.float64()
+    follower = Follower(lake, "pump", columns)
+    for piece in follower.pieces():
+        assert piece.rows["heat"].to_pylist() == [None] * 3
+        follower.done(piece)
+    assert [rows["heat"].to_pylist() for rows in follower.of_devices(["d1"])] == [[None] * 3] * 2
+    lake.append("eu", [flowing(3, newer, heat=5.0)])
+    assert lake.read("pump", columns=columns)["heat"].to_pylist() == [None] * 6 + [5.0] * 3
+    assert [piece.rows["heat"].to_pylist() for piece in follower.pieces()] == [[5.0] * 3]
 
 
 def test_a_table_remembers_the_contract_that_made_it_whichever_version_comes_first() -> None:

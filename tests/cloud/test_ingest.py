@@ -20,8 +20,10 @@ import numpy as np
 import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
-from cloud import brokers, config, ingest, intake
+from cloud import brokers, cli, config, ingest, intake
 from cloud.audit import Audit
 from cloud.config import IngestLimits, Settings
 from cloud.gate import Sealed
@@ -208,6 +210,10 @@ def test_a_storm_of_refusals_is_a_few_entries_with_their_number(settings: Settin
     assert audit.counts() == {"wrong_region": 30} and len(audit.entries()) <= 2
 
 
+def unavailable(*_: object) -> None:
+    raise UnavailableError("away")
+
+
 class Flooded:
     """Stands in for the intake at its worst: whenever a refused message is acknowledged, the broker has the next one there."""
 
@@ -245,6 +251,98 @@ def test_a_flood_of_refused_messages_keeps_nobody_s_blocks_waiting_nor_a_stop(se
     finally:
         flooded.flooding, work.stop = False, True
         thread.join()
+
+
+def test_what_a_device_wrote_reaches_log_audit_and_broker_cut_to_length(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    header, table = block(1)
+    payload = encode_block(header, {**table, "c" * 1_000_000: table["count"]})
+    assert len(payload) < 2_000
+    work, sent = ingest.build(settings, "eu"), list[bytes]()
+    intake: Any = Flooded()
+    intake.publish = lambda topic, payload: sent.append(payload) is None
+    work.intake = intake
+    intake.queue.put(Received("fenceline/v1/d1/up/europe/pump", payload, 1, 1, False))
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    wait_until(lambda: work.status.refused == {"corrupt": 1} and sent)
+    work.stop = True
+    thread.join()
+    assert json.loads(sent[0])["reason"] == "corrupt" and len(sent[0]) < 2_000
+    assert max(len(record.getMessage()) for record in caplog.records) < 2_000
+
+
+def test_an_ingest_that_has_no_room_rests_until_it_may_try_the_lake_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, loops = ingest.build(replace(settings, ingest=IngestLimits(batch_blocks_max=2)), "eu"), list[float]()
+    monkeypatch.setattr(ingest, "RETRY_S", (0.8, 0.8))
+    work._retry_s = 0.8
+    with monkeypatch.context() as away:
+        away.setattr(work.lake, "append", unavailable)
+        away.setattr(work._receipts, "send", loops.append)
+        for sequence in range(1, 6):
+            work.intake.queue.put(Received("fenceline/v1/d1/up/europe/pump", block_bytes(sequence), 1, sequence, False))
+        thread = threading.Thread(target=work.run)
+        thread.start()
+        wait_until(lambda: not work.status.lake_available and work._full)
+        loops.clear()
+        time.sleep(1.0)
+        assert len(loops) < 30, "of them two for each time it tries"
+    wait_until(lambda: work.status.blocks == 5)
+    work.stop = True
+    thread.join()
+
+
+def test_a_status_that_cannot_be_written_keeps_no_block_waiting(settings: Settings) -> None:
+    work = ingest.build(settings, "eu")
+    work.status_file = settings.run_dir / "nowhere" / "status.json"
+    thread = threading.Thread(target=work.run)
+    thread.start()
+    time.sleep(2 * ingest.STATUS_S)
+    work.intake.queue.put(Received("fenceline/v1/d1/up/europe/pump", block_bytes(1), 1, 1, False))
+    wait_until(lambda: work.status.blocks == 1)
+    work.stop = True
+    thread.join()
+    work.status_file.parent.mkdir()
+    work.status_file.write_bytes(b"")
+    assert read_worker(work.status_file) is None, "cut off by a power cut"
+
+
+def test_messages_without_qos_take_so_much_memory_and_no_more(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "UNCOUNTED_BYTES_MAX", 100_000)
+    taken = intake.Intake(settings.region("eu"), "cloud", SECRET, client_id="ingest-1")
+    message = mqtt.MQTTMessage(topic=b"fenceline/v1/d1/up/europe/pump")
+    message.payload = bytes(30_000)
+    for _ in range(5):
+        taken._on_message(taken._client, None, message)
+    assert taken.queue.qsize() == 3
+    first = taken.queue.get()
+    assert first is not None
+    taken.release([first])
+    for _ in range(5):
+        taken._on_message(taken._client, None, message)
+    assert taken.queue.qsize() == 3
+
+
+@pytest.mark.needs_mosquitto
+@pytest.mark.parametrize("qos", [0, 1])
+def test_no_text_in_a_message_s_properties_cuts_the_ingest_off(settings: Settings, tmp_path: Path, qos: int) -> None:
+    with mosquitto_broker(tmp_path, [User("cloud", SECRET), User("d1", "p")]) as five:
+        taken = intake.Intake(replace(settings.region("eu"), port=five.port, mqtt=5), "cloud", SECRET, client_id="ingest-1")
+        taken.open()
+        wait_until(lambda: taken.connected)
+        client = mqtt.Client(CallbackAPIVersion.VERSION2, "d1", protocol=mqtt.MQTTv5)
+        client.username_pw_set("d1", "p")
+        client.connect(five.host, five.port)
+        client.loop_start()
+        properties = Properties(PacketTypes.PUBLISH)
+        properties.UserProperty = [("name", "\ufeff"), ("long", "x" * 300)]
+        for payload in (b"with", b"without"):
+            topic = "fenceline/v1/d1/up/europe/pump"
+            client.publish(topic, payload, qos=qos, properties=properties if payload == b"with" else None).wait_for_publish(WAIT_S)
+        got = [taken.queue.get(timeout=WAIT_S) for _ in range(2)]
+        assert [message and message.payload for message in got] == [b"with", b"without"] and taken.connection == 1
+        for session in (client, taken._client):
+            session.disconnect()
+            session.loop_stop()
 
 
 def test_upkeep_has_its_turn_however_busy_the_lake_is(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +534,12 @@ def test_a_pool_starts_its_workers_again_and_ends_them(settings: Settings, devic
         stop.set()
         pool.join()
     assert not Path(f"/proc/{before[1]}").exists()
+
+
+def test_a_mistake_that_every_worker_would_end_with_is_said_once(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    (settings.project / "pump.yaml").write_text("not: a contract")
+    assert cli.main(["--project", str(settings.project), "ingest", "--region", "eu", "--workers", "2"]) == 2
+    assert "pump.yaml" in capsys.readouterr().err
 
 
 def test_rows_that_break_their_contract_are_put_apart_told_and_settled(settings: Settings, device: Device) -> None:

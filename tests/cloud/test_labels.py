@@ -15,7 +15,18 @@ import pytest
 from cloud import labels
 from cloud.labels import SCHEMA, add, from_column, plain, run_to_failure
 from cloud.lake import Lake
-from cloud.mapping import ColumnMapping, EntityRule, TimeRule, adjust, count_rows, load_mapping, parse_mapping, read_rows, same_names
+from cloud.mapping import (
+    CHUNK_ROWS,
+    ColumnMapping,
+    EntityRule,
+    TimeRule,
+    adjust,
+    count_rows,
+    load_mapping,
+    parse_mapping,
+    read_rows,
+    same_names,
+)
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.stream import StreamContract
@@ -185,6 +196,24 @@ def test_times_in_every_unit(tmp_path: Path, unit: str, values: list[object]) ->
     pd.DataFrame({"who": ["a"], "when": values}).to_parquet(path)
     (chunk,) = read_rows(path, ColumnMapping(entity=EntityRule("who"), time=TimeRule(column="when", unit=unit)))  # type: ignore[arg-type]
     assert chunk.event_us.tolist() == [1_500_000]
+
+
+def test_an_entity_has_one_name_whatever_its_neighbours_are(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("unit,t\n" + "7,1\n" * CHUNK_ROWS + "7,2\nA7,2\n-7,2\n")
+    rule = parse_mapping('entity = {column = "unit", prefix = "e-", digits = 3}\ntime = {column = "t"}\n')
+    assert {name for chunk in read_rows(path, rule) for name in chunk.entity} == {"e-007", "e-A7", "e--07"}
+
+
+def test_a_damaged_archive_is_said(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(b"unit,t\n" + b"".join(b"%d,%d\n" % (n, n * 7_919 % 1_000) for n in range(20_000))))
+    whole[2_000:2_050] = b"\xff" * 50
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(whole)
+    rule = parse_mapping('entity = {column = "unit"}\ntime = {column = "t"}\n')
+    for read in (lambda: count_rows(path, rule), lambda: list(read_rows(path, rule))):
+        with pytest.raises(ConfigError, match=r"rows\.csv\.gz does not read"):
+            read()
 
 
 def test_text_with_another_number_of_columns_is_refused(tmp_path: Path, cmapss: ColumnMapping) -> None:

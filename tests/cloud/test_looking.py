@@ -189,6 +189,7 @@ def test_a_mistake_is_one_line_and_exits_2(shell: Shell, project: Path, tmp_path
         ["completeness", "--since", "²h"],
         ["device", "add", "gw", "--home", "1"],
         ["ingest", "--region", "eu", "--workers", "0"],
+        ["ingest", "--region", "eu", "--workers", "2", "--only", "1,1"],
         ["replay", "x.csv", "--limit", "-1"],
         ["replay", "x.csv", "--start", "noon"],
     ],

@@ -173,6 +173,17 @@ def test_a_block_that_quarantine_refuses_takes_no_other_of_its_stream_with_it(tm
     assert rows(lake.held) == [(1, 1), (2, 0), (2, 1)] and (2, 3) in rows(lake.lake)
 
 
+def test_a_name_that_comes_again_in_another_stream_keeps_nobody_waiting(tmp_path: Path) -> None:
+    fan = replace(contract(), stream="fan")
+    lake = CheckedLake(Lake(tmp_path, Contracts([contract(), fan])))
+    lake.append("eu", [bad(1, [0, 1, 2, 3])])
+    lie = block(1, rows=4, stream="fan"), bad(1, [0], stream="fan")
+    for again in lie:
+        settled = lake.append("eu", [again, block(2, device="d2")])
+        assert settled.committed in ([("d2", "e1", "europe", 2)], []) and not settled.refused
+    assert (rows(lake.held), names(lake.lake, "fan"), len(rows(lake.lake))) == ([(1, r) for r in range(4)], [], 3)
+
+
 def test_a_whole_block_in_quarantine_that_comes_again_is_a_duplicate(tmp_path: Path) -> None:
     lake = checked(tmp_path)
     first, again = (lake.append("eu", [bad(1, [0, 1, 2, 3])]) for _ in range(2))

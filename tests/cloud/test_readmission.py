@@ -18,6 +18,7 @@ from cloud.completeness import State, examine
 from cloud.quarantine import CheckedLake
 from cloud.quarantined import Selection, describe, listing, parse_name, shelves
 from cloud.readmission import Readmission
+from cloud.rows import DATES_MAX, DAY_US
 from edge_agent.contract.block import ORDINAL
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.errors import ConfigError, Reason, UnavailableError
@@ -216,6 +217,25 @@ def test_what_is_shown_says_values_and_limits(tmp_path: Path) -> None:
     assert [(row["name"], row["origin"]) for row in shown] == [("d1/e1/europe/2/0", "device"), ("d1/e1/europe/1/2", "ingest")]
     assert shown[0]["payload"] == payload(1, 5_000).decode() and shown[0]["topic"] == TOPIC
     assert shown[1]["values"]["pressure"] == 1_002.0 and shown[1]["broken"] == {"pressure": "0 to 100 allowed"}
+
+
+def test_rows_whose_field_has_another_type_by_now_are_shown(tmp_path: Path) -> None:
+    checked(tmp_path).append("eu", [bad(1, [2])])
+    fields = tuple(replace(f, type=FieldType.STRING) if f.name == "pressure" else f for f in contract().fields)
+    lake = checked(tmp_path, replace(contract(), version="2.0.0", fields=fields))
+    (shown,) = [row for shelf in shelves(lake, Selection()) for row in describe(lake, shelf, 10)]
+    assert shown["values"]["pressure"] == 1_002.0 and not shown["broken"]
+
+
+def test_released_rows_of_a_block_with_too_many_dates_lie_apart_as_at_ingest(tmp_path: Path) -> None:
+    days = DATES_MAX + 1
+    (many, table), few = block(1, rows=days), bad(2, [0, 1])
+    table = {**table, "ts": np.arange(days, dtype=np.int64)[::-1] * DAY_US, "pressure": np.full(days, 5_000.0)}
+    checked(tmp_path).append("eu", [(many, table), few])
+    assert desk(tmp_path, checked(tmp_path))[0].release(PUMP, "boss", as_is=True).released == days + 2
+    read = checked(tmp_path).lake.read("pump", columns=["sequence", "event_date"])
+    dates = dict(zip(*read.group_by("sequence").aggregate([("event_date", "count_distinct")]).to_pydict().values(), strict=True))
+    assert len(read) == days + 4 and read["event_date"].null_count == days and dates == {1: 0, 2: 1}, dates
 
 
 def test_nothing_to_release_is_said(tmp_path: Path) -> None:
