@@ -26,6 +26,7 @@ Ints = npt.NDArray[np.int64]
 KEY, AT, CREATED = "__key", "__at", "__created"
 _COMPARED, _PLACE = "__compared", "__place"
 NOBODY = -1
+_LEAST = -(2**63)
 _CODES_MAX = 2**62
 _RUN_ROWS = 4
 
@@ -123,6 +124,22 @@ def winners(features: pl.DataFrame, labels: Labels, rule: Rule) -> Ints:
         # What is older than its label by more than an int64 holds fits a uint64.
         answers &= labels.at.view(np.uint64) - at[found].view(np.uint64) <= np.uint64(rule.ttl)
     return np.where(answers, found, NOBODY)
+
+
+def newest(frame: pl.DataFrame, keys: list[str], times: list[str], values: list[str]) -> pl.DataFrame:
+    """Of each entity (null keys are one too) the row with the latest of the first of the times, then of the next, then by content.
+
+    `join` settles ties in the same way.
+    """
+    for name in times:
+        at = pl.col(name).cast(pl.Int64).fill_null(_LEAST)
+        frame = frame.filter(at == (at.max().over(keys) if keys else at.max()))
+    if not keys:
+        return (frame.sort(values) if values else frame).tail(1)
+    twice = frame.select(pl.struct(keys).is_duplicated()).to_series()
+    if not twice.any():
+        return frame
+    return frame.sort(values).unique(keys, keep="last", maintain_order=True) if values else frame.unique(keys)
 
 
 def values_of(features: pl.DataFrame) -> list[str]:

@@ -4,7 +4,8 @@
 - The champion is the one that the snapshot stage saw. If it is this very model, it was judged when it became champion, and is judged
   against the same one again: the gate says what it said then, and nothing is registered.
 - It is scored on the same labels, by its own bundle, from raw readings (its features may differ from ours): a label gets its newest
-  score, at most `dataset.ttl_s` old; only on engines that it was not trained on either. What cannot be compared is not; the gate says why.
+  score, at most `dataset.ttl_s` old, with `known_by_then` one that was known by its time; only on engines that it was not trained on
+  either. What cannot be compared is not; the gate says why.
 - Importance of a field: how much rmse grows when all its features are shuffled together among the hold-out rows.
 """
 
@@ -27,12 +28,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edge_agent.contract.bundle import Manifest
-from edge_agent.contract.errors import BundleError
+from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.functions import Functions, check_functions
 from pipelines import asof, cluster, stage, tracking
 from pipelines.cli import progress
-from pipelines.features import EVENT_TIME, windows_of
+from pipelines.features import CREATED_TIME, EVENT_TIME, LakeWindows
 from pipelines.forest import to_onnx
 from pipelines.scoring import score
 from pipelines.stage import Context
@@ -145,11 +146,20 @@ def judge(
 
 
 def load_champion(context: Context, onnx_model: bytes) -> Champion | None:
-    """The champion that a model has to beat, from its run's artifacts; None if there is none."""
+    """The champion that a model has to beat, from its run's artifacts; None if there is none.
+
+    Raises:
+        ConfigError: it was registered by something else than this pipeline.
+    """
     from mlflow.artifacts import download_artifacts
 
     store, found = tracking.client(context), json.loads(context.champion.read_text())
     while found is not None:
+        if not found["run_id"] or not store.list_artifacts(found["run_id"], "bundle"):
+            raise ConfigError(
+                f"champion version {found['version']} of {context.params.register.model} has no bundle in its run, so it cannot be "
+                "compared with; give the alias `champion` to a version that `fenceline train` registered, or take it away"
+            )
         folder, split = (Path(download_artifacts(run_id=found["run_id"], artifact_path=path)) for path in ("bundle", "train/split.json"))
         champion = Champion(
             version=found["version"],
@@ -194,24 +204,30 @@ def compare(context: Context, champion: Champion, engines: npt.NDArray[Any], fai
 def score_champion(context: Context, champion: Champion, engines: list[str], labels: pa.Table) -> Floats:
     """The champion's newest score of each label (engine, event time), NaN if there is none; of these engines' readings only."""
     contract, functions = context.contract, context.params.functions
-    made: tuple[list[str], npt.NDArray[np.int64], Floats] = cluster.run(
-        _score_readings, context.readings, contract, champion.manifest, champion.model, engines, functions
-    )
-    features = pl.DataFrame({contract.entity: made[0], asof.AT: made[1], "score": made[2]}, schema_overrides={contract.entity: pl.String})
+    scored: pa.Table = cluster.run(_score_readings, context.readings, contract, champion.manifest, champion.model, engines, functions)
+    features = pl.DataFrame(scored)
     keys = pl.DataFrame({contract.entity: labels[contract.entity].to_pylist()})
     asked = asof.Labels.of(keys, pl.Series(labels[EVENT_TIME].cast(pa.int64()).to_numpy()))
-    rule = asof.Rule(ttl=round(context.params.dataset.ttl_s * 1e6))
+    rule = asof.Rule(ttl=round(context.params.dataset.ttl_s * 1e6), known_by=context.params.dataset.known_by_then)
     found = asof.join(asof.candidates(features, asked, rule), asked, rule)["score"]
     return found.fill_null(np.nan).to_numpy(writable=True)
 
 
 def _score_readings(
     readings: Path, contract: StreamContract, manifest: Manifest, model: bytes, engines: list[str], functions: Functions
-) -> tuple[list[str], npt.NDArray[np.int64], Floats]:
-    """Engine, time and score of each window."""
-    table = pq.read_table(readings, filters=[(contract.entity, "in", engines)])
-    made = windows_of(table, contract, manifest.features, functions)
-    return table[contract.entity].take(pa.array(made.rows)).to_pylist(), made.end_us, score(model, made.features)
+) -> pa.Table:
+    """Engine, time, when it was known, and score of each window."""
+    windows = LakeWindows(contract, manifest.features, functions)
+    made, _ = windows.push(pq.read_table(readings, columns=windows.columns, filters=[(contract.entity, "in", engines)]))
+    features = np.column_stack([made[name].to_numpy() for name in manifest.features.names])
+    return pa.table(
+        {
+            contract.entity: made[contract.entity],
+            asof.AT: made[EVENT_TIME].cast(pa.int64()),
+            asof.CREATED: made[CREATED_TIME].cast(pa.int64()),
+            "score": score(model, features),
+        }
+    )
 
 
 def draw(out: Path, target: Floats, predicted: Floats, importance: list[tuple[str, float]]) -> None:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from edge_agent.contract.bundle import Bundle, Golden, Manifest, Provenance, check_manifest, pack_bundle, read_bundle
-from edge_agent.contract.errors import BundleError
+from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.core.features import Windows
 from edge_agent.core.golden import golden_readings
 from pipelines import cluster, stage
@@ -39,6 +39,7 @@ def work(context: Context) -> None:
 
     Raises:
         BundleError: ONNX and the trained model disagree, or the bundle is not one that a device would take.
+        ConfigError: the settings of `export` do not fit the model's scores.
     """
     model = joblib.load(context.build / "train/model.joblib")
     spec = context.params.spec
@@ -103,7 +104,7 @@ def make_golden(context: Context, onnx_model: bytes) -> Golden:
     """Golden vectors from readings of the hold-out engines.
 
     Raises:
-        BundleError: a score of real readings lies outside [score_min, score_max]: the device would roll the model back; or the readings
+        ConfigError: a score of real readings lies outside [score_min, score_max]: the device would roll the model back; or the readings
             close no window.
     """
     spec, contract, limits = context.params.spec, context.contract, context.params.export
@@ -119,10 +120,10 @@ def make_golden(context: Context, onnx_model: bytes) -> Golden:
     )
     features = Windows(spec, context.params.functions).push(*golden_readings(golden)).features
     if not len(features):
-        raise BundleError(f"{limits.golden_rows} golden readings close no window of {spec.window_s} s; raise export.golden_rows")
+        raise ConfigError(f"{limits.golden_rows} golden readings close no window of {spec.window_s} s; raise export.golden_rows")
     scores = score(onnx_model, features)
     if scores.min() < limits.score_min or scores.max() > limits.score_max:
-        raise BundleError(
+        raise ConfigError(
             f"golden scores lie in [{scores.min():.1f}, {scores.max():.1f}], outside [{limits.score_min}, {limits.score_max}]; "
             "set export.score_min and score_max in pipelines/params.yaml"
         )

@@ -86,7 +86,7 @@ class Source:
                 table = DeltaTable(self.path, version=self.version, storage_options=self.storage or None)
                 frame = pl.scan_delta(table, storage_options=self._polars_storage())
             elif self.is_file():
-                frame = self._scan_parquet(self.path, hive_partitioning=False)
+                frame = self._scan_parquet(self.path, glob=False, hive_partitioning=False)
             else:
                 frame = self._scan_directory()
             frame.collect_schema()

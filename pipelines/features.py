@@ -1,8 +1,7 @@
 """features: window features of the lake's readings, by the code that runs on the device.
 
-- `LakeWindows` turns rows of the lake, as they come, into rows of features: for the features stage, and for rows that ingest has just
-  committed. Each device and epoch has windows of its own, fed in the order in which the device saw the readings. A new epoch is a new disk:
-  the device itself starts with empty windows then.
+- `LakeWindows` turns rows of the lake, as they come, into rows of features. Each device and epoch has windows of its own, fed in the order
+  in which the device saw the readings. A new epoch is a new disk: the device itself starts with empty windows then.
 - Devices are dealt out to Ray tasks. A task reads record batches and writes as it goes: it holds a batch and the open windows only.
 - The result does not depend on the number of tasks or on how readings are cut into batches.
 - A window's row says when it was known: `event_time` is the reading's (trailing) or the end of the window (tumbling, hopping),
@@ -37,7 +36,7 @@ from pipelines.stage import Context
 BATCH_ROWS = 65_536
 DEVICES_MAX = 10_000
 EVENT_TIME, CREATED_TIME, WINDOW_START = "event_time", "created_time", "window_start"
-ORDINAL = "ordinal"
+HALF = ".features"
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,10 @@ class Counts:
 
 @dataclass
 class _Device:
-    """What is remembered of a device and epoch: open windows, last arrivals, the newest ordinal."""
+    """What is remembered of a device and epoch: open windows, last arrivals."""
 
     windows: Windows
     known: Known | KnownHops
-    newest: int = -1
 
 
 class LakeWindows:
@@ -77,8 +75,6 @@ class LakeWindows:
     ) -> None:
         self._contract, self._spec, self._functions, self._devices_max = contract, spec, functions, devices_max
         self._devices: dict[tuple[str, str], _Device] = {}
-        self.behind = 0
-        """Rows left out because their device's windows had gone past them: a block that came after newer ones."""
 
     @property
     def columns(self) -> list[str]:
@@ -90,8 +86,7 @@ class LakeWindows:
         """The features of the windows that these rows are done with.
 
         Args:
-            rows: rows of the lake, sorted by device, epoch and the order seen. With a column `ordinal`, rows that are not newer than
-                the newest one taken of their device are left out.
+            rows: rows of the lake, sorted by device, epoch and the order seen; those of a device newer than what was taken of it.
 
         Returns:
             entity, event_time, created_time, device, window_start (windows that close), and a column per feature; in the order in
@@ -101,8 +96,6 @@ class LakeWindows:
         for start, end in runs(rows):
             part = rows.slice(start, end - start)
             device = self._device(part)
-            if ORDINAL in rows.column_names:
-                part = self._fresh(device, part)
             entity, event_us, fields = readings_of(part, self._contract, self._spec)
             made = device.windows.push(entity, event_us, fields)
             arrived_us = _microseconds(part[ARRIVED])
@@ -128,14 +121,6 @@ class LakeWindows:
             del self._devices[old]
         return device
 
-    def _fresh(self, device: _Device, part: pa.Table) -> pa.Table:
-        """The rows that are newer than those taken of their device."""
-        ordinals = part[ORDINAL].to_numpy()
-        fresh = ordinals > device.newest
-        device.newest = max(device.newest, int(ordinals.max()))
-        self.behind += int(np.count_nonzero(~fresh))
-        return part if fresh.all() else part.filter(pa.array(fresh))
-
     def _table(self, rows: pa.Table, made: Made, known_us: Ints) -> pa.Table:
         trailing = self._spec.kind is WindowKind.TRAILING
         done = rows if trailing else rows.select(list(dict.fromkeys([self._contract.entity, "device"]))).take(made.rows)
@@ -154,9 +139,13 @@ class LakeWindows:
 
 
 def work(context: Context) -> None:
-    """Write the features of all readings, one Parquet file per task."""
-    shutil.rmtree(context.features, ignore_errors=True)
-    out, params = context.folder("features"), context.params
+    """Write the features of all readings, one Parquet file per task.
+
+    They appear together: who materialises meanwhile would take a part for the whole, and the next time only what is newer.
+    """
+    for left in (context.features, context.features.with_name(HALF)):
+        shutil.rmtree(left, ignore_errors=True)
+    out, params = context.folder(HALF), context.params
     parts = deal(count_by_device(context.readings), params.features.parts)
     calls = [
         (context.readings, devices, context.contract, params.spec, params.functions, out / f"part-{i:03d}.parquet")
@@ -168,6 +157,7 @@ def work(context: Context) -> None:
         progress(f"{total.readings} readings, {total.windows} windows with {len(params.spec.features)} features", done, len(calls))
     if total.late or total.overfull:
         progress(f"{total.late} readings came too late for a window of theirs, {total.overfull} found theirs full (features.window_rows)")
+    out.rename(context.features)
 
 
 def count_by_device(readings: Path) -> dict[str, int]:

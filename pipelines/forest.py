@@ -41,8 +41,8 @@ def freeze(model: HistGradientBoostingRegressor) -> float:
     """
     trees = [predictor.nodes for (predictor,) in model._predictors]
     base = float(np.ravel(model._baseline_prediction)[0])
-    bound = abs(base) + sum(float(np.abs(nodes["value"][nodes["is_leaf"].astype(bool)]).max()) for nodes in trees) + 1.0
-    step = 2.0 ** (math.ceil(math.log2(bound)) - 23)
+    bound = abs(base) + sum(float(np.abs(nodes["value"][nodes["is_leaf"].astype(bool)]).max()) for nodes in trees)
+    step = 2.0 ** (math.ceil(math.log2(bound or 1.0)) - 23)
     for nodes in trees:
         nodes["num_threshold"] = floor32(nodes["num_threshold"])
         nodes["value"] = np.round(nodes["value"] / step) * step

@@ -93,8 +93,8 @@ class Live:
     def __post_init__(self) -> None:
         self._freshness: deque[float] = deque(maxlen=FRESHNESS_KEPT)
 
-    def step(self) -> int:
-        """Push what has been committed since; the number of readings.
+    def step(self, stop: threading.Event | None = None) -> int:
+        """Push what has been committed since, piece by piece until `stop`; the number of readings.
 
         Raises:
             UnavailableError: lake or store are away; what was not pushed comes again.
@@ -106,6 +106,8 @@ class Live:
             self.follower.done(piece)
             self.status.seen = dict(self.follower.seen)
             write_mark(self.mark_path, LiveMark(self.definition, self.status.seen))
+            if stop is not None and stop.is_set():
+                break
         return readings
 
     def run(self, stop: threading.Event, status_file: Path) -> None:
@@ -114,7 +116,7 @@ class Live:
         retry_s = RETRY_S[0]
         while not stop.wait(wait_s):
             try:
-                wait_s, retry_s, self.status.ready = 0.0 if self.step() else POLL_S, RETRY_S[0], True
+                wait_s, retry_s, self.status.ready = 0.0 if self.step(stop) else POLL_S, RETRY_S[0], True
             except UnavailableError as e:
                 log.warning("features waiting retry_s=%.1f reason=%s", retry_s, e)
                 wait_s, retry_s, self.status.ready = retry_s, min(2 * retry_s, RETRY_S[1]), False
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         context = load_context(args.project.absolute(), args.state)
         live = build(context, args.skip_history)
         if args.once:
-            live.step()
+            live.step(stop)
             done = live.status
             cli.out(msgspec.json.encode(done).decode() if args.json else f"{done.readings} readings, {done.pushed} entities online")
         else:

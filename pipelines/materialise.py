@@ -16,7 +16,7 @@ Rules:
 - Bounded memory: `pipelines.newest` reads the source with a limit and spills to disk; rows go on in batches.
 - Entities that have left the source stay online until `rebuild`. Feast gives back values of any age, with their time: a reader compares it
   with the view's ttl (`key_ttl_seconds` lets Redis forget them by itself).
-- Rows without a key or an event time are counted and left out.
+- Rows without a key or an event time, or with a time that Feast cannot store, are counted and left out.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(done: Materialised) -> str:
     newest = "nothing" if done.newest_us is None else datetime.fromtimestamp(done.newest_us / 1e6, UTC).isoformat()
-    left_out = f", {done.without_key} rows without a key or time left out" if done.without_key else ""
+    left_out = f", {done.without_key} rows without a key, or a time of the years 2 to 9998, left out" if done.without_key else ""
     return f"{done.view}: {done.written} entities online, {done.older} had newer values{left_out}; up to {newest}, in {done.seconds:.1f} s"
 
 

@@ -1,11 +1,11 @@
 """The newest row of each entity of a view's batch source, in bounded memory.
 
 - The source is read as the offline store reads it (`feature_sources`, `feature_query`): pinned versions, keys of storage, mapped
-  names, hive partitions. The newest row has the highest event time, then created time, then content (`pulls.newest`): offline joins
+  names, hive partitions. The newest row has the highest event time, then created time, then content (`asof.newest`): offline joins
   pick the same one.
 - Rows are thinned out batch by batch, dealt out by entity to BUCKETS files beside the feature registry, and each file is thinned out by
   itself. Memory: BATCH_BYTES and the newest rows of a bucket's entities.
-- Rows without a key or an event time are no entity's; they are counted.
+- Rows without a key or an event time, or with a time that Feast cannot store, are no entity's; they are counted.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 import pyarrow as pa
 
-from pipelines.asof import AT, CREATED
-from pipelines.online_writer import BATCH_ROWS
+from pipelines.asof import AT, CREATED, newest
+from pipelines.online_writer import BATCH_ROWS, TIMES_US
 
 if TYPE_CHECKING:
     from feast import FeatureView
@@ -57,7 +57,7 @@ class Wanted:
 @dataclass
 class Newest:
     """The newest rows of a source, on disk; how many `entities`, and rows `without_key`. The highest created and event time among
-    all rows that were looked at, in microseconds UTC, 0 without rows."""
+    these and the older ones of their entities, in microseconds UTC, 0 without rows."""
 
     paths: list[Path] = field(default_factory=list)
     times: tuple[str, str | None] = ("", None)
@@ -113,8 +113,8 @@ def _deal_out(view: View, wanted: Wanted, folder: Path, found: Newest) -> list[P
     paths = {}
     with ExitStack() as stack:
         for batch in view.source.batches(frame, batch_rows(frame, BATCH_BYTES)):
-            _look(batch, found)
-            whole = batch.drop_nulls([*keys, AT])
+            whole = batch.drop_nulls([*keys, AT]).filter(pl.col(_us(AT)).is_between(*TIMES_US))
+            _look(whole, found)
             found.without_key += batch.height - whole.height
             rows = _newest(whole, view)
             bucket = rows.select(keys).hash_rows() % BUCKETS if keys else pl.repeat(0, rows.height, eager=True)
@@ -169,8 +169,6 @@ def _thinned(path: Path, view: View) -> pl.DataFrame:
 
 
 def _newest(rows: pl.DataFrame, view: View) -> pl.DataFrame:
-    from pipelines.pulls import newest
-
     return newest(rows, list(view.keys), [name for name in (AT, CREATED) if name in rows.columns], list(view.values))
 
 

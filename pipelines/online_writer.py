@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView
 
 BATCH_ROWS = 1_024
+TIMES_US = (-62_104_060_800_000_000, 253_370_764_799_999_999)
+"""The first and the last time that Feast can store in any time zone: those of the years 2 to 9998. A reading may have any."""
 NAMED_MAX = 3
 
 

@@ -183,6 +183,8 @@ def load_contract(project: Path, params: Params) -> StreamContract:
         types = {name: contract.field(name).type for name in params.features.fields}
     except FileNotFoundError:
         raise ConfigError(f"contract {path} does not exist; `contract` in {PARAMS} must name it") from None
+    except OSError as e:
+        raise ConfigError(f"contract {path} does not read ({e.strerror}); `contract` in {PARAMS} must name a file") from e
     except ContractError as e:
         raise ConfigError(f"{PARAMS} does not fit its contract: {e}") from e
     other = [f"{name} ({kind})" for name, kind in types.items() if kind not in (FieldType.INTEGER, FieldType.NUMBER)]
@@ -198,7 +200,7 @@ def override(project: Path, assignments: list[str]) -> None:
 
     Raises:
         ConfigError: there is no such file or it is not YAML; an assignment has no `=`, names no known key, or gives parameters that cannot
-            work. The file is then as before.
+            work, or not with their contract. The file is then as before.
     """
     if not assignments:
         return
@@ -211,7 +213,7 @@ def override(project: Path, assignments: list[str]) -> None:
         with modify_yaml(str(path)) as tree:
             for assignment in assignments:
                 _assign(tree, assignment)
-        load_params(project)
+        load_contract(project, load_params(project))
     except YAMLFileCorruptedError as e:  # stricter than `_tree`: a key that is there twice
         raise ConfigError(f"{path}: not YAML: {e.__cause__ or e}") from e
     except ConfigError:

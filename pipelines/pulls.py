@@ -11,12 +11,12 @@ import polars as pl
 import pyarrow as pa
 
 from edge_agent.contract.errors import ConfigError
+from pipelines.asof import newest
 from pipelines.feature_query import View, epoch, schema_of, unit_of, within
 from pipelines.feature_sources import Source, arrow
 from pipelines.partitioned import Deadline, batch_rows
 
 TIME = pa.timestamp("us", "UTC")
-_LEAST = -(2**63)
 
 
 @dataclass(frozen=True)
@@ -72,22 +72,6 @@ class Pull:
 
     def _newest(self, frame: pl.DataFrame) -> pl.DataFrame:
         return newest(frame, self.keys, [name for name in (self.time, self.created) if name], self.values)
-
-
-def newest(frame: pl.DataFrame, keys: list[str], times: list[str], values: list[str]) -> pl.DataFrame:
-    """Of each entity (null keys are one too) the row with the latest of the first of the times, then of the next, then by content.
-
-    `asof.join` settles ties in the same way.
-    """
-    for name in times:
-        at = pl.col(name).cast(pl.Int64).fill_null(_LEAST)
-        frame = frame.filter(at == (at.max().over(keys) if keys else at.max()))
-    if not keys:
-        return (frame.sort(values) if values else frame).tail(1)
-    twice = frame.select(pl.struct(keys).is_duplicated()).to_series()
-    if not twice.any():
-        return frame
-    return frame.sort(values).unique(keys, keep="last", maintain_order=True) if values else frame.unique(keys)
 
 
 def seen(views: Sequence[View], first: datetime, last: datetime, time: str) -> pa.Table:

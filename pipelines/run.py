@@ -31,7 +31,7 @@ from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableE
 from pipelines import cli, cluster, tracking
 from pipelines.params import override, params_file
 from pipelines.snapshot import pick_versions
-from pipelines.stage import BUILD, Context, load_context
+from pipelines.stage import BUILD, Context, load_context, private
 
 STAGES = ("snapshot", "features", "dataset", "train", "evaluate", "export", "register")
 OUTPUT_LINES_KEPT = 40
@@ -40,7 +40,7 @@ STOP_S = 10.0
 Say = Callable[[str], None]
 
 _STARTS = re.compile(r"Running stage '(?:[^':]*:)?([^']+)'")
-_SKIPPED = re.compile(r"Stage '(?:[^':]*:)?([^']+)' didn't change, skipping")
+_SKIPPED = re.compile(r"Stage '(?:[^':]*:)?([^']+)' (?:didn't change, skipping|is cached - skipping run)")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def run(
         pick_versions(Lake(context.lake), context)  # the snapshot asks again; a person should not wait for Ray to hear that
         os.environ["MLFLOW_TRACKING_URI"] = mlflow_url or tracking.tracking_uri(context.state)
         _init_dvc(project)
+        private(project / ".dvc/cache")
         tracking.leave_run(context)
         with _ray(ray_address, say) as ray_environment:
             stages = _repro(context, {**os.environ, **_environment(context), **ray_environment}, say)
@@ -153,7 +154,7 @@ def _alone(project: Path) -> Iterator[None]:
         ConfigError: there is no such project, or a training runs already.
     """
     params_file(project)
-    (project / BUILD).mkdir(parents=True, exist_ok=True)
+    private(project / BUILD)
     with (project / BUILD / "train.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -302,7 +303,7 @@ def _result(context: Context, stages: dict[str, float | None]) -> Result:
         reused = [name for name, seconds in stages.items() if seconds is None]
         store.set_tag(registered["run_id"], "fenceline.stages_unchanged", ",".join(reused))
     elif opened is not None:
-        store.delete_run(opened)  # trials that led to the model of last time
+        tracking.discard_run(store, opened)  # trials that led to the model of last time
         (context.build / tracking.RUN_FILE).unlink()
     gate = json.loads((context.build / "evaluate/gate.json").read_text())
     return Result(

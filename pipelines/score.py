@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from cloud.lake import Lake
 from edge_agent.contract.bundle import read_bundle
-from edge_agent.contract.errors import BundleError, ConfigError, FencelineError
+from edge_agent.contract.errors import ConfigError, FencelineError
 from edge_agent.contract.feature_spec import FeatureSpec
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.functions import Functions
@@ -47,10 +47,12 @@ def recompute(context: Context, bundle_path: Path, out: Path | None = None) -> d
         out: where to write the scores (Parquet: the names of each row, the entity, its event time, `score` and `device_score`).
 
     Raises:
-        ConfigError: the bundle is not for the project's stream, or the lake has no readings.
+        ConfigError: a file is not there or cannot be made, the bundle is not for the project's stream, or the lake has no readings.
         BundleError: the file is not a bundle.
     """
     data = _read(bundle_path)
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no directory {out.parent}")
     bundle, digest = read_bundle(data), hashlib.sha256(data).hexdigest()
     contract, spec = context.contract, bundle.manifest.features
     if bundle.manifest.stream != contract.stream:
@@ -137,7 +139,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as e:
-        raise BundleError(f"bundle {path} does not read: {e}") from e
+        raise ConfigError(f"bundle {path} does not read: {e.strerror}") from e
 
 
 if __name__ == "__main__":

@@ -76,6 +76,12 @@ class Context:
         return path
 
 
+def private(path: Path) -> None:
+    """Make a directory, if need be, that nobody but its owner looks into: what lies in it was taken from all zones."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+
+
 def load_context(project: Path, state: Path | None = None) -> Context:
     """Read parameters, contract and settings of the project.
 
@@ -90,7 +96,7 @@ def load_context(project: Path, state: Path | None = None) -> Context:
 def main(name: str, work: Callable[[Context], None]) -> int:
     """Run the stage called `name` in the working directory, connected to Ray; the exit code."""
     error = Path.cwd() / BUILD / "error.json"
-    error.parent.mkdir(parents=True, exist_ok=True)
+    private(error.parent)
     error.unlink(missing_ok=True)
     try:
         context = load_context(Path.cwd())

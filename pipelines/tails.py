@@ -7,6 +7,8 @@
   before the cut is left out.
 - Features are made by `edge_agent.core.features`, so they have the bits of the device and of the features stage.
 - A row was known at the latest arrival among the readings that its window may hold.
+- The newest features are those that `materialise` takes: of one time the row that was known last, then by content; none with a time
+  that Feast cannot store.
 - At most KEYS_MAX tails; the devices longest unheard are forgotten first, and whoever feeds this reads them from the lake again.
 """
 
@@ -24,7 +26,9 @@ from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows, entities_max
 from edge_agent.core.functions import NO_FUNCTIONS, Functions
 from pipelines.arrival import ARRIVED
+from pipelines.asof import newest
 from pipelines.features import CREATED_TIME, EVENT_TIME
+from pipelines.online_writer import TIMES_US
 
 KEYS_MAX = 50_000
 ORIGIN = ("device", "epoch", "lane", "sequence", "row")
@@ -108,19 +112,11 @@ class Tails:
         rows = rows.with_columns(made=(pl.col("place") >= first).fill_null(False), whole=whole, known=known)
         made = rows.filter("made")
         features = self._features(rows.filter(~pl.col("made")), made)
-        picked = (
-            made.with_row_index("at")
-            .filter("whole")
-            .sort(["tail", self._contract.event_time, "known", "place"])
-            .group_by("tail", maintain_order=True)
-            .last()
-        )
-        columns = [
-            picked[self._contract.entity].to_arrow().cast(pa.string()),
-            picked[self._contract.event_time].to_arrow(),
-            picked["known"].to_arrow(),
-            *features[picked["at"].to_numpy()].T,
-        ]
+        entity, time, names = self._contract.entity, self._contract.event_time, self._spec.names
+        made = made.with_columns(pl.Series(name, values) for name, values in zip(names, features.T, strict=True))
+        made = made.filter("whole", pl.col(time).to_physical().is_between(*TIMES_US))
+        picked = newest(made, ["tail"], [time, "known"], names).sort("tail")
+        columns = [picked[entity].to_arrow().cast(pa.string()), *(picked[name].to_arrow() for name in (time, "known", *names))]
         return pa.table(columns, schema=self._schema())
 
     def _features(self, before: pl.DataFrame, made: pl.DataFrame) -> Floats:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from edge_agent.contract.errors import UnavailableError
 from pipelines.stage import Context, write_json
@@ -43,17 +43,24 @@ def client(context: Context) -> Any:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is for results
     import mlflow
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     uri = tracking_uri(context.state)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
-    found = mlflow.MlflowClient(tracking_uri=uri)
     try:
+        mlflow.set_tracking_uri(uri)
+        found = mlflow.MlflowClient(tracking_uri=uri)
         found.search_experiments(max_results=1)
-    except MlflowException as e:
-        raise UnavailableError(f"MLflow does not answer at {uri} ({e}); start it with `fenceline up`, or unset MLFLOW_TRACKING_URI") from e
+    except (MlflowException, SQLAlchemyError) as e:
+        why = public(f"MLflow does not answer at {uri} ({e})")
+        raise UnavailableError(f"{why}; start it with `fenceline up`, or correct or unset MLFLOW_TRACKING_URI") from e
     return found
+
+
+def public(text: str) -> str:
+    """A text without the users and passwords of the URLs in it: they must not reach a log or a job summary."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def champion(store: Any, model: str) -> dict[str, str] | None:
@@ -164,6 +171,14 @@ def child_run(store: Any, parent: str, name: str) -> str:
     return str(store.create_run(experiment, run_name=name, tags={"mlflow.parentRunId": parent}).info.run_id)
 
 
+def discard_run(store: Any, run_id: str) -> None:
+    """Delete a run and those nested in it, which MLflow leaves."""
+    experiment = store.get_run(run_id).info.experiment_id
+    for nested in store.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{run_id}'"):
+        store.delete_run(nested.info.run_id)
+    store.delete_run(run_id)
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as `section.key`."""
     flat: dict[str, Any] = {}
@@ -174,12 +189,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def run_url(context: Context, run_id: str) -> str:
     """Where to look at a run: its page, or the command that opens it."""
-    uri = tracking_uri(context.state)
+    uri = public(tracking_uri(context.state))
     if not uri.startswith("http"):
         return f"{uri} (look with: mlflow ui --backend-store-uri {uri})"
     experiment = client(context).get_run(run_id).info.experiment_id
-    url = urlsplit(uri)  # a password in it must not reach a log or a job summary
-    uri = urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2]))
     return f"{uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 

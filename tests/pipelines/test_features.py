@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +12,12 @@ import pytest
 from edge_agent.contract.columns import Strings, take
 from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec
 from edge_agent.core.features import Windows
+from pipelines import cluster, features
 from pipelines.features import count_by_device, deal, runs, windows_of, write_part
 from pipelines.snapshot import ORIGIN
+from pipelines.stage import load_context
 from tests.pipelines.lakes import fill, open_lake, readings, store, turbofan
+from tests.pipelines.repos import turbofan_project
 
 SPEC = FeatureSpec(
     features=[Feature(f, a) for f in ("sensor_2", "sensor_11") for a in AGGREGATES],
@@ -95,3 +99,24 @@ def test_missing_values_stay_missing() -> None:
     assert features[:, names.index("sensor_2_mean")].tolist() == [1.0, 1.0, 2.0]
     assert np.isnan(features[:, names.index("sensor_11_mean")]).all()
     assert Strings.of(["e"]).values == ("e",)
+
+
+def test_features_appear_together(lake_rows: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever materialises while the stage runs must not take a part of the devices for all of them."""
+    project = turbofan_project(tmp_path / "project")
+    (project / "fenceline.toml").touch()
+    context = load_context(project, tmp_path / "state")
+    context.readings.parent.mkdir(parents=True)
+    pq.write_table(lake_rows, context.readings)
+    seen = []
+
+    def as_done(function: Any, calls: list[Any]) -> Any:
+        for i, arguments in enumerate(calls):
+            yield i, function(*arguments)
+            seen.append(context.features.exists())
+
+    monkeypatch.setattr(cluster, "as_done", as_done)
+    for _ in range(2):
+        features.work(context)
+        assert pq.read_table(context.features).num_rows == lake_rows.num_rows
+        assert len(seen) > 1 and not any(seen)

@@ -38,6 +38,16 @@ def test_freezing_changes_no_decision_and_hardly_a_score() -> None:
     assert step < 1e-3
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+def test_freezing_keeps_scores_of_every_unit(unit: float) -> None:
+    _, x = trained(5)
+    y = np.nan_to_num(x[:, 0]) * unit
+    model = HistGradientBoostingRegressor(max_iter=60, random_state=0).fit(x, y)
+    before = model.predict(x)
+    freeze(model)
+    assert np.abs(model.predict(x) - before).max() < 1e-5 * np.abs(y).max()
+
+
 def test_batches_of_any_size_give_the_same_bits() -> None:
     model, x = trained(6)
     freeze(model)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.contract.stream import Field, FieldType, StreamContract
 from edge_agent.core.functions import NO_FUNCTIONS, Function
@@ -62,14 +62,17 @@ def gate_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ttl_s: float = 1.0,
         trained_on: frozenset[str] = frozenset(),
         functions: Any = NO_FUNCTIONS,
+        late_us: int | None = None,
     ) -> Any:
         times = pa.array(np.arange(ROWS) * SECOND_US)
         readings = {"device": ["d"] * ROWS, "epoch": ["e"] * ROWS, "pump": ["p"] * ROWS, "ts": times.cast(TIME), "v": VALUES}
+        readings["arrived_at"] = pa.array(np.arange(ROWS) * SECOND_US + (late_us or 0)).cast(TIME)
         pq.write_table(pa.table(readings), tmp_path / "readings.parquet")
         at = pa.array(np.arange(ROWS) * SECOND_US + shift_us).cast(TIME)
         pq.write_table(pa.table({"pump": ["p"] * ROWS, "event_time": at}), tmp_path / "dataset.parquet")
+        dataset = SimpleNamespace(label_max=125.0, ttl_s=ttl_s, known_by_then=late_us is not None)
         limits = SimpleNamespace(rmse_max=100.0, champion_slack=0.02)
-        params = SimpleNamespace(evaluate=limits, dataset=SimpleNamespace(label_max=125.0, ttl_s=ttl_s), functions=functions)
+        params = SimpleNamespace(evaluate=limits, dataset=dataset, functions=functions)
         context: Any = SimpleNamespace(
             params=params, contract=PUMPS, readings=tmp_path / "readings.parquet", dataset=tmp_path / "dataset.parquet"
         )
@@ -91,6 +94,11 @@ def test_labels_that_no_score_of_the_champion_reaches_are_the_reason_that_is_giv
     gate = gate_of(shift_us=SECOND_US // 2, ttl_s=0.25)
     assert gate["passed"] and "champion_rmse" not in gate
     assert gate["reasons"][-1].startswith("not compared with champion version 7: it has no score at most dataset.ttl_s 0.25 s older")
+
+
+def test_champion_is_not_given_what_arrived_after_a_label_where_the_model_is_not(gate_of: Any) -> None:
+    assert gate_of(late_us=0)["champion_rmse"] == 0.0
+    assert gate_of(late_us=2 * SECOND_US, ttl_s=5.0)["champion_rmse"] == 2.0
 
 
 def test_champion_with_own_functions_is_scored_with_them(gate_of: Any) -> None:
@@ -141,6 +149,14 @@ def register_version(context: Context, weight: float, gate: dict[str, Any]) -> t
     with mlflow.start_run(run_id=run_id):
         mlflow.log_artifacts(str(folder))
     return str(store.create_model_version(NAME, f"runs:/{run_id}/model", run_id).version), run_id
+
+
+def test_champion_that_this_pipeline_did_not_register_is_refused_with_what_to_do(context: Context) -> None:
+    run_id = tracking.open_run(context)
+    for foreign in ("", run_id):
+        context.champion.write_text(json.dumps({"version": "9", "run_id": foreign}))
+        with pytest.raises(ConfigError, match=f"champion version 9 of {NAME} has no bundle in its run.*fenceline train"):
+            load_champion(context, b"")
 
 
 def test_only_the_champion_that_the_gate_met_is_replaced(context: Context) -> None:

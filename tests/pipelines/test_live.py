@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
@@ -23,9 +24,10 @@ from edge_agent.contract.columns import Strings, Table, take
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from pipelines.arrival import ARRIVED, Known
-from pipelines.features import windows_of
+from pipelines.asof import newest
+from pipelines.features import CREATED_TIME, EVENT_TIME, LakeWindows, windows_of
 from pipelines.live import Live, build
-from pipelines.online_writer import Written
+from pipelines.online_writer import TIMES_US, Written
 from pipelines.stage import load_context
 from pipelines.tails import Tails
 from tests.brokers import nats_broker
@@ -167,6 +169,40 @@ def test_what_was_pushed_but_not_noted_is_pushed_again_and_changes_nothing(tmp_p
     assert again.step() == first.status.readings
     assert online.held == before
     assert again.step() == 0
+
+
+@pytest.mark.parametrize("values", [(1.0, 2.0), (2.0, 1.0)])
+def test_readings_of_one_time_are_settled_as_in_the_features_stage(tmp_path: Path, values: tuple[float, float]) -> None:
+    lake, online = open_lake(tmp_path / "lake"), Online()
+    table, _ = readings(["a"], 1, life=(10, 11))
+    table["ts"], table["sensor_2"] = np.array(table["ts"]), np.array(table["sensor_2"])
+    table["ts"][-1], table["sensor_2"][-2:] = table["ts"][-2], values
+    store(lake, "plane", table)
+    live(lake, online, tmp_path / "mark").step()
+    made, _ = LakeWindows(turbofan(), SPEC).push(lake.read("turbofan", columns=COLUMNS))
+    wanted = newest(pl.DataFrame(made), ["engine"], [EVENT_TIME, CREATED_TIME], SPEC.names)
+    assert online.held["a"][2] == wanted.select(SPEC.names).to_numpy().tobytes()
+
+
+@pytest.mark.parametrize("far_us", [-300_000_000_000_000_000, 300_000_000_000_000_000, TIMES_US[1] + 1])
+def test_reading_of_a_time_that_feast_cannot_store_stops_nobody(tmp_path: Path, far_us: int) -> None:
+    lake, online = open_lake(tmp_path / "lake"), Online()
+    table, _ = readings(["a", "b"], 1)
+    table["ts"] = np.where(np.arange(len(table["ts"])) == len(table["ts"]) - 1, far_us, table["ts"])
+    store(lake, "plane", table)
+    live(lake, online, tmp_path / "mark").step()
+    assert {engine: event.year for engine, (event, _, _) in online.held.items()} == {"a": 2023, "b": 2023}
+
+
+def test_step_ends_with_the_piece_at_hand_when_it_is_asked_to_stop(tmp_path: Path) -> None:
+    lake, online, stop = open_lake(tmp_path / "lake"), Online(), threading.Event()
+    table, _ = readings(["a", "b"], 1)
+    store(lake, "plane", table)
+    running = live(lake, online, tmp_path / "mark")
+    stop.set()
+    first = running.step(stop)
+    assert 0 < first < len(table["ts"]) and len(running.follower.seen) == 1
+    assert first + running.step() == len(table["ts"])
 
 
 def test_log_and_files_that_were_cleaned_up_are_made_up_for_by_the_table_itself(tmp_path: Path, seed: int) -> None:

@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipelines import newest, online_writer
 from pipelines.feature_sources import Source, storage_of
 from pipelines.feature_store import Repo, open_repo
 from pipelines.materialise import OVERLAP_S, Materialised, materialise
+from pipelines.online_writer import TIMES_US
 from tests.object_store import BUCKET, WRITER, ObjectStore, object_store  # noqa: F401
 from tests.pipelines.lakes import ROOT
 from tests.pipelines.repos import TIME, at, make_repo, redefine, redis_store, rows, served, write_source
@@ -144,6 +145,18 @@ def test_feature_taken_out_of_a_view_is_gone_and_the_others_go_on(repo: Repo, tm
     assert (found["pressure_mean"], found["pressure_mean__ts"]) == ([9.0], [int(at(9).timestamp())])
     with sqlite3.connect(tmp_path / "feature_repo/data/online.db") as connection:
         assert connection.execute("SELECT DISTINCT feature_name FROM test_pumps").fetchall() == [("pressure_mean",)]
+
+
+def test_row_with_a_time_that_feast_cannot_store_stops_nobody(repo: Repo, tmp_path: Path) -> None:
+    first, last = (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=us) for us in TIMES_US)
+    assert (first, last) == (datetime(2, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC) - timedelta(microseconds=1))
+    batch = rows(("a", 0, 0, 1.0), ("a", 1, 1, 2.0), ("b", 1, 1, 3.0), ("c", 1, 1, 4.0), ("d", 1, 1, 5.0))
+    times = batch["event_time"].cast(pa.int64()).to_pylist()
+    far = pa.array([times[0], TIMES_US[1] + 1, TIMES_US[0] - 1, TIMES_US[0], TIMES_US[1]]).cast(TIME)
+    write_source(tmp_path, "far", batch.set_column(1, "event_time", far))
+    done = run(repo)
+    assert (done.entities, done.written, done.without_key) == (3, 3, 2)
+    assert served(repo, "abcd") == [1.0, None, 4.0, 5.0]
 
 
 def test_view_without_source_files_says_what_to_do(repo: Repo) -> None:

@@ -133,6 +133,12 @@ def test_directory_is_read_while_rows_are_added_and_other_files_lie_there(tmp_pa
     assert Source.of(source, store.config).scan().collect().height == expected.table.num_rows + 10
 
 
+def test_file_is_taken_by_its_name_not_as_a_pattern(tmp_path: Path, seed: int) -> None:
+    source = Source("s", str(tmp_path / "a[1]*" / "f.parquet"))
+    source.write(rows(seed, 10))
+    assert source.scan().collect().height == 10
+
+
 @pytest.mark.parametrize("by", [[], ["engine"]])
 def test_reader_sees_no_half_written_file(tmp_path: Path, seed: int, by: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """At every moment at which a file is being written, reading succeeds."""

@@ -56,6 +56,9 @@ def test_override_changes_the_file_and_keeps_its_comments(project: Path) -> None
         ("features.aggregates=[median]", "median"),
         ("register.model=turbofan/rul", "register.model 'turbofan/rul' must match"),
         ("train.folds={", "not YAML"),
+        ("features.fields=[sensor_99]", "sensor_99"),
+        ("stream=pump", "is the contract of stream 'turbofan'"),
+        ("contract=contracts", r"contract .*contracts does not read \(Is a directory\)"),
     ],
 )
 def test_wrong_override_is_refused_and_the_file_stays(project: Path, assignment: str, message: str) -> None:
@@ -90,13 +93,15 @@ def test_unknown_key_is_refused(project: Path) -> None:
 
 
 def test_field_that_the_contract_lacks_is_refused(project: Path) -> None:
-    override(project, ["features.fields=[sensor_2, sensor_99]"])
+    path = project / "pipelines/params.yaml"
+    path.write_text(path.read_text().replace("fields: [sensor_2,", "fields: [sensor_99,"))
     with pytest.raises(ConfigError, match="sensor_99"):
         load_contract(project, load_params(project))
 
 
 def test_field_that_holds_no_numbers_is_refused(project: Path) -> None:
-    override(project, ["features.fields=[sensor_2, engine, ts]"])
+    path = project / "pipelines/params.yaml"
+    path.write_text(path.read_text().replace("fields: [sensor_2,", "fields: [engine, ts,"))
     with pytest.raises(ConfigError, match=r"engine \(string\), ts \(timestamp\) in .*; features are made of numbers"):
         load_contract(project, load_params(project))
 

@@ -27,7 +27,7 @@ def test_a_second_training_is_refused_before_it_touches_anything(tmp_path: Path)
             run.run(project, tmp_path / "state", overrides=["train.seed=3"])
     assert params.read_text() == before and opened.read_text() == '{"run_id": "first"}'
     with run._alone(project):
-        pass
+        assert opened.parent.stat().st_mode & 0o777 == 0o700  # rows of all zones lie there
 
 
 def test_where_no_project_is_nothing_is_made(tmp_path: Path) -> None:
@@ -43,9 +43,10 @@ def test_a_stage_of_the_projects_own_is_timed_and_named() -> None:
         "Running stage 'pipelines/dvc.yaml:train':",
         "Running stage 'pipelines/dvc.yaml:my-report':",
         "Stage 'pipelines/dvc.yaml:per-zone@eu' didn't change, skipping",
+        "Stage 'pipelines/dvc.yaml:export' is cached - skipping run, checking out outputs",
     ):
         watch.take(line)
-    assert said == ["[4/7] train", "my-report", "per-zone@eu: unchanged"]
+    assert said == ["[4/7] train", "my-report", "per-zone@eu: unchanged", "[6/7] export: unchanged"]
     assert set(watch.seconds) == {"train", "my-report"}
 
 

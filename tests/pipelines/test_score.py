@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import pyarrow as pa
 import pytest
 
-from pipelines.score import compare, missing
+from edge_agent.contract.bundle import pack_bundle
+from edge_agent.contract.errors import ConfigError
+from pipelines.score import compare, missing, recompute
+from tests.edge_agent.models import bundle
 
 
 def scored(rows: list[tuple[str | None, float | None, float]]) -> pa.Table:
@@ -24,6 +31,16 @@ def test_only_rows_scored_with_this_bundle_are_compared() -> None:
         "rows_not_equal": 1,
         "rows_scored_by_one": 1,
     }
+
+
+def test_wrong_path_is_a_mistake_that_is_said_before_the_work(tmp_path: Path) -> None:
+    file = tmp_path / "model.bundle"
+    nothing: Any = SimpleNamespace()
+    with pytest.raises(ConfigError, match="does not read: No such file"):
+        recompute(nothing, file)
+    file.write_bytes(pack_bundle(bundle()))
+    with pytest.raises(ConfigError, match="there is no directory"):
+        recompute(nothing, file, tmp_path / "nowhere/scores.parquet")
 
 
 def test_nothing_to_compare_is_not_agreement() -> None:
