@@ -116,7 +116,7 @@ class FleetState(Protocol):
 
 
 class Databases(Protocol):
-    """What a rollout needs of `cloud.config.Settings`."""
+    """What a rollout needs of `cloud.config.Settings`. A SQLite file must be another one than the fleet's, which is written meanwhile."""
 
     @property
     def rollouts_db(self) -> Database: ...

@@ -126,7 +126,8 @@ def test_a_failed_change_leaves_nothing_behind(database: Database) -> None:
 
 
 def test_rollouts_are_numbered_and_kept(database: Database) -> None:
-    fleet, where = Fleet(database), Databases(database)
+    rollouts = database.with_name("rollouts.db") if isinstance(database, Path) else database  # as `cloud.config` has it
+    fleet, where = Fleet(database), Databases(rollouts)
     for name in ("d1", "d2"):
         fleet.add(name)
     first = rollout.start(where, fleet, REF, now=time.time(), devices=["d1"])
