@@ -143,7 +143,7 @@ def alone(state_dir: Path) -> Iterator[None]:
         UnavailableError: the directory takes no lock file.
     """
     try:
-        lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         keep_owner(state_dir / "lock", state_dir)
     except OSError as e:
         raise UnavailableError(f"cannot lock {state_dir}: {e.strerror}; check a copy of the file instead") from e

@@ -38,9 +38,8 @@ PAGE_PAYLOAD_BYTES = PAGE_BYTES - 4  # of an overflow page
 BLOCK_PAGES_MORE = 3  # of a block, beside its full overflow pages
 TAIL_BLOCKS_MAX = 64
 SETTLED = 23_159  # not 1: one flipped bit must not turn a waiting block into a settled one
-CACHE_PAGES = (
-    256  # of each connection; twelve times as many save nothing that can be measured, and fill up within hours, as if memory leaked
-)
+CACHE_PAGES = 256
+"""Of each connection. Twelve times as many save nothing that can be measured, and fill up within hours, as if memory leaked."""
 LOG_BYTES_MAX = 8 * 1024 * 1024
 LOG_BYTES_MIN = 16 * 1024
 BUSY_MS = 5_000

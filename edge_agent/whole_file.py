@@ -54,12 +54,14 @@ def sync(path: Path) -> None:
 def keep_owner(made: Path, before: Path) -> None:
     """Give a file to the owner of another: what root has made (`sudo edge-agent fsck --repair`), the agent must be able to open.
 
+    No link is followed: whose directory it is could have put one there, to a file of root's.
+
     Raises:
         OSError: the disk failed.
     """
     if os.geteuid() == 0:
         owner = before.stat()
-        os.chown(made, owner.st_uid, owner.st_gid)
+        os.chown(made, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 @contextlib.contextmanager

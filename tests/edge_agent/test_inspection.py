@@ -20,7 +20,7 @@ from edge_agent.buffer_file import BufferFile
 from edge_agent.cli import main
 from edge_agent.clock import Moment
 from edge_agent.contract.block import SCORE, FixQuality
-from edge_agent.contract.errors import ConfigError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.export import export
 from edge_agent.inspection import alone, inspect, repair
@@ -125,6 +125,18 @@ def test_what_root_repairs_stays_the_agents(tmp_path: Path) -> None:
         os.chown(part, agent, agent)
     assert repair(path, None).repaired and inspect(path, None).clean
     assert {part.name: part.stat().st_uid for part in tmp_path.iterdir() if part.stat().st_uid != agent} == {}
+
+
+def test_no_link_in_the_place_of_the_lock_is_followed(tmp_path: Path) -> None:
+    path, roots = made(tmp_path / "state" / "buffer.db"), tmp_path / "of root"
+    damage(path, 3)
+    roots.touch()
+    path.with_name("lock").symlink_to(roots)
+    if os.geteuid() == 0:
+        os.chown(path.parent, 4711, 4711)
+    with pytest.raises(UnavailableError, match="cannot lock"):
+        repair(path, None)
+    assert roots.stat().st_uid == os.geteuid()
 
 
 def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
