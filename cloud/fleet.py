@@ -156,11 +156,6 @@ class Fleet:
                     desired = Desired(version=before.version + 1, bundle=before.bundle, zones=ref)
                     db.execute(update(_DEVICES).where(_DEVICES.c.name == name).values(desired=encode_state(desired)))
 
-    def reported(self, device: str) -> Reported | None:
-        """What `device` last said it runs; None before its first word."""
-        rows = self._rows(select(_DEVICES.c.reported).where(_DEVICES.c.name == device))
-        return decode_reported(rows[0][0]) if rows and rows[0][0] is not None else None
-
     def all_reported(self) -> dict[str, tuple[Reported, int]]:
         """The last report of each device that sent one, and when it came (us)."""
         columns = select(_DEVICES.c.name, _DEVICES.c.reported, _DEVICES.c.reported_us)

@@ -34,7 +34,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 def test_a_new_device_has_a_password_and_wants_nothing_in_version_1(fleet: Fleet, tmp_path: Path) -> None:
     assert fleet.devices() == ["d1"] and len(fleet.passwords()["d1"]) >= 32
-    assert fleet.desired("d1") == Desired(version=1) and fleet.reported("d1") is None
+    assert fleet.desired("d1") == Desired(version=1) and fleet.all_reported() == {}
     assert (tmp_path / "fleet.db").stat().st_mode & 0o077 == 0
 
 
@@ -65,14 +65,13 @@ def test_a_device_that_is_not_there_is_named(fleet: Fleet) -> None:
         fleet.desired("d9")
     with pytest.raises(ConfigError, match="'d9'"):
         fleet.set_desired("d9", None)
-    assert fleet.reported("d9") is None
 
 
 def test_a_live_report_counts_even_if_the_devices_clock_went_back(fleet: Fleet) -> None:
     fleet.record_reported(report(at_us=2_000, phase=Phase.ACTIVE))
     assert fleet.record_reported(report(at_us=1_000, phase=Phase.ROLLED_BACK))
-    found = fleet.reported("d1")
-    assert found is not None and found.phase is Phase.ROLLED_BACK
+    found, _ = fleet.all_reported()["d1"]
+    assert found.phase is Phase.ROLLED_BACK
 
 
 def test_a_report_that_a_broker_had_kept_does_not_replace_a_newer_one(fleet: Fleet) -> None:

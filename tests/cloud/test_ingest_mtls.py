@@ -146,7 +146,7 @@ def test_the_control_loop_hears_reports_with_a_certificate_of_its_own(site: Site
             device, _ = site.device("plane-01")
             report = Reported(device="plane-01", agent_version="0", desired_version=1, phase=Phase.IDLE)
             device.publish(DeviceTopics("plane-01").reported, encode_state(report), qos=1, retain=True).wait_for_publish(20)
-            wait_until(lambda: Fleet(site.settings.fleet_db).reported("plane-01") is not None)
+            wait_until(lambda: "plane-01" in Fleet(site.settings.fleet_db).all_reported())
     finally:
         control.stop()
 
