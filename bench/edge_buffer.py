@@ -27,7 +27,7 @@ from edge_agent.contract.columns import Table, take
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 
 WALL_US = 1_700_000_000_000_000
-FLUSH_ROWS = (20, 40, 100, 1_000)  # 20 ms of 1,000, 2,000, 5,000 and 50,000 readings/s
+FLUSH_ROWS = (16, 24, 40, 100, 1_000)  # at the default flush of 12 ms: of some 1,300, 2,000, 3,300, 8,300 and 83,000 readings/s
 BLOCKS = 4_000
 BACKLOG_BYTES = 1_000_000_000
 BACKLOG_ROWS = 1_900  # some 17 kB, as at 50,000 readings/s

@@ -17,6 +17,7 @@ from edge_agent.loss_ledger import LossLedger
 from edge_agent.owned_file import OwnedFile
 from edge_agent.room import Room
 from edge_agent.sealing import Sealer
+from edge_agent.slots import stored_blocks
 from edge_agent.store import bytes_on_disk
 
 
@@ -62,11 +63,11 @@ class Appender:
             return []
         before, sealed = self._doubt
         with self._file.noting_faults():
-            found = [self._file.store.execute("SELECT block FROM blocks WHERE id = ?", (s.place.id,)) for s in sealed]
+            found = stored_blocks(self._file.store.execute, [s.place for s in sealed])
         self._doubt = None
         if len(before) != len(drafts) or not all(a is b for a, b in zip(before, drafts, strict=True)):
             return []
-        return [s.stored for s in sealed] if [f[0][0] if f else None for f in found] == [s.on_disk for s in sealed] else []
+        return [s.stored for s in sealed] if found == {s.place.id: s.on_disk for s in sealed} else []
 
     def _store(self, drafts: list[Draft], sealed: list[Sealed], victims: list[Place], fixes: list[Fix], now: Moment) -> list[StoredBlock]:
         given_up = {p.id for p in victims}
@@ -75,11 +76,11 @@ class Appender:
         with self._file.writing():
             if victims:
                 ledger = self._ledger.give_up(self._file.catalogue, victims, sealed, Reason.EVICTED_FULL, now)
-            self._doubt = (drafts, [*kept, *ledger])
-            self._file.insert([*kept, *ledger])
+            sealed = self._file.insert([*kept, *ledger])
+            self._doubt = (drafts, sealed)
             self._write_fixes(fixes)
         self._room.checkpoint()
-        return [s.stored for s in (*kept, *ledger)]
+        return [s.stored for s in sealed]
 
     def _write_fixes(self, fixes: list[Fix]) -> None:
         if fixes:

@@ -16,7 +16,8 @@
 One process owns the file. Threads may share the buffer: one connection writes, another reads (WAL lets both go on).
 
 Where to look: `appending` (one append), `room` and `eviction` (what gives way), `loss_ledger` (how it is named), `settling` (receipts),
-`reading` (blocks and their damage), `owned_file` (transactions, faults, opening), `sealing` (drafts become blocks).
+`reading` (blocks and their damage), `owned_file` (transactions, faults, opening), `sealing` (drafts become blocks),
+`slots` (rows that are used again).
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ class Buffer:
         with self._file.lock:
             self._file.recover()
             with self._file.noting_faults():
-                self._forecast.observe(self._file.store.used_bytes(), now.monotonic_us / 1e6)
+                self._forecast.observe(self._file.used_bytes(), now.monotonic_us / 1e6)
                 ledger = self._eviction.give_up_old(now)
                 if self._file.store.log_due(0.5):
                     self._file.store.checkpoint()
@@ -169,23 +170,23 @@ class Buffer:
         return sum(self._file.catalogue.ordinals.values()) - unused
 
     def used_bytes(self) -> int:
-        """Bytes in use in the file, free pages left out."""
+        """Bytes in use in the file: free pages and free slots left out."""
         with self._file.lock:
             self._file.recover()
-            return self._file.store.used_bytes()
+            return self._file.used_bytes()
 
     def state(self, now: Moment) -> BufferState:
         """Counts for status and metrics."""
         with self._file.lock:
             self._file.recover()
             store, catalogue = self._file.store, self._file.catalogue
-            waiting, used = lanes(self._file), store.used_bytes()
+            waiting, used = lanes(self._file), self._file.used_bytes()
             held = sum(catalogue.sequences.values()) - sum(catalogue.gone.values())
             waiting_blocks = sum(s.blocks for s in waiting)
             return BufferState(
                 used_bytes=used,
                 bytes_max=self._limits.bytes_max,
-                file_bytes=used + store.spare_bytes(),
+                file_bytes=store.used_bytes() + store.spare_bytes(),
                 log_bytes=store.log_bytes(),
                 waiting_blocks=waiting_blocks,
                 waiting_bytes=sum(s.bytes for s in waiting),

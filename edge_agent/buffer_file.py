@@ -9,11 +9,13 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 
 import apsw
@@ -22,7 +24,8 @@ from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.core.carve import carve, page_bytes_of
-from edge_agent.sealed import Keys, is_stored_block, open_stored
+from edge_agent.sealed import Keys, open_stored
+from edge_agent.slots import blocks_in_slots, carved_block
 from edge_agent.store import PAGE_BYTES, SETTLED, log_path
 from edge_agent.whole_file import mapped
 
@@ -80,9 +83,10 @@ class BufferFile:
         try:
             with connect(self.path) as db:
                 settled = _settled_ids(db)
-                for number, stored in db.execute("SELECT id, block FROM blocks ORDER BY id"):
+                rows = db.execute("SELECT id, block FROM blocks ORDER BY id")
+                for number, stored in heapq.merge(rows, sorted(blocks_in_slots(db.execute)), key=itemgetter(0)):
                     yield number, stored, number in settled
-        except (apsw.Error, UnicodeDecodeError) as e:
+        except (apsw.Error, ContractError, UnicodeDecodeError) as e:
             log.warning("buffer file carved path=%s error=%s", self.path, e)
             self.carved = True
             yield from self._carved()
@@ -90,9 +94,9 @@ class BufferFile:
     def _carved(self) -> Iterator[tuple[int, bytes, bool]]:
         """What is still in the pages; whether it was settled nobody can say."""
         with mapped(self.path) as file, mapped(log_path(self.path)) as write_ahead:
-            for number, stored in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
-                if is_stored_block(stored):
-                    yield number, stored, False
+            for row, blob in carve(file, write_ahead, page_bytes_of(file, PAGE_BYTES), 2 * BLOCK_BYTES_MAX):
+                if found := carved_block(row, blob):
+                    yield *found, False
 
     def _open(self, stored: object, settled: bool) -> Found | None:
         if not isinstance(stored, bytes):

@@ -19,10 +19,11 @@ from operator import attrgetter
 from typing import Any
 
 from edge_agent.core.retention import Age, Place
+from edge_agent.slots import PLACED, Slots, placed_value
 from edge_agent.store import SETTLED, TAIL_BLOCKS_MAX, Store, bytes_on_disk
 
 READ_BLOCKS = 512
-_PLACE = "shelf, sequence, id, rows, bytes, last_ordinal, first_us, last_us, stored_us, settled"
+_PLACE = "shelf, sequence, id, rows, bytes, last_ordinal, first_us, last_us, stored_us, settled, slot"
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Catalogue:
 
     store: Store
     epoch: str
+    slots: Slots
     shelves: dict[int, Shelf] = field(default_factory=dict)
     sequences: dict[str, int] = field(default_factory=dict)
     gone: Counter[str] = field(default_factory=Counter)
@@ -121,11 +123,13 @@ class Catalogue:
 
     def write_tail(self) -> None:
         """Write the places of the tail, and the lanes' and streams' numbers."""
-        rows = [(*place[:9], SETTLED if place.settled else 0) for place in self.tail]
+        rows = [(*place[:9], SETTLED if place.settled else 0, place.slot) for place in self.tail]
         shelves = [(s.number, s.lane, s.stream) for s in self.shelves.values()]
         self.store.execute_many("INSERT OR IGNORE INTO shelves VALUES (?, ?, ?)", shelves)
-        self.store.execute_many(f"INSERT INTO places ({_PLACE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.store.execute_many(f"INSERT INTO places ({_PLACE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self.store.execute_many("INSERT OR REPLACE INTO streams VALUES (?, ?)", list(self.ordinals.items()))
+        self.store.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (PLACED, placed_value(self.next_id - 1)))
+        self.store.execute_many("DELETE FROM slots WHERE slot = ?", [(slot,) for slot in self.slots.surplus()])
         self.write_lanes()
         self.leaving, self.tail = (*self.leaving, *self.tail), ()
 
@@ -160,6 +164,12 @@ class Catalogue:
         """Those of `places` that are in the file; the tail must be written."""
         query = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence = ? AND id = ?"
         return [_place(row) for p in places for row in self.store.execute(query, (p.shelf, p.sequence, p.id))]
+
+    def numbered(self, number: int) -> list[Place]:
+        """The places of the block with this id: one, in a whole file. Looked for among the newest of each shelf first."""
+        newest = f"SELECT {_PLACE} FROM places WHERE shelf = ? AND sequence = (SELECT max(sequence) FROM places WHERE shelf = ?) AND id = ?"
+        rows = [row for n in self.shelves for row in self.store.execute(newest, (n, n, number))]
+        return [_place(row) for row in rows or self.store.execute(f"SELECT {_PLACE} FROM places WHERE id = ?", (number,))]
 
     def evictable(self, shelf: Shelf) -> Iterator[Place]:
         """The waiting places of a shelf, oldest first, in portions: inside a transaction, with the tail written."""
@@ -248,13 +258,15 @@ class Catalogue:
         if not places:
             return
         self.store.execute_many("DELETE FROM places WHERE shelf = ? AND sequence = ?", [(p.shelf, p.sequence) for p in places])
-        self.store.execute_many("DELETE FROM blocks WHERE id = ?", [(p.id,) for p in places])
+        self.store.execute_many("DELETE FROM blocks WHERE id = ?", [(p.id,) for p in places if not p.slot])
         for place in places:
             shelf = self.shelves[place.shelf]
             if place.settled:
                 shelf.settled_bytes -= bytes_on_disk(place.bytes)
             else:
                 shelf.count(place, -1)
+            if place.slot:
+                self.slots.release(place.slot)
             self.leave(shelf.lane)
 
     def _mark(self, shelf: Shelf, places: list[Place]) -> None:
@@ -278,4 +290,4 @@ class Catalogue:
 
 
 def _place(row: tuple[Any, ...]) -> Place:
-    return Place._make((*row[:9], row[9] != 0))
+    return Place._make((*row[:9], row[9] != 0, row[10]))

@@ -42,7 +42,7 @@ class Eviction:
         lack = self._room.lack_bytes(size)
         if lack <= 0:
             return []
-        used, limit = self._file.store.used_bytes(), self._limits.bytes_max
+        used, limit = self._file.used_bytes(), self._limits.bytes_max
         full = f"buffer holds {used} bytes and its log up to {self._file.log_bytes_max}, {size} more would pass the limit of {limit}"
         if self._limits.when_full == "block":
             raise BufferFullError(full)

@@ -27,13 +27,15 @@ from edge_agent.core.ledger import Loss, read_losses
 from edge_agent.marks import Marked, Marks
 from edge_agent.salvage import UNUSED, salvage
 from edge_agent.sealed import Keys
-from edge_agent.store import LOG_BYTES_MAX, SCHEMA, SETTLED
+from edge_agent.slots import HEADS, HELD, SLOTS_BYTES_MAX, Slots
+from edge_agent.store import LOG_BYTES_MAX, SCHEMA, SETTLED, DamagedError
 from edge_agent.whole_file import keep_owner
 
 PROBLEMS_MAX = 100
 
 _PLACES = (
-    "SELECT p.id, s.lane, s.stream, p.sequence, p.rows, p.first_us, p.last_us, p.settled FROM places p LEFT JOIN shelves s USING (shelf)"
+    "SELECT p.id, s.lane, s.stream, p.sequence, p.rows, p.first_us, p.last_us, p.settled, p.slot"
+    " FROM places p LEFT JOIN shelves s USING (shelf)"
 )
 
 
@@ -177,9 +179,16 @@ def _read_tables(db: apsw.Connection, found: Inspection) -> dict[tuple[str, int]
         if row[1] is None or row[7] not in (0, SETTLED):
             found.problem(f"place of block {row[0]}: no shelf, or neither waiting nor settled")
         places[row[1], row[3]] = row
-    stored = {number for (number,) in db.execute("SELECT id FROM blocks")}
-    for name, sequence in [key for key, row in places.items() if row[0] not in stored]:
+    rows = {number for (number,) in db.execute("SELECT id FROM blocks")}
+    for name, sequence in [key for key, row in places.items() if not row[8] and row[0] not in rows]:
         found.problem(f"block {sequence} of lane {name!r} has a place, but is not there")
+    try:
+        free = Slots(SLOTS_BYTES_MAX).load(db.execute(HEADS), db.execute(HELD))
+    except DamagedError as e:
+        found.problem(str(e))
+    else:
+        for slot in [slot for slot, number in free if number is None]:
+            found.problem(f"slot {slot}: its head is damaged")
     return places
 
 

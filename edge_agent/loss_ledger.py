@@ -22,6 +22,7 @@ from edge_agent.draft import Draft, Sealed
 from edge_agent.salvage import UNUSED
 from edge_agent.sealed import Keys, open_stored
 from edge_agent.sealing import Sealer
+from edge_agent.slots import stored_blocks
 
 LEDGER_SHARE = 16  # beyond this part of the limit, a lane's ledger blocks become one
 LEDGER_BLOCKS_MAX = 256
@@ -90,12 +91,12 @@ class LossLedger:
         places = list(catalogue.evictable(shelf))
         rows: list[Loss] = []
         for place in places:
-            stored = catalogue.store.execute("SELECT block FROM blocks WHERE id = ?", (place.id,))
+            stored = stored_blocks(catalogue.store.execute, [place])
             name = (catalogue.epoch, lane, place.sequence, place.sequence, 1)
             try:
-                rows += read_losses(decode_block(open_stored(stored[0][0], self._keys))[1])
+                rows += read_losses(decode_block(open_stored(stored[place.id], self._keys))[1])
                 readings, why = 0.0, "its rows are in a later block of the ledger"
-            except (ContractError, IndexError) as e:
+            except (ContractError, KeyError) as e:
                 readings, why = float("nan"), f"damaged: {e}"
             times = (float(place.first_us), float(place.last_us))
             rows.append(Loss(now.wall_us, LOSSES.stream, *name, readings, *times, Reason.EVICTED_FULL.value, why))

@@ -21,10 +21,11 @@ from edge_agent.contract.block import ORDINAL, BlockHeader, decode_block
 from edge_agent.contract.errors import ContractError
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.retention import Age, Place
-from edge_agent.sealed import Keys, missing_key, open_stored, stored_header
+from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, missing_key, open_stored, sealed_under, stored_header
+from edge_agent.slots import HEAD_BYTES, HEADS, HELD, PLACED, Slots, read_placed, stored_blocks, unfill
 from edge_agent.store import BLOCK_PAGES_MORE, PAGE_BYTES, PAGE_PAYLOAD_BYTES, SETTLED, TAIL_BLOCKS_MAX, DamagedError, Store
 
-_NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us")
+_NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us", "slot")
 _COUNTS = (
     "SELECT shelf, count(*), count(*) FILTER (WHERE settled = 0), count(*) FILTER (WHERE settled = ?),"
     f" count(*) FILTER (WHERE typeof({' + '.join(_NUMBERS)}) = 'integer'),"  # min and max see no NULL, and a fraction only at the ends
@@ -40,7 +41,7 @@ _INT_MAX = 2**62
 Row = tuple[Any, ...]
 
 
-def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Catalogue:
+def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int, slots_bytes_max: int) -> Catalogue:
     """The catalogue of an open file, with the count of time that it has seen pass.
 
     Raises:
@@ -49,13 +50,13 @@ def load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Catal
         ConfigError: its newest blocks are sealed under a key that is not here.
     """
     try:
-        return _load(store, keys, boot, monotonic_us)
+        return _load(Catalogue(store, _epoch(store), Slots(slots_bytes_max)), keys, boot, monotonic_us)
     except (ContractError, AttributeError, TypeError, ValueError) as e:  # names that are none, text where numbers should be
         raise DamagedError(f"buffer {store.path} is damaged: {e}") from e
 
 
-def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Catalogue:
-    catalogue = Catalogue(store, _epoch(store))
+def _load(catalogue: Catalogue, keys: Keys | None, boot: str, monotonic_us: int) -> Catalogue:
+    store = catalogue.store
     for number, lane, stream in store.execute("SELECT shelf, lane, stream FROM shelves"):
         catalogue.add_shelf(Shelf(_number(number, 1), check_lane(lane), check_name(stream, "stream")))
     counts, newest = Counter[str](), (0, 0)  # id and age count of the newest block that has a place
@@ -71,8 +72,9 @@ def _load(store: Store, keys: Keys | None, boot: str, monotonic_us: int) -> Cata
     for lane, (last, gone) in stored.items():
         catalogue.sequences[lane] = max(catalogue.sequences.get(lane, 0), last)
         catalogue.gone[lane] = gone
-    catalogue.next_id = newest[0] + 1
-    tail, catalogue.age = _tail(store, catalogue, keys, *newest, boot, monotonic_us)
+    placed = max(newest[0], read_placed(store.execute("SELECT value FROM meta WHERE key = ?", (PLACED,))))
+    catalogue.next_id = placed + 1
+    tail, catalogue.age = _tail(catalogue, keys, placed, newest, boot, monotonic_us)
     catalogue.put_tail(tail)
     counts.update(catalogue.shelves[p.shelf].lane for p in tail)
     for lane in catalogue.sequences.keys() | counts.keys():
@@ -91,29 +93,39 @@ def _gaps(store: Store) -> dict[str, tuple[int, int]]:
         return {}
 
 
-def check_keys(store: Store, keys: Keys | None, next_id: int) -> None:
-    """See to it that every key is here that a block still needs, and note which one seals from `next_id` on.
+def check_keys(catalogue: Catalogue, keys: Keys | None) -> None:
+    """See to it that every key is here that a block still needs, and note which one seals from the next id on.
 
     `meta` holds a row per change of key: `key N` with the id of the key that seals the blocks from N on, or "".
 
     Raises:
         ConfigError: one is missing.
     """
+    store = catalogue.store
     rows = store.execute("SELECT CAST(substr(key, 5) AS INTEGER), value FROM meta WHERE key GLOB 'key [0-9]*' ORDER BY 1")
     for (first, key_id), (end, _) in pairwise([*rows, (_INT_MAX, "")]):
-        needed = bool(key_id) and store.execute("SELECT 1 FROM blocks WHERE id >= ? AND id < ? LIMIT 1", (first, end))
-        if needed and (keys is None or key_id not in keys):
+        missing = bool(key_id) and (keys is None or key_id not in keys)
+        if missing and (
+            store.execute("SELECT 1 FROM blocks WHERE id >= ? AND id < ? LIMIT 1", (first, end)) or _sealed_slots(catalogue, key_id)
+        ):
             raise missing_key(key_id)
     main = keys.main if keys is not None else ""
     if main != (rows[-1][1] if rows else ""):
         with store.transaction():
-            store.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"key {next_id}", main))
+            store.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"key {catalogue.next_id}", main))
+
+
+def _sealed_slots(catalogue: Catalogue, key_id: str) -> bool:
+    """Whether a slot holds a block under this key."""
+    query = "SELECT slot, substr(block, ?, ?) FROM slots"
+    starts = catalogue.store.execute(query, (HEAD_BYTES + 1, len(SEALED_MAGIC) + KEY_ID_BYTES))
+    return any(sealed_under(start) == key_id and not catalogue.slots.is_free(slot) for slot, start in starts)
 
 
 def _epoch(store: Store) -> str:
     found = store.execute("SELECT value FROM meta WHERE key = 'epoch'")
     if not found:
-        if store.execute("SELECT 1 FROM blocks LIMIT 1") or store.execute("SELECT 1 FROM places LIMIT 1"):
+        if any(store.execute(f"SELECT 1 FROM {table} LIMIT 1") for table in ("blocks", "slots", "places")):
             raise DamagedError("the buffer holds blocks, but not its epoch")
         with store.transaction():
             store.execute("INSERT INTO meta VALUES ('epoch', ?)", (secrets.token_hex(8),))
@@ -143,45 +155,62 @@ def _count_shelf(catalogue: Catalogue, row: Row) -> tuple[Shelf, int, tuple[int,
 
 
 def _tail(
-    store: Store, catalogue: Catalogue, keys: Keys | None, newest_id: int, count_us: int, boot: str, monotonic_us: int
+    catalogue: Catalogue, keys: Keys | None, placed: int, newest: tuple[int, int], boot: str, monotonic_us: int
 ) -> tuple[list[Place], Age]:
-    """The blocks that have no place yet, and the age as it goes on from the newest block."""
-    header = _newest_header(store, catalogue, newest_id)
+    """The blocks beyond `placed`, which have no place yet, and the age as it goes on from the newest block that has one."""
+    newest_id, count_us = newest
+    header = _newest_header(catalogue, newest_id)
     age = Age(count_us, 0) if header is None else Age.resume(count_us, header.boot, header.monotonic_us, header.boot, header.monotonic_us)
     then = header.boot if header is not None else boot
     places = []
-    rows = store.execute("SELECT id, block FROM blocks WHERE id > ? ORDER BY id LIMIT ?", (newest_id, 1_000 * TAIL_BLOCKS_MAX))
-    for number, stored in rows:
+    rows = catalogue.store.execute("SELECT id, block FROM blocks WHERE id > ? ORDER BY id LIMIT ?", (placed, 1_000 * TAIL_BLOCKS_MAX))
+    unplaced = [(number, stored, 0) for number, stored in rows] + _tail_slots(catalogue, placed)
+    for number, stored, slot in sorted(unplaced):
         header, last_ordinal = read_whole(stored, keys)
         if header.epoch != catalogue.epoch:
             raise DamagedError(f"block {header.identity} is not of the epoch {catalogue.epoch}")
         age = Age.resume(age.at(age.monotonic_us), then, age.monotonic_us, header.boot, header.monotonic_us)
         then = header.boot
         shelf = catalogue.shelf(header.lane, header.stream)
-        stored_us = age.base_us
-        places.append(
-            Place(shelf.number, header.sequence, number, header.rows, len(stored), last_ordinal, header.first_us, header.last_us, stored_us)
-        )
+        size, span = len(stored), (header.first_us, header.last_us)
+        places.append(Place(shelf.number, header.sequence, number, header.rows, size, last_ordinal, *span, age.base_us, slot=slot))
     return places, Age.resume(age.base_us, then, age.monotonic_us, boot, monotonic_us)
 
 
-def _newest_header(store: Store, catalogue: Catalogue, number: int) -> BlockHeader | None:
+def _tail_slots(catalogue: Catalogue, placed: int) -> list[tuple[int, bytes, int]]:
+    """Number, stored bytes and slot of the blocks beyond `placed` that are in slots."""
+    store, tail = catalogue.store, []
+    for slot, number in catalogue.slots.load(store.execute(HEADS), store.execute(HELD)):
+        if number is None or number > placed:
+            blob = store.execute("SELECT block FROM slots WHERE slot = ?", (slot,))[0][0]
+            if number is not None:
+                tail.append((number, unfill(blob)[1], slot))
+                catalogue.slots.hold(slot)
+            elif not _is_missed(catalogue, _peek(blob[HEAD_BYTES:])):
+                raise DamagedError(f"slot {slot}: its head is damaged, and nobody would miss its block")
+    return tail
+
+
+def _is_missed(catalogue: Catalogue, header: BlockHeader | None) -> bool:
+    """Whether the lane will be found to lack this block, should it not be stale."""
+    return header is not None and header.sequence <= catalogue.sequences.get(header.lane, 0)
+
+
+def _newest_header(catalogue: Catalogue, number: int) -> BlockHeader | None:
     """The header of the newest block that has a place; None if there is none, or it cannot be read."""
     if number == 0:
         return None
-    found = store.execute("SELECT block FROM blocks WHERE id = ?", (number,))
-    last = "SELECT shelf, sequence FROM places WHERE shelf = ? AND sequence = (SELECT max(sequence) FROM places WHERE shelf = ?) AND id = ?"
-    places = [row for n in catalogue.shelves for row in store.execute(last, (n, n, number))]
-    places = places or store.execute("SELECT shelf, sequence FROM places WHERE id = ?", (number,))  # slow: only after a salvage
+    places = catalogue.numbered(number)
+    found = stored_blocks(catalogue.store.execute, places)
     if len(places) != 1 or not found:
         raise DamagedError(f"block {number} has {len(places)} places and is there {len(found)} times")
-    header, shelf = _peek(found[0][0]), catalogue.shelves[places[0][0]]
-    if header is not None and (header.lane, header.stream, header.sequence) != (shelf.lane, shelf.stream, places[0][1]):
-        raise DamagedError(f"block {header.identity} lies where {shelf.lane} {places[0][1]} should")
+    header, shelf = _peek(found[number]), catalogue.shelves[places[0].shelf]
+    if header is not None and (header.lane, header.stream, header.sequence) != (shelf.lane, shelf.stream, places[0].sequence):
+        raise DamagedError(f"block {header.identity} lies where {shelf.lane} {places[0].sequence} should")
     return header
 
 
-def _peek(stored: bytes) -> BlockHeader | None:
+def _peek(stored: Any) -> BlockHeader | None:
     try:
         return stored_header(stored)
     except ContractError:  # it is damaged, and will be found so when it is read

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 
@@ -29,6 +30,7 @@ from edge_agent.marks import Marked, Marks
 from edge_agent.opening import check_keys, load
 from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, resume, salvage, skipped
 from edge_agent.sealed import Keys
+from edge_agent.slots import PUT, fill, slots_limit
 from edge_agent.store import BufferFullError, DamagedError, DiskError, Store, log_limit, open_store
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class OwnedFile:
         self.path, self._device, self._boot, self._vfs = path, device, boot, vfs
         self._history_rows, self._keys, self._ledger, self._clock = history_rows, keys, ledger, clock
         self.log_bytes_max = log_limit(bytes_max)
+        self._slots_bytes_max = slots_limit(bytes_max)
         self.lock = RLock()
         self.fault: BaseException | None = None
         self._marks = Marks(path)
@@ -108,11 +111,22 @@ class OwnedFile:
                 self.fault = e
             raise
 
-    def insert(self, sealed: list[Sealed]) -> None:
-        """Put blocks into the file, in the running transaction."""
-        self.store.execute_many("INSERT INTO blocks VALUES (?, ?)", [(s.place.id, s.on_disk) for s in sealed])
+    def insert(self, sealed: list[Sealed]) -> list[Sealed]:
+        """Put blocks into the file, in the running transaction; returns them with their slots."""
+        sealed = [replace(s, place=s.place._replace(slot=self._slot(s))) for s in sealed]
+        self.store.execute_many(PUT, [(s.place.slot, fill(s.place.id, s.on_disk)) for s in sealed if s.place.slot])
+        self.store.execute_many("INSERT INTO blocks VALUES (?, ?)", [(s.place.id, s.on_disk) for s in sealed if not s.place.slot])
         if self.catalogue.put([s.place for s in sealed]):
             self.catalogue.trim(self.floors())
+        return sealed
+
+    def _slot(self, sealed: Sealed) -> int:
+        waiting = sum(shelf.waiting for shelf in self.catalogue.of_lane(sealed.stored.lane))
+        return self.catalogue.slots.take(len(sealed.on_disk), waiting)
+
+    def used_bytes(self) -> int:
+        """Bytes in use in the file: free pages and free slots left out."""
+        return self.store.used_bytes() - self.catalogue.slots.free_bytes
 
     def floors(self) -> dict[str, int]:
         """Per stream, the ordinal from which readings are kept as history."""
@@ -207,7 +221,7 @@ class OwnedFile:
         known = mark is not None  # a commit that was under way at the end looks like damage to the log; the mark knows
         self.store = open_store(self.path, log_bytes_max=self.log_bytes_max, vfs=self._vfs, suspect=suspect, check_log=not known)
         self._load(now)
-        check_keys(self.store, self._keys, self.catalogue.next_id)
+        check_keys(self.catalogue, self._keys)
         if mark is not None and mark.epoch == self.catalogue.epoch and not suspect:
             for lane, (_, last) in mark.lanes.items():
                 if last > self.catalogue.sequences.get(lane, 0):
@@ -216,7 +230,7 @@ class OwnedFile:
             self._bring_log_in()
 
     def _load(self, now: Moment) -> None:
-        self.catalogue = load(self.store, self._keys, self._boot, now.monotonic_us)
+        self.catalogue = load(self.store, self._keys, self._boot, now.monotonic_us, self._slots_bytes_max)
         self._note_commit()
 
     def _bring_log_in(self) -> None:

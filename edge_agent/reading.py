@@ -22,6 +22,7 @@ from edge_agent.draft import StoredBlock
 from edge_agent.loss_ledger import LossLedger
 from edge_agent.owned_file import OwnedFile
 from edge_agent.sealed import Keys, open_stored
+from edge_agent.slots import stored_blocks
 from edge_agent.store import DamagedError, DiskError
 
 log = logging.getLogger(__name__)
@@ -92,10 +93,9 @@ class Reader:
         """The blocks of places, and the places whose blocks are damaged, or gone meanwhile. `read` is for who holds the lock.
 
         Raises:
-            DamagedError: a block is whole, but another one than its place says; or (with `read`) it is not there at all.
+            DamagedError: with `read`: a block is whole, but another one than its place says; or it is not there at all.
         """
-        wanted = ",".join(str(p.id) for p in places)
-        found = dict((read or self._file.store.read)(f"SELECT id, block FROM blocks WHERE id IN ({wanted})"))
+        found = stored_blocks(read or self._file.store.read, places)
         whole, damaged = [], []
         for place in places:
             shelf = self._file.catalogue.shelves[place.shelf]
@@ -109,6 +109,9 @@ class Reader:
                 continue
             named = (header.epoch, header.lane, header.sequence, header.stream, header.rows)
             if named != (self._file.catalogue.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
+                if not read:  # its slot may hold another block by now
+                    damaged.append(place)
+                    continue
                 raise DamagedError(f"block {header.identity} lies where {shelf.lane} {place.sequence} should")
             whole.append((place, block))
         return whole, damaged
@@ -139,8 +142,6 @@ class Reader:
     def _keep_for_study(self, place: Place, now: Moment) -> None:
         shelf = self._file.catalogue.shelves[place.shelf]
         log.error("stored block damaged lane=%s sequence=%s stream=%s", shelf.lane, place.sequence, shelf.stream)
-        self._file.store.execute(
-            "INSERT INTO damaged (lane, stream, sequence, rows, found_us, block)"
-            " VALUES (?, ?, ?, ?, ?, (SELECT block FROM blocks WHERE id = ?))",
-            (shelf.lane, shelf.stream, place.sequence, place.rows, now.wall_us, place.id),
-        )
+        stored = stored_blocks(self._file.store.execute, [place]).get(place.id)
+        query = "INSERT INTO damaged (lane, stream, sequence, rows, found_us, block) VALUES (?, ?, ?, ?, ?, ?)"
+        self._file.store.execute(query, (shelf.lane, shelf.stream, place.sequence, place.rows, now.wall_us, stored))

@@ -46,7 +46,7 @@ class Room:
 
     def lack_bytes(self, size: int) -> int:
         """How many bytes are too many if `size` come, the log at its largest; not above zero: they fit."""
-        return self._file.store.used_bytes() + size + self._file.log_bytes_max - self._bytes_max
+        return self._file.used_bytes() + size + self._file.log_bytes_max - self._bytes_max
 
     def shrink_log(self, wanted: int = RESERVE_BYTES) -> None:
         """Bring the log into the file, unless the disk has room for it once more and for `wanted` bytes."""
@@ -73,7 +73,7 @@ class Room:
     def _shed_history(self, wanted: int) -> int:
         """Give up the oldest settled blocks, for `wanted` bytes on the disk if there are so many to spare; returns how many blocks."""
         catalogue = self._file.catalogue
-        wanted = min(wanted, catalogue.settled_bytes() - self._file.store.used_bytes() // SPARED_PART)
+        wanted = min(wanted, catalogue.settled_bytes() - self._file.used_bytes() // SPARED_PART)
         if wanted <= 0:
             return 0
         with self._file.writing():

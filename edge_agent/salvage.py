@@ -32,7 +32,8 @@ from edge_agent.core.fix import from_text
 from edge_agent.core.ledger import Loss, coalesce
 from edge_agent.marks import Marked, Marks
 from edge_agent.opening import GAPS, read_whole
-from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, is_stored_block, stored_header
+from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, stored_header
+from edge_agent.slots import blocks_in_slots, carved_block
 from edge_agent.store import PAGE_BYTES, SETTLED, BufferFullError, Store, log_path, open_store, translated
 from edge_agent.whole_file import keep_owner, mapped, sync
 
@@ -167,9 +168,10 @@ def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, b
     log_file = log_path(path)
     with mapped(path) as file, mapped(log_file) as write_ahead:
         page_bytes = page_bytes_of(file, PAGE_BYTES)
-        for number, stored in carve(file, write_ahead, page_bytes, 2 * BLOCK_BYTES_MAX):
-            if not is_stored_block(stored):
+        for row, blob in carve(file, write_ahead, page_bytes, 2 * BLOCK_BYTES_MAX):
+            if (found := carved_block(row, blob)) is None:
                 continue
+            number, stored = found
             try:
                 header, ordinal = read_whole(stored, keys)
             except ContractError:  # damaged: it is counted as missing
@@ -192,8 +194,8 @@ def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, head
         block_id = new.next_id
         store.execute(_PUT, (block_id, stored))
     new.next_id = max(new.next_id, block_id + 1)
-    place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled)
-    store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
+    place = (shelf, header.sequence, block_id, header.rows, len(stored), ordinal, header.first_us, header.last_us, 0, settled, 0)
+    store.execute("INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", place)
     new.held[header.lane] += 1
     new.lanes[header.lane] = max(new.lanes.get(header.lane, 0), header.sequence)
     new.ordinals[header.stream] = max(new.ordinals.get(header.stream, 0), ordinal + 1)
@@ -317,7 +319,8 @@ def _read_places(db: apsw.Connection, old: _Old) -> None:
             bool(settled),
         )
     old.places = places
-    for (start,) in db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,)):
+    tail = db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,))
+    for start in (*(start for (start,) in tail), *(stored for _, stored in blocks_in_slots(db.execute))):
         with contextlib.suppress(ContractError, TypeError):
             h = stored_header(start)
             places.setdefault((h.lane, h.sequence), (h.stream, h.rows, h.first_us, h.last_us, False))

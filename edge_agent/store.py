@@ -12,6 +12,7 @@
 Tables, for those who read the file (edge-agent fsck, export, import):
 
 - `blocks(id, block)`: blocks in the order stored, sealed or not (edge_agent.sealed). They say themselves what they are.
+- `slots(slot, block)`: small blocks, in rows that are used again (edge_agent.slots); the ids go through both tables.
 - `places`: where blocks are, by shelf (lane and stream) and sequence. It lags behind: the newest up to TAIL_BLOCKS_MAX blocks
   have no place yet, their headers are read instead. `settled` is 0, or SETTLED for a block that the lake holds (kept as history).
 - `lanes`: the last sequence given out, and how many sequences of the lane are `gone` from the file (settled, evicted, damaged,
@@ -53,8 +54,9 @@ SCHEMA = (
     "CREATE TABLE fixes (time_us INTEGER PRIMARY KEY, lane TEXT NOT NULL)",
     "CREATE TABLE places (shelf INTEGER, sequence INTEGER, id INTEGER NOT NULL, rows INTEGER NOT NULL, bytes INTEGER NOT NULL,"
     " last_ordinal INTEGER NOT NULL, first_us INTEGER NOT NULL, last_us INTEGER NOT NULL, stored_us INTEGER NOT NULL,"
-    " settled INTEGER NOT NULL, PRIMARY KEY (shelf, sequence)) WITHOUT ROWID",
+    " settled INTEGER NOT NULL, slot INTEGER NOT NULL, PRIMARY KEY (shelf, sequence)) WITHOUT ROWID",
     "CREATE TABLE damaged (id INTEGER PRIMARY KEY, lane TEXT, stream TEXT, sequence INTEGER, rows INTEGER, found_us INTEGER, block BLOB)",
+    "CREATE TABLE slots (slot INTEGER PRIMARY KEY, block BLOB NOT NULL)",
     "CREATE TABLE blocks (id INTEGER PRIMARY KEY, block BLOB NOT NULL)",
 )
 

@@ -23,7 +23,10 @@ HORIZON_S = 10 * 365 * 86_400.0
 
 
 class Place(NamedTuple):
-    """Where a block is and what it holds. `shelf` numbers its lane and stream, `id` the order in which blocks were stored."""
+    """Where a block is and what it holds. `shelf` numbers its lane and stream, `id` the order in which blocks were stored.
+
+    `slot` is the row that holds it (edge_agent.slots); 0: one of its own.
+    """
 
     shelf: int
     sequence: int
@@ -35,6 +38,7 @@ class Place(NamedTuple):
     last_us: int
     stored_us: int
     settled: bool = False
+    slot: int = 0
 
 
 def choose(shelves: Mapping[int, list[Iterable[Place]]], wanted_bytes: int) -> list[Place]:

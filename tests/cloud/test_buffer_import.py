@@ -128,9 +128,9 @@ def test_a_file_of_many_bad_blocks_fills_no_trail(settings: Settings, tmp_path: 
 def test_a_damaged_buffer_gives_what_is_whole(settings: Settings, tmp_path: Path) -> None:
     path = dead(tmp_path / "buffer.db", [draft(3 * n, "europe") for n in range(5)])
     db = apsw.Connection(str(path))
-    block = bytearray(db.execute("SELECT block FROM blocks WHERE id = 2").get)
-    block[len(block) // 2] ^= 4
-    db.execute("UPDATE blocks SET block = ? WHERE id = 2", (bytes(block),))
+    blob = bytearray(db.execute("SELECT block FROM slots WHERE slot = 2").get)
+    blob[100] ^= 4
+    db.execute("UPDATE slots SET block = ? WHERE slot = 2", (bytes(blob),))
     db.close()
     done = BufferImport(settings).run(path)
     assert (done.stored_blocks, done.damaged, done.complete) == (4, 1, False)

@@ -226,7 +226,7 @@ def test_history_leaves_out_damaged_blocks_and_other_contract_versions(tmp_path:
         buffer.append([replace(draft([value]), contract_version=version)], [], NOW)
     buffer.close()
     with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
-        db.execute("UPDATE blocks SET block = zeroblob(100) WHERE id = 3")
+        db.execute("UPDATE slots SET block = zeroblob(length(block)) WHERE slot = 3")
     history = open_buffer(tmp_path, history_rows=10).history("pump", "1.0.0")
     assert history is not None and history["t"].tolist() == [2.0]
 

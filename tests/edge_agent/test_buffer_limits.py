@@ -300,11 +300,12 @@ def test_a_limit_that_was_lowered_gives_up_what_is_too_much_however_many_blocks(
 def test_what_is_given_up_is_counted_when_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer, insert, failed = open_buffer(tmp_path), OwnedFile.insert, list[int]()
 
-    def fail_once(file: OwnedFile, sealed: list[Sealed]) -> None:
-        insert(file, sealed)
+    def fail_once(file: OwnedFile, sealed: list[Sealed]) -> list[Sealed]:
+        inserted = insert(file, sealed)
         if any(s.stored.stream == LOSSES.stream for s in sealed) and not failed:
             failed.append(1)
             raise DiskError("for this test")
+        return inserted
 
     monkeypatch.setattr(OwnedFile, "insert", fail_once)
     for number in range(1, 300):

@@ -25,6 +25,7 @@ from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.export import export
 from edge_agent.inspection import alone, inspect, repair
 from edge_agent.sealed import Keys
+from edge_agent.slots import HEAD_BYTES
 from tests.edge_agent.test_config import write
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
@@ -53,11 +54,11 @@ def made(path: Path, keys: Keys | None = None, blocks: int = 6) -> Path:
 
 
 def damage(path: Path, number: int) -> None:
-    """One flipped bit in the middle of a stored block."""
+    """One flipped bit in a stored block of a new file, where the first block lies in the first slot."""
     db = apsw.Connection(str(path))
-    block = bytearray(db.execute("SELECT block FROM blocks WHERE id = ?", (number,)).get)
-    block[len(block) // 2] ^= 4
-    db.execute("UPDATE blocks SET block = ? WHERE id = ?", (bytes(block), number))
+    blob = bytearray(db.execute("SELECT block FROM slots WHERE slot = ?", (number,)).get)
+    blob[HEAD_BYTES + 100] ^= 4
+    db.execute("UPDATE slots SET block = ? WHERE slot = ?", (bytes(blob), number))
     db.close()
 
 
@@ -142,7 +143,7 @@ def test_no_link_in_the_place_of_the_lock_is_followed(tmp_path: Path) -> None:
 def test_a_block_that_vanished_is_amiss_in_its_lane(tmp_path: Path) -> None:
     path = made(tmp_path / "buffer.db")
     db = apsw.Connection(str(path))
-    db.execute("DELETE FROM blocks WHERE id = 5")
+    db.execute("DELETE FROM slots WHERE slot = 5")
     db.close()
     found = inspect(path, None)
     assert not found.clean and any("amiss" in problem for problem in found.problems), found.problems

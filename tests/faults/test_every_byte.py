@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_agent.buffer import Buffer
+from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.core.fix import Fix
-from tests.faults.oracle import Found, Name, check, draft, moment, open_buffer
+from tests.faults.oracle import DEVICE, LANES, Found, Name, check, draft, moment, open_buffer
 
-SMALL_APPENDS = 4
+SMALL_APPENDS, REUSED_APPENDS = 4, 6
 FIXES = 4
 HEADER_BYTES = 100  # of SQLite's database file
 FLIPS_SAMPLED = 100
@@ -28,10 +30,11 @@ PART, PARTS = map(int, os.environ.get("FENCELINE_PART", "1/1").split("/"))  # of
 
 @dataclass(frozen=True)
 class Image:
-    """The files of a buffer, by the end of their names, and what was acknowledged."""
+    """The files of a buffer, by the end of their names, what was acknowledged, and what of that the lake has."""
 
     files: dict[str, bytes]
     acknowledged: dict[Name, bytes]
+    settled: set[Name]
     fixes: list[Fix]
 
     def write(self, folder: Path, changed: dict[str, bytes]) -> Path:
@@ -51,15 +54,22 @@ def memory_disk() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3) -> Image:
-    """A buffer of that many appends, all in the database file, or the later half only in the write-ahead log."""
+def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3, reused: bool = False) -> Image:
+    """A buffer of that many appends, all in the database file, or the later part only in the write-ahead log.
+
+    `reused`: what the first part stored has left; the later part lies in some of the same slots, the others are stale.
+    """
     folder.mkdir()
     path = folder / "buffer.db"
     acknowledged: dict[Name, bytes] = {}
+    settled: set[Name] = set()
     fixes: list[Fix] = []
     buffer = open_buffer(path)
     for number in range(1, appends + 1):
-        if number == appends // 2 + 1:
+        if number == appends * (2 if reused else 1) // (3 if reused else 2) + 1:
+            if reused:
+                settled = set(acknowledged)
+                settle(buffer)
             buffer.close()  # brings the log into the file
             buffer = open_buffer(path)
         fixes += [Fix(number, "europe", ((1_000_000, "europe,switzerland"),) if number % 2 else ())] * (number <= FIXES)
@@ -72,7 +82,13 @@ def make(folder: Path, appends: int, *, in_log: bool, rows: int = 3) -> Image:
         buffer.close()
         files = read(folder)
     shutil.rmtree(folder)
-    return Image(files, acknowledged, fixes)
+    return Image(files, acknowledged, settled, fixes)
+
+
+def settle(buffer: Buffer) -> None:
+    """The lake has all of it."""
+    last = [LaneReceipt(lane=lane, cumulative=buffer.pending(lane, 0, 64)[-1].sequence) for lane in LANES]
+    buffer.settle(Receipt(device=DEVICE, epoch=buffer.epoch, lanes=last))
 
 
 def read(folder: Path) -> dict[str, bytes]:
@@ -85,13 +101,13 @@ def survive(folder: Path, image: Image, changed: dict[str, bytes], what: str) ->
     path = image.write(folder, changed)
     try:
         buffer = open_buffer(path)
-        found = check(buffer, image.acknowledged)
+        found = check(buffer, image.acknowledged, image.settled)
         assert all(fix in image.fixes for fix in buffer.fixes()), "a fix was altered"
         fresh = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(900), draft(901)], [], moment(900))}
         assert not fresh.keys() & image.acknowledged.keys(), "a name was used twice"
         buffer.close()
         buffer = open_buffer(path)
-        check(buffer, image.acknowledged | fresh)
+        check(buffer, image.acknowledged | fresh, image.settled)
         buffer.close()
     except Exception as e:
         raise AssertionError(f"{what}: {type(e).__name__}: {e}") from e
@@ -130,7 +146,8 @@ def parts(image: Image) -> list[str]:
 
 
 def cases(folder: Path) -> list[Image]:
-    return [make(folder / "make", SMALL_APPENDS, in_log=in_log) for in_log in (False, True)]
+    kinds = [(SMALL_APPENDS, False, False), (SMALL_APPENDS, True, False), (REUSED_APPENDS, True, True)]
+    return [make(folder / "make", appends, in_log=in_log, reused=reused) for appends, in_log, reused in kinds]
 
 
 def test_a_small_buffer_survives_random_bit_flips(memory_disk: Path, seed: int) -> None:
@@ -176,7 +193,8 @@ def test_a_small_buffer_survives_every_bit_flip(memory_disk: Path) -> None:
                 flip_and_survive(memory_disk / "run", image, suffix, bit)
                 if number % 1_000 == 0 or number == len(mine):
                     print(
-                        f"{number} of {len(mine)} bits of {bits} of buffer.db{suffix} (in the log: {bool(image.files.get('-wal'))})",
+                        f"{number} of {len(mine)} bits of {bits} of buffer.db{suffix} (in the log: {bool(image.files.get('-wal'))},"
+                        f" slots reused: {bool(image.settled)})",
                         flush=True,
                     )
     assert failed == []
