@@ -29,6 +29,7 @@ from edge_agent.contract.receipt import LaneReceipt, Receipt
 WALL_US = 1_700_000_000_000_000
 FLUSH_ROWS = (16, 24, 40, 100, 1_000)  # at the default flush of 12 ms: of some 1,300, 2,000, 3,300, 8,300 and 83,000 readings/s
 BLOCKS = 4_000
+HISTORY_ROWS = 20_000
 BACKLOG_BYTES = 1_000_000_000
 BACKLOG_ROWS = 1_900  # some 17 kB, as at 50,000 readings/s
 DRAIN_BLOCKS = 100_000
@@ -91,14 +92,18 @@ def measure(arguments: argparse.Namespace) -> Report:
 
 
 def measure_cost(stream: Stream, size: int, count: int, *, online: bool) -> Cost:
-    """Store `count` blocks of `size` rows; `online`: receipts come a few blocks later and history is kept, else all stays."""
+    """Store `count` blocks of `size` rows; `online`: receipts come a few blocks later, and history is full already. Else all stays."""
     drafts = [_draft(stream, size, i) for i in range(min(count, len(stream.messages) // size))]
     disk = CountingDisk()
+    written, io, cpu, stored = 0, 0, 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         buffer = _open(Path(folder), vfs="fenceline-counting")
-        buffer.append([drafts[0]], [], _now(0))
-        before, io, cpu, stored = disk.bytes, _disk_bytes(), 0.0, 0
-        for number in range(count):
+        before = HISTORY_ROWS // size if online else 1
+        for number in range(before + count):
+            if number == before:
+                buffer.close()  # its log is not of what is counted
+                buffer = _open(Path(folder), vfs="fenceline-counting")
+                written, io, cpu, stored = disk.bytes, _disk_bytes(), 0.0, 0
             start = _cpu_s()
             blocks = buffer.append([drafts[number % len(drafts)]], [], _now(number))
             cpu += _cpu_s() - start
@@ -107,7 +112,7 @@ def measure_cost(stream: Stream, size: int, count: int, *, online: bool) -> Cost
                 buffer.settle(_receipt(buffer, max(1, blocks[0].sequence - SETTLE_EVERY)))
             buffer.tidy(_now(number))
         buffer.close()
-        written, on_disk = disk.bytes - before, _disk_bytes() - io
+        written, on_disk = disk.bytes - written, _disk_bytes() - io
     disk.unregister()
     return Cost(stored / count, written / stored, on_disk / stored, cpu / count * 1e6)
 
@@ -150,7 +155,7 @@ def measure_backlog(size: int) -> dict[str, float]:
 
 
 def _open(folder: Path, bytes_max: int = GIB, vfs: str | None = None) -> Buffer:
-    return Buffer(folder / "buffer.db", "plane-01", "boot", bytes_max=bytes_max, history_rows={"bench": 20_000}, vfs=vfs)
+    return Buffer(folder / "buffer.db", "plane-01", "boot", bytes_max=bytes_max, history_rows={"bench": HISTORY_ROWS}, vfs=vfs)
 
 
 def _draft(stream: Stream, size: int, number: int) -> Draft:

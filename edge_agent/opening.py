@@ -25,10 +25,10 @@ from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, missing_key, ope
 from edge_agent.slots import HEAD_BYTES, HEADS, HELD, PLACED, Slots, read_placed, stored_blocks, unfill
 from edge_agent.store import BLOCK_PAGES_MORE, PAGE_BYTES, PAGE_PAYLOAD_BYTES, SETTLED, TAIL_BLOCKS_MAX, DamagedError, Store
 
-_NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us", "slot")
+_NUMBERS = ("sequence", "id", "rows", "bytes", "last_ordinal", "first_us", "last_us", "stored_us")
 _COUNTS = (
     "SELECT shelf, count(*), count(*) FILTER (WHERE settled = 0), count(*) FILTER (WHERE settled = ?),"
-    f" count(*) FILTER (WHERE typeof({' + '.join(_NUMBERS)}) = 'integer'),"  # min and max see no NULL, and a fraction only at the ends
+    f" count(*) FILTER (WHERE typeof({' + '.join(_NUMBERS)} + slot) = 'integer'),"  # min and max see no NULL
     " coalesce(sum(bytes) FILTER (WHERE settled = 0), 0), coalesce(sum(rows) FILTER (WHERE settled = 0), 0),"
     " min(sequence) FILTER (WHERE settled = 0), min(sequence) FILTER (WHERE settled <> 0),"
     f" {', '.join(f'min({n}), max({n})' for n in _NUMBERS)},"

@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +320,7 @@ def _read_places(db: apsw.Connection, old: _Old) -> None:
         )
     old.places = places
     tail = db.execute("SELECT substr(block, 1, ?) FROM blocks WHERE id > (SELECT coalesce(max(id), 0) FROM places)", (2**15,))
-    for start in (*(start for (start,) in tail), *(stored for _, stored in blocks_in_slots(db.execute))):
+    for start in chain((start for (start,) in tail), (stored for _, stored in blocks_in_slots(db.execute))):
         with contextlib.suppress(ContractError, TypeError):
             h = stored_header(start)
             places.setdefault((h.lane, h.sequence), (h.stream, h.rows, h.first_us, h.last_us, False))
