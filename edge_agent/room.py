@@ -39,6 +39,10 @@ class Room:
             disk = self._disk_lack(size)
             if not disk and self.lack_bytes(size) <= 0:
                 return
+            if disk and self._file.catalogue.slots.free_bytes:  # they fit some blocks, free pages fit any
+                with self._file.writing():
+                    self._file.catalogue.give_back_slots(0)
+                continue
             if not self._shed_history(portion(size if disk else self.lack_bytes(size), self._bytes_max)):
                 break
         if disk:

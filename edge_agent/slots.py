@@ -51,7 +51,6 @@ class Slots:
         self._bytes_max = bytes_max
         self._pages = bytearray(_SLOTS_MAX + 1)  # by slot; 0: there is none
         self._free: dict[int, list[int]] = {}  # by pages
-        self._last = 0
         self.bytes = self.free_bytes = 0
 
     def load(self, rows: Iterable[tuple[Any, ...]], held: Iterable[tuple[Any, ...]]) -> list[tuple[int, int | None]]:
@@ -100,8 +99,8 @@ class Slots:
             slot = self._pop(pages)
         elif waiting > WAITING_MAX:
             return 0
-        elif self.bytes + pages * PAGE_BYTES <= self._bytes_max and self._last < _SLOTS_MAX:
-            slot = self._last + 1
+        elif self.bytes + pages * PAGE_BYTES <= self._bytes_max:
+            slot = self._pages.index(0, 1)
         else:  # blocks have become larger or smaller: one of the size that most are free of is made over
             other = max(self._free, key=lambda n: len(self._free[n]), default=0)
             if not self._free.get(other) or self.bytes + (pages - other) * PAGE_BYTES > self._bytes_max:
@@ -116,10 +115,12 @@ class Slots:
         self._free.setdefault(pages, []).append(slot)
         self.free_bytes += pages * PAGE_BYTES
 
-    def surplus(self) -> list[int]:
-        """Free slots beyond the limit, as after it was lowered: they are no slots any more, and their rows must go."""
+    def give_back(self, bytes_max: int | None = None) -> list[int]:
+        """Free slots beyond `bytes_max`, or the limit, as after it was lowered: they are no slots any more, and their rows must go."""
         gone = []
-        while self.bytes > self._bytes_max and (pages := next((n for n, slots in self._free.items() if slots), 0)):
+        while self.bytes > (self._bytes_max if bytes_max is None else bytes_max) and (
+            pages := next((n for n, slots in self._free.items() if slots), 0)
+        ):
             gone.append(self._pop(pages))
             self._resize(gone[-1], 0)
         return gone
@@ -131,7 +132,6 @@ class Slots:
     def _resize(self, slot: int, pages: int) -> None:
         self.bytes += (pages - self._pages[slot]) * PAGE_BYTES
         self._pages[slot] = pages
-        self._last = max(self._last, slot)
 
 
 def fill(number: int, stored: bytes) -> bytes:

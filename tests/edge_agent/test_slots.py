@@ -19,9 +19,10 @@ from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.inspection import inspect
+from edge_agent.room import RESERVE_BYTES
 from edge_agent.sealed import Keys
 from edge_agent.slots import HEAD_BYTES, OVERFLOW_PAGES_MAX, WAITING_MAX, fill, unfill
-from edge_agent.store import PAGE_BYTES, TAIL_BLOCKS_MAX
+from edge_agent.store import PAGE_BYTES, TAIL_BLOCKS_MAX, Store, bytes_on_disk
 from tests.faults.oracle import Name, check
 
 FRAME_BYTES = 24 + PAGE_BYTES
@@ -287,3 +288,14 @@ def test_a_key_is_asked_for_by_what_counts_and_not_by_what_is_stale(tmp_path: Pa
     leave(buffer, 4)
     buffer.close()
     assert store(open_buffer(tmp_path / "a", keys=Keys([second])), range(5, 7))
+
+
+def test_a_full_disk_gets_free_slots_back_as_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = open_buffer(tmp_path / "a")
+    store(buffer, range(1, 101))
+    leave(buffer, 100)
+    slots, size = buffer._file.catalogue.slots, bytes_on_disk(33_000)
+    assert slots.free_bytes > size > buffer._file.store.spare_bytes()
+    monkeypatch.setattr(Store, "free_bytes", lambda _: RESERVE_BYTES + 3 * size)  # enough, if the file need not grow
+    kept = store(buffer, range(101, 102), rows=4_000)
+    assert slots.bytes == 0 and check(buffer, kept).blocks == kept

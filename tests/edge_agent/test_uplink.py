@@ -265,14 +265,14 @@ def test_blocks_without_receipt_are_sent_again_until_the_lake_answers(world: Wor
 
 
 def test_live_block_overtakes_a_long_backlog(world: World) -> None:
-    world.store("europe", 400, offer=False)
+    world.store("europe", 2_000, offer=False)
     world.uplink.start()
     until(lambda: len(world.eu.arrivals) > 5)
     world.store("europe")
     until(lambda: world.empty("europe"), 30)
     order = [n for _, n in dict.fromkeys(world.eu.arrivals)]
-    assert sorted(order) == list(range(1, 402))
-    assert order.index(401) < 300
+    assert sorted(order) == list(range(1, 2_002))
+    assert order.index(2_001) < 1_500
 
 
 def test_restarted_uplink_sends_what_the_last_one_left(world: World) -> None:
