@@ -111,7 +111,7 @@ class BufferFile:
 
 @contextlib.contextmanager
 def connect(path: Path) -> Iterator[apsw.Connection]:
-    """A read-only connection to a buffer file.
+    """A read-only connection to a buffer file, which sees one state of it, whatever a running agent does.
 
     Raises:
         apsw.Error: it is no database, or is damaged where SQLite looks first.
@@ -143,6 +143,7 @@ def _read_only(path: Path) -> apsw.Connection:
 def _look(db: apsw.Connection) -> None:
     db.set_busy_timeout(BUSY_MS)
     db.pragma("cell_size_check", True)
+    db.execute("BEGIN")
     db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_agent.buffer import Buffer, Draft
-from edge_agent.buffer_file import BufferFile
+from edge_agent.buffer_file import BufferFile, connect
 from edge_agent.clock import Moment
 from edge_agent.contract.block import FixQuality
 from edge_agent.contract.columns import Table
@@ -21,7 +21,7 @@ from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.inspection import inspect
 from edge_agent.room import RESERVE_BYTES
 from edge_agent.sealed import Keys
-from edge_agent.slots import HEAD_BYTES, OVERFLOW_PAGES_MAX, WAITING_MAX, fill, unfill
+from edge_agent.slots import HEAD_BYTES, OVERFLOW_PAGES_MAX, WAITING_MAX, blocks_in_slots, fill, unfill
 from edge_agent.store import PAGE_BYTES, TAIL_BLOCKS_MAX, Store, bytes_on_disk
 from tests.faults.oracle import Name, check
 
@@ -136,6 +136,15 @@ def test_what_was_put_in_a_used_slot_is_there_after_a_kill_and_in_an_export(tmp_
         again = open_buffer(folder)
         assert check(again, kept).blocks == kept
         again.close()
+
+
+def test_who_reads_the_file_of_a_running_agent_sees_one_state_of_it(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path / "a")
+    kept = store(buffer, range(1, 9))
+    with connect(tmp_path / "a" / "buffer.db") as db:
+        leave(buffer, 8)
+        store(buffer, range(9, 20))
+        assert sorted(blocks_in_slots(db.execute)) == list(enumerate(kept.values(), 1))
 
 
 def test_a_random_life_with_kills_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
