@@ -42,8 +42,8 @@ def moment(number: int) -> Moment:
 
 
 def draft(number: int, rows: int = 3) -> Draft:
-    """Readings `number*1000`, `number*1000 + 1`, …; the lanes take turns."""
-    table: Table = {"t": number * 1_000.0 + np.arange(rows)}
+    """Readings of between `number*1000 + i` and one more, which no compression makes small; the lanes take turns."""
+    table: Table = {"t": number * 1_000.0 + np.arange(rows) + np.random.default_rng(number).random(rows)}
     first = 1_700_000_000_000_000 + number * 1_000_000
     return Draft(LANES[number % len(LANES)], STREAM, "1.0.0", FixQuality.STATIC, "policy", table, rows, first, first + rows)
 
