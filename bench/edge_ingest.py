@@ -1,6 +1,7 @@
 """How many readings a second go through the edge, and what each costs: Fenceline against forwarders and a bridge.
 
-Fifty pumps publish small JSON readings with QoS 1 to a real Mosquitto; from there they must reach a second one, upstream.
+Fifty pumps, each on its own connection, publish small JSON readings with QoS 1 to a real Mosquitto; from there they must reach a second
+one, upstream.
 
 - Fenceline runs as the agent does: checks, redelivery filter, zone, fsync before PUBACK, blocks, uplink, receipts; then again with a window
   model, and with the pumps connected to its own listener and no local broker. A light cloud takes the blocks upstream, sends receipts, and

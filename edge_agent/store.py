@@ -14,7 +14,8 @@ Tables, for those who read the file (edge-agent fsck, export, import):
 - `blocks(id, block)`: blocks in the order stored, sealed or not (edge_agent.sealed). They say themselves what they are.
 - `slots(slot, block)`: small blocks, in rows that are used again (edge_agent.slots); the ids go through both tables.
 - `places`: where blocks are, by shelf (lane and stream) and sequence. It lags behind: the newest up to TAIL_BLOCKS_MAX blocks
-  have no place yet, their headers are read instead. `settled` is 0, or SETTLED for a block that the lake holds (kept as history).
+  have no place yet, their headers are read instead. `settled` is 0, or SETTLED for a block that the lake holds (kept as history);
+  `slot` is the slot that holds the block, 0 for a row in `blocks`.
 - `lanes`: the last sequence given out, and how many sequences of the lane are `gone` from the file (settled, evicted, damaged,
   skipped): last_sequence - gone = blocks of the lane in the file. `streams`: the next ordinal. Both lag behind like `places`.
 - `damaged`: the newest blocks that were found damaged, as far as they could be read. `meta`: the epoch, counters. `fixes`: positions.

@@ -2,7 +2,8 @@
 
 - Reading `i` is a pure function of `i` (`payload`), so that a receiver can check every value of all of them (`check`).
 - All packets are made before the clock starts, and go out in bulk: on a shared machine the generator must cost next to nothing.
-- At most `window` readings are without PUBACK. A pump's readings all go over one connection, so their order is kept.
+- At most `window` readings are without PUBACK. Each pump has its own connection, unless `--connections` says fewer; its readings
+  all go over one, so their order is kept.
 - With `--marker`, one last message goes to MARKER_TOPIC when everything is acknowledged: whoever forwards in order forwards it last.
 
     python -m bench.peers.sensors --port 1883 --count 100000
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--window", type=int, default=20_000)
-    parser.add_argument("--connections", type=int, default=5, choices=(1, 2, 5, 10, 25, 50))
+    parser.add_argument("--connections", type=int, default=PUMPS, choices=(1, 2, 5, 10, 25, PUMPS))
     parser.add_argument("--marker", action="store_true")
     arguments = parser.parse_args()
     step = arguments.connections
