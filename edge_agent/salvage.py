@@ -25,7 +25,7 @@ import apsw
 import msgspec
 
 from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader
-from edge_agent.contract.errors import UNREADABLE, ContractError, Reason
+from edge_agent.contract.errors import UNREADABLE, ConfigError, ContractError, Reason
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.core.fix import from_text
@@ -146,7 +146,7 @@ def _build(
     try:
         new = _New()
         if copy:
-            for batch in _batches(_blocks(path, device, keys)):
+            for batch in _batches(_blocks(path, device, keys, old)):
                 with store.transaction():
                     for number, stored, header, ordinal in batch:
                         _insert(store, new, old, number, stored, header, ordinal)
@@ -163,7 +163,7 @@ def _build(
     return new
 
 
-def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, bytes, BlockHeader, int]]:
+def _blocks(path: Path, device: str, keys: Keys | None, old: _Old) -> Iterator[tuple[int, bytes, BlockHeader, int]]:
     """Every whole block of this device in a file and its log: number, stored bytes, header, last ordinal."""
     log_file = log_path(path)
     with mapped(path) as file, mapped(log_file) as write_ahead:
@@ -176,8 +176,21 @@ def _blocks(path: Path, device: str, keys: Keys | None) -> Iterator[tuple[int, b
                 header, ordinal = read_whole(stored, keys)
             except ContractError:  # damaged: it is counted as missing
                 continue
+            except ConfigError:
+                if _has_left(old, stored):
+                    continue
+                raise
             if header.device == device:
                 yield number, stored, header, ordinal
+
+
+def _has_left(old: _Old, stored: bytes) -> bool:
+    """Whether the old tables know that a block is not in the file any more: then nobody wants the key that sealed it."""
+    try:
+        header = stored_header(stored)
+    except ContractError:
+        return True
+    return old.places is not None and (header.lane, header.sequence) not in old.places
 
 
 def _insert(store: Store, new: _New, old: _Old, number: int, stored: bytes, header: BlockHeader, ordinal: int) -> None:

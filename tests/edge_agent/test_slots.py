@@ -296,7 +296,12 @@ def test_a_key_is_asked_for_by_what_counts_and_not_by_what_is_stale(tmp_path: Pa
     buffer = open_buffer(tmp_path / "a", keys=Keys([second, first]))
     leave(buffer, 4)
     buffer.close()
-    assert store(open_buffer(tmp_path / "a", keys=Keys([second])), range(5, 7))
+    buffer = open_buffer(tmp_path / "a", keys=Keys([second]))
+    kept = store(buffer, range(5, 7))
+    buffer.close()
+    ask(tmp_path / "a", "UPDATE lanes SET gone = gone + 1")
+    assert check(open_buffer(tmp_path / "a", keys=Keys([second])), kept).blocks.keys() >= kept.keys()
+    assert list((tmp_path / "a").glob("buffer.db.damaged-*"))
 
 
 def test_a_full_disk_gets_free_slots_back_as_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
