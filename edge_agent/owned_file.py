@@ -113,16 +113,14 @@ class OwnedFile:
 
     def insert(self, sealed: list[Sealed]) -> list[Sealed]:
         """Put blocks into the file, in the running transaction; returns them with their slots."""
-        sealed = [replace(s, place=s.place._replace(slot=self._slot(s))) for s in sealed]
+        slots, shelves = self.catalogue.slots, self.catalogue.shelves
+        taken = [slots.take(len(s.on_disk), shelves[s.place.shelf].waiting) for s in sealed]
+        sealed = [replace(s, place=s.place._replace(slot=slot)) for s, slot in zip(sealed, taken, strict=True)]
         self.store.execute_many(PUT, [(s.place.slot, fill(s.place.id, s.on_disk)) for s in sealed if s.place.slot])
         self.store.execute_many("INSERT INTO blocks VALUES (?, ?)", [(s.place.id, s.on_disk) for s in sealed if not s.place.slot])
         if self.catalogue.put([s.place for s in sealed]):
             self.catalogue.trim(self.floors())
         return sealed
-
-    def _slot(self, sealed: Sealed) -> int:
-        waiting = sum(shelf.waiting for shelf in self.catalogue.of_lane(sealed.stored.lane))
-        return self.catalogue.slots.take(len(sealed.on_disk), waiting)
 
     def used_bytes(self) -> int:
         """Bytes in use in the file: free pages and free slots left out."""

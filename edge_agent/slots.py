@@ -5,8 +5,8 @@
   So slots have a few fixed sizes, such as fill whole pages: behind a head with id and size comes what is stored, then zeros.
 - A block that leaves frees its slot in memory only. What the slot held stays there until another block comes: it is stale, and told from
   what counts by its id. A block that counts has a place with that slot, or an id beyond all that were ever given places (`read_placed`).
-- What slots take is bounded, and none are made while many blocks wait: a slot pays when it is used again. Larger blocks, and those of
-  an outage, have rows of their own in the table `blocks`.
+- What slots take is bounded, and none are made while many blocks of a stream wait: a slot pays when it is used again. Larger blocks, and
+  those of an outage, have rows of their own in the table `blocks`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edge_agent.store import PAGE_BYTES, PAGE_PAYLOAD_BYTES, DamagedError
 SLOTS_BYTES_MAX = 8 * 1024 * 1024
 SLOTS_SHARE = 16  # of the buffer's limit, at most this part
 OVERFLOW_PAGES_MAX = 15  # of a slot: beyond that, what is written beside a block hardly counts
-WAITING_MAX = 256
+WAITING_MAX = 512  # of a shelf: some six seconds at the default flush
 PLACED = "placed"  # a key of `meta`: the highest id that was given a place
 HEAD_BYTES = 16  # of a blob: id (8 bytes), bytes stored (4), CRC-32 of both (4), big-endian
 HEADS = f"SELECT slot, length(block), substr(block, 1, {HEAD_BYTES}) FROM slots ORDER BY slot"
@@ -91,7 +91,7 @@ class Slots:
         return slot in self._free.get(self._pages[slot], ())
 
     def take(self, size: int, waiting: int) -> int:
-        """A slot for `size` bytes of a lane in which `waiting` blocks wait; 0: there is none, and a row in `blocks` is wanted."""
+        """A slot for `size` bytes of a shelf on which `waiting` blocks wait; 0: there is none, and a row in `blocks` is wanted."""
         pages = _pages(size)
         if pages > OVERFLOW_PAGES_MAX + 1:
             return 0

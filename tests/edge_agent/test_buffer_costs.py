@@ -11,7 +11,7 @@ from bench import edge_buffer
 from bench.streams import engines
 
 
-@pytest.mark.parametrize(("rows", "blocks", "online", "outage"), [(24, 1_500, 3.0, 3.5), (100, 600, 2.4, 3.0), (1_000, 130, 2.4, 2.4)])
+@pytest.mark.parametrize(("rows", "blocks", "online", "outage"), [(24, 1_500, 3.0, 3.6), (100, 600, 2.4, 3.0), (1_000, 130, 2.4, 2.4)])
 def test_few_bytes_are_written_per_byte_stored(
     rows: int, blocks: int, online: float, outage: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
