@@ -182,7 +182,10 @@ def _tail_slots(catalogue: Catalogue, placed: int) -> list[tuple[int, bytes, int
     store, tail = catalogue.store, []
     for slot, number in catalogue.slots.load(store.execute(HEADS), store.execute(HELD)):
         if number is None or number > placed:
-            blob = store.execute("SELECT block FROM slots WHERE slot = ?", (slot,))[0][0]
+            found = store.execute("SELECT block FROM slots WHERE slot = ?", (slot,))
+            if not found:
+                raise DamagedError(f"slot {slot} is there, but not where its number leads")
+            blob = found[0][0]
             if number is not None:
                 tail.append((number, unfill(blob)[1], slot))
                 catalogue.slots.hold(slot)

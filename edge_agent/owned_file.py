@@ -224,21 +224,16 @@ class OwnedFile:
             for lane, (_, last) in mark.lanes.items():
                 if last > self.catalogue.sequences.get(lane, 0):
                     raise DamagedError(f"the file ends at {self.catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
-        if not suspect:
-            self._bring_log_in()
+        try:
+            self.store.begin_log()
+        except BufferFullError as e:
+            if suspect:
+                raise
+            log.warning("buffer log not brought into the file error=%s", e)  # no reason not to start: receipts make room
 
     def _load(self, now: Moment) -> None:
         self.catalogue = load(self.store, self._keys, self._boot, now.monotonic_us, self._slots_bytes_max)
         self._note_commit()
-
-    def _bring_log_in(self) -> None:
-        """Bring the log that was found into the file, and both to the disk: a process before this one may have ended after a sync
-        that failed, and then the log is whole in the page cache, but not on the disk."""
-        try:
-            if self.store.log_bytes():
-                self.store.checkpoint(truncate=True)
-        except BufferFullError as e:  # no reason not to start: receipts make room
-            log.warning("buffer log not brought into the file error=%s", e)
 
     def _name_cut_off(self, mark: Marked, now: Moment) -> None:
         """Name what the file has given out and does not know any more: it was cut off, or another one lies in its place."""

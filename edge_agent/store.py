@@ -7,7 +7,8 @@
 - Errors are sorted: BufferFullError (no room on the disk), DiskError (I/O failed: what was written is not to be trusted; `close`, then
   open again with `suspect=True`), DamagedError (the file holds something else than was written: salvage it). After a DiskError or a
   DamagedError this object is used for nothing but `close`.
-- Opening a suspect file checkpoints it: every page goes to the disk once more, and frames that never arrived fail their checksum.
+- Opening a suspect file checkpoints it: every page goes to the disk once more, and frames that never arrived fail their checksum. Then a
+  new log begins on the disk.
 
 Tables, for those who read the file (edge-agent fsck, export, import):
 
@@ -135,6 +136,16 @@ class Store:
         with self._read_lock, translated("checkpointed"):  # nobody of ours reads: all of the log can be taken
             log_pages, done = self._writer.wal_checkpoint(mode=mode)
             self._log_pages = log_pages - done
+
+    def begin_log(self) -> None:
+        """Bring the log into the file, and begin a new one on the disk, before anything that was found in it is relied on.
+
+        After a sync that failed, here or in a process before this one, the disk may hold an older log than the one we read. That it is
+        cut off is not on the disk before the next sync: after a power cut the older log would undo what the file has got from ours.
+        """
+        self.checkpoint(truncate=True)
+        with translated("written"):
+            self._writer.pragma("user_version", (int(self._writer.pragma("user_version")) + 1) % 2**31)  # any commit: it is synced
 
     def used_bytes(self) -> int:
         """Bytes of pages in use, free pages left out."""

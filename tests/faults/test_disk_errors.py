@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,14 @@ TIMES = (1, 3, 25)  # how long the disk fails
 
 
 class Run:
-    """A short life of a buffer on a faulty disk: open, append, settle, append, close. What fails is tried again, as the agent does."""
+    """A short life of a buffer on a faulty disk: open, append, settle, append, close. What fails is tried again, as the agent does.
 
-    def __init__(self, path: Path) -> None:
+    `then` is called after every step, when what it stored is acknowledged.
+    """
+
+    def __init__(self, path: Path, then: Callable[[], None] = lambda: None) -> None:
         path.mkdir()
-        self.path = path
+        self.path, self._then = path, then
         self.acknowledged: dict[Name, bytes] = {}
         self.settled: set[Name] = set()
         self.errors = 0
@@ -36,6 +40,7 @@ class Run:
             drafts = [draft(2 * number), draft(2 * number + 1)]
             stored = self._try(lambda drafts=drafts, number=number: buffer.append(drafts, [], moment(number)))
             self.acknowledged |= {(buffer.epoch, s.lane, s.sequence): s.block for s in stored}
+            self._then()
             if number == APPENDS // 2:
                 self._settle(buffer)
         buffer.close()
@@ -44,6 +49,7 @@ class Run:
         receipt = Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=2, ranges=[])])
         self.settled |= {(buffer.epoch, "europe", 1), (buffer.epoch, "europe", 2)}
         self._try(lambda: buffer.settle(receipt))
+        self._then()
 
     def _try(self, step):  # type: ignore[no-untyped-def]
         for _ in range(ATTEMPTS_MAX):
@@ -62,30 +68,41 @@ def operations(tmp_path: Path) -> int:
         return disk.operations
 
 
-def verify(image: Path, run: Run) -> None:
+def verify(image: Path, run: Run, acknowledged: dict[Name, bytes]) -> None:
     buffer = open_buffer(image / "buffer.db")
-    found = check(buffer, run.acknowledged, run.settled)
+    found = check(buffer, acknowledged, run.settled)
     assert all(is_skip(loss) for loss in found.losses), "a disk that only failed has lost nothing"
     (stored,) = buffer.append([draft(900)], [], moment(900))
-    assert (buffer.epoch, stored.lane, stored.sequence) not in run.acknowledged, "a name was used twice"
+    assert (buffer.epoch, stored.lane, stored.sequence) not in acknowledged, "a name was used twice"
     buffer.close()
     shutil.rmtree(image)
 
 
 def break_at(tmp_path: Path, operation: int, error: DiskError, chance: random.Random, times: int = 1) -> None:
-    run = Run(tmp_path / "run")
     with faulty_disk() as disk:
+        known: dict[Name, bytes] | None = None
+
+        def cut_when_it_works_again() -> None:
+            nonlocal known
+            if disk.failed and known is None:
+                known = dict(run.acknowledged)
+                disk.power_cut(run.path, tmp_path / "soon")
+                disk.power_cut(run.path, tmp_path / "soon, torn", chance)
+
         disk.fail_at(operation, error, times)
+        run = Run(tmp_path / "run", cut_when_it_works_again)
         run.go()
         assert disk.failed, f"operation {operation} was never asked for"
         disk.power_cut(run.path, tmp_path / "cut")
         disk.power_cut(run.path, tmp_path / "torn", chance)
-    for image in ("cut", "torn"):
+    images = {"cut": run.acknowledged, "torn": run.acknowledged}
+    images |= {"soon": known, "soon, torn": known} if known is not None else {}
+    for image, acknowledged in images.items():
         try:
-            verify(tmp_path / image, run)
+            verify(tmp_path / image, run, acknowledged)
         except AssertionError as e:
             raise AssertionError(f"{times} x {error} from operation {operation} ({disk.failed[0]}), {image}: {e}") from e
-    verify(run.path, run)  # without a power cut
+    verify(run.path, run, run.acknowledged)  # without a power cut
 
 
 def cut_at(tmp_path: Path, operation: int, chance: random.Random) -> None:
@@ -102,10 +119,9 @@ def cut_at(tmp_path: Path, operation: int, chance: random.Random) -> None:
         disk.call_at(operation, cut)
         run.go()
     shutil.rmtree(run.path)
-    run.acknowledged = known["acknowledged"]
     for image in ("cut", "torn"):
         try:
-            verify(tmp_path / image, run)
+            verify(tmp_path / image, run, known["acknowledged"])
         except AssertionError as e:
             raise AssertionError(f"power cut before operation {operation}, {image}: {e}") from e
 
