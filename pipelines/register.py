@@ -33,6 +33,7 @@ EXAMPLE_ROWS = 3
 NAME_LENGTH_MAX = 500
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Log the run, register the model, set the aliases."""
     run_id = tracking.current_run(context)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class StageError(FencelineError):
         self.exit_code = exit_code
 
 
+@tracking.errors_told()
 def run(
     project: Path,
     state: Path | None = None,
@@ -229,7 +230,8 @@ def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str,
     finally:
         watch.end()
         _stop(process)
-        _close_run(context, "FINISHED" if finished else "FAILED")
+        with nullcontext() if finished else suppress(UnavailableError):  # why it failed is what counts; the next run ends it then
+            _close_run(context, "FINISHED" if finished else "FAILED")
     if not finished:
         raise _stage_error(context, watch.tail)
     return {**dict.fromkeys(STAGES), **watch.seconds}
@@ -289,10 +291,15 @@ def _stage_error(context: Context, tail: list[str]) -> StageError:
 
 
 def _close_run(context: Context, status: str) -> None:
-    """End the MLflow run that a stage opened, if it came so far."""
+    """End the MLflow run that a stage opened, if it came so far.
+
+    Raises:
+        UnavailableError: MLflow does not take it.
+    """
     opened = tracking.opened_run(context)
     if opened is not None:
-        tracking.client(context).set_terminated(opened, status)
+        with tracking.errors_told():
+            tracking.client(context).set_terminated(opened, status)
 
 
 def _result(context: Context, stages: dict[str, float | None]) -> Result:

@@ -41,6 +41,7 @@ ROOMS = ("edge_agent/contract", "edge_agent/core", "pipelines")
 LIBRARIES = ("feast", "numpy", "onnx", "onnxruntime", "polars", "pyarrow", "scikit-learn")
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Write the snapshot, and what else the later stages depend on."""
     versions = pick_versions(Lake(context.lake), context)
