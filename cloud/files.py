@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,19 +14,41 @@ from edge_agent.contract.errors import ConfigError
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Write a file that readers see whole or not at all, also after a power cut; `private`: 0600 from its first byte."""
+    """Write a file that readers see whole or not at all, also after a power cut.
+
+    Args:
+        private: 0600 from its first byte. Otherwise a file that was there keeps its rights and its owner.
+
+    Raises:
+        OSError: the disk does not take it; the old file is as it was, and nothing lies beside it.
+    """
+    before = path.stat() if path.exists() and not private else None
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.unlink(missing_ok=True)  # what a process of this number left may have other rights
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    mode = 0o600 if private or before else 0o666
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            if before:
+                _take_after(file.fileno(), before)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _take_after(handle: int, before: os.stat_result) -> None:
+    """Give an open file the rights of another, and its owner where one may: `sudo` takes no file away from its user."""
+    if os.geteuid() == 0:
+        os.fchown(handle, before.st_uid, before.st_gid)
+    os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Champion:
     trained_on: set[str]
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Write metrics, plots and the gate."""
     x, y, engines = load(context)

@@ -33,6 +33,7 @@ EXAMPLE_ROWS = 3
 NAME_LENGTH_MAX = 500
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Log the run, register the model, set the aliases."""
     run_id = tracking.current_run(context)
@@ -54,7 +55,7 @@ def work(context: Context) -> None:
         _log_files(context)
         version = _log_model(context, store, run_id, gate)
     name = context.params.register.model
-    stage.write_json(out / "registered.json", {"run_id": run_id, "model": name, "version": version, "champion": gate["passed"]})
+    stage.write_json(out / "registered.json", {"run_id": run_id, "model": name, "version": version})
     progress(f"{name} version {version} is {CHALLENGER}{' and ' + CHAMPION if gate['passed'] else ''}")
 
 

@@ -4,8 +4,10 @@
 
 - DVC decides what runs (`dvc repro`); each stage is a process that connects to the Ray started here, or to `--ray-address`.
 - With an http(s) `--ray-address` the command submits itself as a Ray job; project and state must be on storage that the cluster sees.
-- If nothing has changed there is no new run: the answer names the run and the model version of last time.
-- Exit 0: done (look at `promoted` for what the gate said); 1: a stage failed; 2: a setting or the data must be changed by a person.
+- If nothing has changed there is no new run, and MLflow stays as it is: the answer names the run and the model version of last time,
+  and says whether that is champion now. Whoever gave the alias back to the champion before, or took it away where there was none before,
+  knew something that the gate does not: it has answered that question already, and a training by the clock must not undo what he did.
+- Exit 0: done (look at `promoted`, and `gate` for why); 1: a stage failed; 2: a setting or the data must be changed by a person.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +47,17 @@ _SKIPPED = re.compile(r"Stage '(?:[^':]*:)?([^']+)' (?:didn't change, skipping|i
 
 @dataclass(frozen=True)
 class Result:
-    """What a pipeline run came to. `stages` has seconds, or None for a stage that had nothing to do."""
+    """What a pipeline run came to. `stages` has seconds, or None for a stage that had nothing to do.
+
+    `promoted` says whether the version is champion now, `champion_version` which one is; None: none.
+    """
 
     run_id: str
     run_url: str
     model: str
     model_version: str
     promoted: bool
+    champion_version: str | None
     unchanged: bool
     metrics: dict[str, float]
     gate: dict[str, Any]
@@ -68,6 +74,7 @@ class StageError(FencelineError):
         self.exit_code = exit_code
 
 
+@tracking.errors_told()
 def run(
     project: Path,
     state: Path | None = None,
@@ -137,13 +144,24 @@ def _follow(client: Any, job: str, say: Say) -> tuple[Any, int | None]:
     shown = 0
     while True:
         status = client.get_job_status(job)
-        lines = client.get_job_logs(job).splitlines()
-        for line in lines[shown:]:
+        log = client.get_job_logs(job)
+        end = len(log) if status.is_terminal() else log.rfind("\n") + 1  # the rest of a line comes next time
+        for line in log[shown:end].splitlines():
             say(line)
-        shown = len(lines)
+        shown = max(shown, end)
         if status.is_terminal():
             return status, client.get_job_info(job).driver_exit_code
         time.sleep(1.0)
+
+
+def _sorted_out(line: str) -> None:
+    """Say a line of a job's log, in which its stdout and stderr are one: its answer is the answer here, all else is beside it."""
+    try:
+        document = json.loads(line)
+    except ValueError:
+        document = None
+    is_answer = isinstance(document, dict) and document.keys() == {member.name for member in fields(Result)}
+    (cli.out if is_answer else cli.err)(line)
 
 
 @contextmanager
@@ -229,7 +247,8 @@ def _repro(context: Context, environment: dict[str, str], say: Say) -> dict[str,
     finally:
         watch.end()
         _stop(process)
-        _close_run(context, "FINISHED" if finished else "FAILED")
+        with nullcontext() if finished else suppress(UnavailableError):  # why it failed is what counts; the next run ends it then
+            _close_run(context, "FINISHED" if finished else "FAILED")
     if not finished:
         raise _stage_error(context, watch.tail)
     return {**dict.fromkeys(STAGES), **watch.seconds}
@@ -289,10 +308,15 @@ def _stage_error(context: Context, tail: list[str]) -> StageError:
 
 
 def _close_run(context: Context, status: str) -> None:
-    """End the MLflow run that a stage opened, if it came so far."""
+    """End the MLflow run that a stage opened, if it came so far.
+
+    Raises:
+        UnavailableError: MLflow does not take it.
+    """
     opened = tracking.opened_run(context)
     if opened is not None:
-        tracking.client(context).set_terminated(opened, status)
+        with tracking.errors_told():
+            tracking.client(context).set_terminated(opened, status)
 
 
 def _result(context: Context, stages: dict[str, float | None]) -> Result:
@@ -305,16 +329,17 @@ def _result(context: Context, stages: dict[str, float | None]) -> Result:
     elif opened is not None:
         tracking.discard_run(store, opened)  # trials that led to the model of last time
         (context.build / tracking.RUN_FILE).unlink()
-    gate = json.loads((context.build / "evaluate/gate.json").read_text())
+    champion = tracking.champion(store, registered["model"])
     return Result(
         run_id=registered["run_id"],
         run_url=tracking.run_url(context, registered["run_id"]),
         model=registered["model"],
         model_version=registered["version"],
-        promoted=registered["champion"],
+        promoted=champion == {"version": registered["version"], "run_id": registered["run_id"]},
+        champion_version=champion["version"] if champion else None,
         unchanged=unchanged,
         metrics=json.loads((context.build / "evaluate/metrics.json").read_text()),
-        gate=gate,
+        gate=json.loads((context.build / "evaluate/gate.json").read_text()),
         lake_version=json.loads(context.lake_version.read_text())["lanes"],
         stages=stages,
     )
@@ -337,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     say = cli.err if args.json else cli.out
     try:
         if args.ray_address and args.ray_address.startswith(("http://", "https://")):
-            return submit(args.ray_address, _without_address(args), cli.out)
+            return submit(args.ray_address, _without_address(args), _sorted_out if args.json else cli.out)
         result = run(args.project, args.state, args.mlflow, args.set, args.ray_address, say)
     except FencelineError as e:
         cli.err(f"train: {e}")
@@ -360,15 +385,24 @@ def _without_address(args: argparse.Namespace) -> list[str]:
 
 def _report(result: Result) -> str:
     metrics = ", ".join(f"{name} {result.metrics[name]:.2f}" for name in ("rmse", "mae", "rmse_near_failure") if name in result.metrics)
-    outcome = "champion" if result.promoted else f"challenger only: {'; '.join(result.gate['reasons'])}"
     lines = [
         "nothing has changed since the last run" if result.unchanged else f"done in {result.seconds:.0f} s",
-        f"model    {result.model} version {result.model_version} ({outcome})",
+        f"model    {result.model} version {result.model_version} ({_outcome(result)})",
         f"hold-out {metrics}",
         f"lake     {', '.join(f'{k}@{v}' for k, v in sorted(result.lake_version.items()))}",
         f"run      {result.run_url}",
     ]
     return "\n".join(lines)
+
+
+def _outcome(result: Result) -> str:
+    """Champion, or why not: the gate said so, or somebody has changed the alias since."""
+    if result.promoted:
+        return "champion"
+    if not result.gate["passed"]:
+        return f"challenger only: {'; '.join(result.gate['reasons'])}"
+    now = f"version {result.champion_version}" if result.champion_version else "none"
+    return f"not champion: it passed its gate, but somebody has changed the alias since, and champion is {now}; MLflow can give it back"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """snapshot: the lake as it is now, in two Parquet files, and the table versions that name it.
 
 - Runs every time; the stages after it run only if what it writes has changed.
-- `spec.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the contract, and who
-  is champion in MLflow. A registration that this MLflow does not know is forgotten, so that register runs again.
+- `spec.json`, `code.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the
+  contract, the code of Fenceline and of libraries (outside the project), and who is champion in MLflow. A registration that this MLflow
+  does not know is forgotten, so that register runs again.
 - `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
   (7 days, 30 at most; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table
@@ -15,6 +16,7 @@ import hashlib
 import json
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,12 @@ from pipelines.stage import Context
 ROW_GROUP = 65_536
 ORIGIN = ("device", "epoch", "lane", "ordinal", "row", "score", "model", "arrived_at")
 """What the pipeline keeps of a reading beside the fields of its contract."""
+ROOMS = ("edge_agent/contract", "edge_agent/core", "pipelines")
+"""Where the code lies that computes after the snapshot. What reads the lake is not among it: the snapshot shows what was read."""
+LIBRARIES = ("feast", "numpy", "onnx", "onnxruntime", "polars", "pyarrow", "scikit-learn")
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Write the snapshot, and what else the later stages depend on."""
     versions = pick_versions(Lake(context.lake), context)
@@ -44,6 +50,7 @@ def work(context: Context) -> None:
     found = cluster.run(write_snapshot, context.lake, out, context.params, context.contract, versions)
     stage.write_json(context.lake_version, found)
     write_spec(context)
+    write_code(context)
     tracking.leave_run(context)
     store = tracking.client(context)
     write_champion(context, store)
@@ -105,6 +112,19 @@ def write_spec(context: Context) -> None:
     """Write down what features are made with."""
     contract = hashlib.sha256((context.project / context.params.contract).read_bytes()).hexdigest()
     stage.write_json(context.spec, {"features": msgspec.to_builtins(context.params.spec), "contract_sha256": contract})
+
+
+def write_code(context: Context) -> None:
+    """Write down what computes.
+
+    The digest is one for all stages: which module each of them comes to is more than a person could keep true in dvc.yaml. A stage
+    that runs again for nothing gives what it gave, so what comes after it does not.
+    """
+    here = Path(__file__).parents[1]
+    sources = sorted(path for room in ROOMS for path in (here / room).rglob("*.py"))
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(here)}\n" for path in sources]
+    code = hashlib.sha256("".join(lines).encode()).hexdigest()
+    stage.write_json(context.code, {"code_sha256": code, "libraries": {name: metadata.version(name) for name in LIBRARIES}})
 
 
 def write_champion(context: Context, store: Any) -> None:

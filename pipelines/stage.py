@@ -56,6 +56,11 @@ class Context:
         return self.build / "snapshot/spec.json"
 
     @property
+    def code(self) -> Path:
+        """What computes, for DVC to see: the SHA-256 of Fenceline's own code, and the versions of the libraries that make numbers."""
+        return self.build / "snapshot/code.json"
+
+    @property
     def champion(self) -> Path:
         """Version and run of the champion when this pipeline run began; `null` if there was none."""
         return self.build / "snapshot/champion.json"

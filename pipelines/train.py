@@ -31,6 +31,7 @@ Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 
+@tracking.errors_told()
 def work(context: Context) -> None:
     """Search, fit, and write the model, the trials and the split."""
     x, y, engines = load(context)

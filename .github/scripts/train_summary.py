@@ -15,9 +15,13 @@ from urllib.parse import urlsplit
 
 def summary(result: dict[str, Any], artifact: str) -> str:
     """The result as Markdown."""
-    outcome = "champion" if result["promoted"] else "challenger only"
+    gate, promoted = result["gate"], result["promoted"]
+    outcome = "champion" if promoted else "not champion" if gate["passed"] else "challenger only"
     lines = [f"## {result['model']} version {result['model_version']}: {outcome}", ""]
-    lines += [f"- not promoted: {reason}" for reason in result["gate"].get("reasons", []) if not result["promoted"]]
+    if gate["passed"] and not promoted:
+        now = f"version {result['champion_version']}" if result["champion_version"] else "none"
+        lines.append(f"- it passed its gate, but somebody has changed the alias since, and champion is {now}")
+    lines += [f"- not promoted: {reason}" for reason in gate["reasons"] if not gate["passed"] and not promoted]
     if result["unchanged"]:
         lines.append("- nothing has changed since the last run; these are its results")
     lines += [f"- MLflow run: {where(result, artifact)}", "", "| metric | value |", "| --- | ---: |"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, print_json, print_records, say, short
+from cloud.files import write_atomically
 from edge_agent.contract.errors import ConfigError, UnavailableError
 
 if TYPE_CHECKING:
@@ -70,11 +72,23 @@ def _write_parquet(found: pa.Table, file: Path) -> None:
     except pa.ArrowException as e:
         raise ConfigError(f"{e}: cast that column to text, x::VARCHAR") from e
     try:
-        file.write_bytes(sink.getvalue())
+        _put(file, sink.getvalue())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as e:
         raise ConfigError(f"{file} cannot be written: {e.strerror}") from e
     except OSError as e:  # the disk is full, for instance
         raise UnavailableError(f"{file} cannot be written: {e.strerror}") from e
+
+
+def _put(file: Path, data: bytes) -> None:
+    """Replace a file whole; write to what is none, or what was opened for us, be it a file: `/dev/stdout`, `/dev/fd/3`."""
+    handed = file.is_symlink() and file.parent.resolve().parts[1:2] in (("dev",), ("proc",))
+    if handed or (file.exists() and not file.is_file()):
+        file.write_bytes(data)
+        return
+    target = Path(os.path.realpath(file))  # a link goes on to lead where it leads
+    if target.exists():
+        target.open("r+b").close()  # who may not write a file may not replace it
+    write_atomically(target, data)
 
 
 def _print_csv(found: pa.Table) -> None:

@@ -26,7 +26,7 @@ from edge_agent.contract.state import Phase, Reported, encode_state
 from edge_agent.contract.topics import DeviceTopics
 from edge_agent.core.zones import parse_zones
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
-from tests.cloud.test_ingest import wait_until
+from tests.cloud.ingests import wait_until
 from tests.house import test_deploy as deploy
 
 pytestmark = pytest.mark.needs_mosquitto

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -137,6 +140,43 @@ def test_a_file_that_is_there_stays_if_the_answer_does_not_fit_into_parquet_or_i
     assert "cast" in shell("query", "--parquet", str(file), "SELECT interval 1 day AS i").refused() and file.read_text() == "precious"
     assert "full cannot be written: No space left" in shell("query", "--parquet", str(full), "SELECT 1").refused(1)
     assert full.is_symlink()
+    with files_at_most(100):
+        answer = shell("query", "--parquet", str(file), "SELECT 1")
+    assert "x.parquet cannot be written: File too large" in answer.refused(1) and file.read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "x.parquet"]
+
+
+@contextmanager
+def files_at_most(length_bytes: int) -> Iterator[None]:
+    """A disk that becomes full while a file is written, as far as this process can tell."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_file_is_replaced_where_its_name_leads_and_keeps_its_rights(shell: Shell, tmp_path: Path) -> None:
+    file, link = tmp_path / "x.parquet", tmp_path / "newest"
+    file.write_text("of before")
+    file.chmod(0o660)
+    link.symlink_to("x.parquet")
+    with file.open() as reader:
+        assert shell("query", "--parquet", str(link), "SELECT 1 AS a").code == 0
+        assert reader.read() == "of before"
+    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o660
+    assert pyarrow.parquet.read_table(file).to_pylist() == [{"a": 1}]
+
+
+def test_pipes_and_what_a_shell_has_opened_are_written_to(project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cloud.cli", "--project", str(project), "query", "--parquet", "/dev/stdout", "SELECT 1 AS a"]
+    piped = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=120).stdout
+    assert pyarrow.parquet.read_table(pa.BufferReader(piped)).to_pylist() == [{"a": 1}]
+    with (tmp_path / "opened").open("wb") as opened:
+        before = os.fstat(opened.fileno()).st_ino
+        subprocess.run(command, cwd=ROOT, stdout=opened, check=True, timeout=120)
+    assert (tmp_path / "opened").stat().st_ino == before and (tmp_path / "opened").read_bytes() == piped
 
 
 def test_times_that_python_has_no_object_for_are_text(shell: Shell) -> None:

@@ -28,7 +28,7 @@ from cloud.lake import Lake
 from edge_agent.contract.topics import DeviceTopics
 from tests.brokers import Broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
-from tests.cloud.test_ingest import wait_until
+from tests.cloud.ingests import wait_until
 from tests.house import test_deploy as deploy
 from tests.servers import HOST, free_port
 

@@ -15,7 +15,7 @@ from cloud.lake import Lake
 from cloud.roots import Roots
 from edge_agent.contract.errors import UnavailableError
 from tests.cloud.blocks import block_bytes
-from tests.cloud.test_ingest import Device, broker, device, running, settings, wait_until
+from tests.cloud.ingests import Device, broker, device, running, settings, wait_until
 from tests.object_store import credentials_in_environment, object_store_server
 from tests.postgres import Postgres, postgres
 

@@ -17,9 +17,10 @@ RESULT: dict[str, Any] = {
     "model": "turbofan-rul",
     "model_version": "3",
     "promoted": True,
+    "champion_version": "3",
     "unchanged": False,
     "metrics": {"rmse": 14.2512, "mae": 10.5},
-    "gate": {"reasons": []},
+    "gate": {"passed": True, "reasons": []},
     "lake_version": {"europe": 12},
     "stages": {"snapshot": 2.5, "features": None},
     "seconds": 61.0,
@@ -48,6 +49,12 @@ def test_run_that_others_cannot_reach_is_not_a_link(tmp_path: Path, url: str) ->
 
 
 def test_reasons_of_a_refused_model_are_named(tmp_path: Path) -> None:
-    text = summary(tmp_path, promoted=False, gate={"reasons": ["rmse 31.0 is above rmse_max 20.0"]})
+    text = summary(tmp_path, promoted=False, gate={"passed": False, "reasons": ["rmse 31.0 is above rmse_max 20.0"]})
     assert "challenger only" in text
     assert "not promoted: rmse 31.0 is above rmse_max 20.0" in text
+
+
+@pytest.mark.parametrize(("champion", "says"), [("2", "champion is version 2"), (None, "champion is none")])
+def test_a_model_whose_alias_somebody_took_away_is_not_called_champion(tmp_path: Path, champion: str | None, says: str) -> None:
+    text = summary(tmp_path, promoted=False, champion_version=champion, unchanged=True)
+    assert "version 3: not champion" in text and says in text

@@ -19,7 +19,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.contract.stream import Field, FieldType, StreamContract
 from edge_agent.core.functions import NO_FUNCTIONS, Function
-from pipelines import cluster, register, snapshot, tracking
+from pipelines import cluster, register, run, snapshot, stage, tracking
 from pipelines.evaluate import Champion, judge, load_champion
 from pipelines.stage import Context, load_context
 from tests.edge_agent.models import bundle, linear
@@ -176,6 +176,30 @@ def test_only_the_champion_that_the_gate_met_is_replaced(context: Context) -> No
     other, same = load_champion(context, linear([3.0])), load_champion(context, linear([2.0]))
     assert other is not None and other.version == second
     assert same is not None and same.version == first, "judged again as when it became champion"
+
+
+def test_a_run_without_changes_says_who_is_champion_now(context: Context) -> None:
+    store = tracking.client(context)
+    (version, run_id), (other, _) = (register_version(context, weight, {}) for weight in (7.0, 8.0))
+    for name, tree in (
+        ("register/registered.json", {"model": NAME, "version": version, "run_id": run_id}),
+        ("evaluate/gate.json", {"passed": True, "reasons": []}),
+        ("evaluate/metrics.json", {}),
+        ("snapshot/lake_version.json", {"lanes": {}}),
+    ):
+        stage.write_json(context.folder(name.split("/")[0]) / name.split("/")[1], tree)
+
+    def told() -> tuple[bool, str | None]:
+        result = run._result(context, dict.fromkeys(run.STAGES))
+        assert result.unchanged and result.model_version == version
+        return result.promoted, result.champion_version
+
+    store.set_registered_model_alias(NAME, tracking.CHAMPION, version)
+    assert told() == (True, version)
+    store.set_registered_model_alias(NAME, tracking.CHAMPION, other)
+    assert told() == (False, other)
+    store.delete_registered_model_alias(NAME, tracking.CHAMPION)
+    assert told() == (False, None) and tracking.champion(store, NAME) is None
 
 
 def test_registration_that_this_mlflow_does_not_know_is_forgotten(context: Context) -> None:

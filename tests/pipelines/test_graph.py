@@ -39,6 +39,7 @@ if not versions["models"]:
 write("", "snapshot/readings.parquet", "snapshot/labels.parquet", "snapshot/lake_version.json")
 write(versions["champion"], "snapshot/champion.json")
 write(Path("functions.py").read_text(), "snapshot/spec.json")
+write(Path("code.txt").read_text(), "snapshot/code.json")
 """,
     "features": 'write(read("snapshot/spec.json"), "features/part")',
     "dataset": 'write(read("features/part"), "dataset/dataset.parquet", "dataset/dataset.json")',
@@ -108,6 +109,7 @@ def project(tmp_path: Path) -> Project:
     for name, text in STAGES.items():
         (tmp_path / f"pipelines/{name}.py").write_text(COMMON + text)
     (tmp_path / "functions.py").write_text("first")
+    (tmp_path / "code.txt").write_text("first")
     made = Project(tmp_path)
     assert made.dvc("init", "--no-scm", "-q").returncode == 0
     return made
@@ -133,6 +135,22 @@ def test_other_functions_or_another_contract_make_features_and_bundle_anew(proje
     project.repro()
     (project.path / "functions.py").write_text("second")
     assert {"features", "dataset", "train", "evaluate", "export"} <= project.repro()
+
+
+def test_another_version_of_the_code_computes_anew_and_registers_only_what_is_new(project: Project) -> None:
+    project.repro()
+    (project.path / "code.txt").write_text("second")
+    assert project.repro() == {"snapshot", "features", "dataset", "train", "evaluate", "export"}
+    assert len(project.registry["models"]) == 1
+    assert project.repro() == {"snapshot"}
+
+
+def test_nothing_gives_back_the_alias_that_somebody_took_away(project: Project) -> None:
+    project.repro()
+    project.repro()
+    (project.path / "registry.json").write_text(json.dumps({**project.registry, "champion": None}))
+    assert project.repro() == {"snapshot"}, "as judged before, so from the cache"
+    assert project.registry["champion"] is None
 
 
 def test_a_registration_that_is_not_there_is_made_again_and_not_taken_from_the_cache(project: Project) -> None:

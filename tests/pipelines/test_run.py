@@ -1,17 +1,23 @@
-"""The command around the stages: one training at a time, stages of one's own, and a Ray job that is interrupted."""
+"""The command around the stages: one training at a time, stages of one's own, what it says in the end, and Ray jobs."""
 
 from __future__ import annotations
 
 import fcntl
+import json
+import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import ray.job_submission
 from ray.job_submission import JobStatus
 
-from edge_agent.contract.errors import ConfigError
-from pipelines import run
+from edge_agent.contract.errors import ConfigError, UnavailableError
+from pipelines import run, stage, tracking
+from pipelines.stage import load_context
+from tests.pipelines.lakes import ROOT
 from tests.pipelines.repos import turbofan_project
 
 
@@ -79,3 +85,63 @@ def test_interrupted_command_stops_its_ray_job_and_a_lost_cluster_is_said(
     assert run.main(["--project", str(tmp_path), "--ray-address", "http://ray.example:8265"]) == code
     assert Job.stopped == stopped
     assert ("job job-1 may still run there" in capsys.readouterr().err) == (not stopped)
+
+
+RESULT = run.Result(
+    run_id="r1",
+    run_url="",
+    model="rul",
+    model_version="3",
+    promoted=False,
+    champion_version=None,
+    unchanged=True,
+    metrics={},
+    gate={"passed": True, "reasons": []},
+    lake_version={},
+)
+
+
+def test_a_ray_job_s_answer_is_the_only_thing_on_stdout(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answer = json.dumps(run.asdict(RESULT))
+    log = f'[1/7] snapshot\n{{"a": 1}}\n{answer}\nRay goes\n'
+    read = iter([log[:10], log[:40], log[: len(log) - 20], log])  # as it grows, cut within lines
+    states = iter([JobStatus.RUNNING] * 3 + [JobStatus.SUCCEEDED])
+    monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Job)
+    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Job, "get_job_status", lambda self, job: next(states))
+    monkeypatch.setattr(Job, "get_job_logs", lambda self, job: next(read), raising=False)
+    monkeypatch.setattr(Job, "get_job_info", lambda self, job: SimpleNamespace(driver_exit_code=0), raising=False)
+    assert run.main(["--project", str(tmp_path), "--ray-address", "http://ray.example:8265", "--json"]) == 0
+    told = capsys.readouterr()
+    assert told.out == f"{answer}\n"
+    assert told.err.splitlines() == ["Ray job job-1 at http://ray.example:8265", "[1/7] snapshot", '{"a": 1}', "Ray goes"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"promoted": True, "champion_version": "3"}, "(champion)"),
+        ({"gate": {"passed": False, "reasons": ["rmse 31 is above"]}}, "(challenger only: rmse 31 is above)"),
+        ({}, "somebody has changed the alias since, and champion is none;"),
+        ({"champion_version": "2"}, "somebody has changed the alias since, and champion is version 2;"),
+    ],
+)
+def test_the_report_says_who_is_champion_now_and_why(changes: dict[str, Any], says: str) -> None:
+    assert says in run._report(run.replace(RESULT, **changes))
+
+
+def test_a_stage_that_failed_is_named_although_mlflow_does_not_take_the_end_of_its_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    project = turbofan_project(tmp_path / "project")
+    shutil.copy(ROOT / "pipelines/dvc.yaml", project / "pipelines")
+    context = load_context(project, tmp_path / "state")
+    stage.write_json(context.folder(".") / tracking.RUN_FILE, {"run_id": "r1"})
+    with pytest.raises(run.StageError, match="the pipeline failed"):  # DVC finds no repository
+        run._repro(context, {**os.environ, "DVC_NO_ANALYTICS": "1"}, lambda line: None)
+    with pytest.raises(UnavailableError, match="MLflow does not answer"):
+        run._close_run(context, "FINISHED")
