@@ -2,6 +2,7 @@
 
 - Bound to loopback. Every route but `/healthz` wants `Authorization: Bearer <token>`; the token lies in `<state>/api-token` (0600).
 - GET /healthz, /v1/status, /v1/devices, /v1/devices/{device}, /v1/events, /v1/audit, /v1/rollouts, /metrics (Prometheus).
+  `/v1/events?device=NAME` gives those of one device.
 - Reading only: what changes the fleet is done by commands, on the machine that holds the keys.
 """
 
@@ -82,7 +83,7 @@ def build(settings: Settings, control: Control | None = None) -> Any:
         Route("/v1/status", _json(status)),
         Route("/v1/devices", _json(lambda request: devices(fleet))),
         Route("/v1/devices/{device}", _json(one_device)),
-        Route("/v1/events", _json(lambda request: fleet.events(_limit(request)))),
+        Route("/v1/events", _json(lambda request: fleet.events(_limit(request), request.query_params.get("device")))),
         Route("/v1/audit", _json(lambda request: {"broken_at": audit.verify(), "entries": audit.entries(_limit(request))})),
         Route("/v1/rollouts", _json(lambda request: rollout.history(settings))),
         Route("/metrics", _endpoint(lambda request: PlainTextResponse(exposition(settings)))),

@@ -1,7 +1,9 @@
 """The control loop: tells devices what to run, hears what they run, and moves rollouts on.
 
 - Desired documents are published retained in every region, at every connection and whenever one changes: a device finds its
-  document wherever it connects. Commands only write to the fleet's database; this loop sees it.
+  document wherever it connects. Commands only write to the fleet's database; this loop sees it, and reads there only what changed.
+- While a large wave of devices is asked, documents are published all the same: a rollout is given ROLLOUT_S, and goes on after the regions
+  had their turn.
 - Reports and events come from every region.
 - What is missing in the lake, and which service levels are not kept, is looked at now and then (`cloud.watch`).
 - TUF metadata is signed again before it expires, if the keys are here.
@@ -22,7 +24,7 @@ from cloud.fleet import Fleet
 from cloud.intake import Intake, Received
 from cloud.watch import Watch
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.state import decode_reported, encode_state
+from edge_agent.contract.state import Desired, decode_reported, encode_state
 from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, Kind, parse
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ class RegionControl:
         self.intake = intake
         self._fleet = fleet
         self._connection = 0
-        self._published: dict[str, int] = {}
+        self._change: int | None = None  # the last one whose document is published, or waits for that
+        self._waiting: dict[str, Desired] = {}
         self._held: Received | None = None  # taken from the queue, and not yet written down
 
     def step(self) -> None:
@@ -76,12 +79,13 @@ class RegionControl:
 
     def _publish(self) -> None:
         if self._connection != self.intake.connection:
-            self._connection, self._published = self.intake.connection, {}
-        for device, desired in self._fleet.all_desired().items():
-            if self._published.get(device, 0) < desired.version and self.intake.publish(
-                DeviceTopics(device).desired, encode_state(desired), retain=True, qos=1
-            ):
-                self._published[device] = desired.version
+            self._connection, self._change = self.intake.connection, None
+        changed, self._change = self._fleet.desired_since(self._change)
+        self._waiting.update(changed)
+        for device, desired in list(self._waiting.items()):
+            if not self.intake.publish(DeviceTopics(device).desired, encode_state(desired), retain=True, qos=1):
+                return  # the connection is gone: all of them go out at the next one
+            del self._waiting[device]
 
 
 class Control:
@@ -121,7 +125,7 @@ class Control:
                 _attempt(region.step)
             if now >= rollout_due:
                 rollout_due = now + ROLLOUT_S
-                _attempt(lambda: self._rollouts.tick(time.time()))
+                _attempt(lambda: self._rollouts.tick(time.time(), ROLLOUT_S))
             _attempt(lambda: self._watch.tick(time.monotonic()))
             if now >= refresh_due:
                 refresh_due = now + REFRESH_S

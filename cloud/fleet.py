@@ -2,7 +2,10 @@
 
 - Shared by the services and the commands; where it lies, `cloud.metadata` says. It holds the devices' broker passwords.
 - A device's desired version starts at 1 and rises by one with every change, for ever: a device refuses a lower one.
-- Reported documents and events are kept as they came; of events the last EVENTS_MAX.
+- What each change of a desired document was the how manieth of all is kept too: whoever publishes them asks for the changes since the
+  last one that it knows, and reads nothing else.
+- Reported documents and events are kept as they came; of events EVENTS_MAX in all. The oldest of the device with the most goes for a new
+  one: one that says a lot pushes out no events of others.
 
     fleet = Fleet(settings.fleet_db)
     fleet.add("plane-01")
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 from sqlalchemy import (
@@ -21,6 +24,7 @@ from sqlalchemy import (
     CheckConstraint,
     Column,
     Connection,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -28,7 +32,9 @@ from sqlalchemy import (
     Select,
     Table,
     Text,
+    bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -64,8 +70,16 @@ _EVENTS = Table(
     Column("at_us", BigInteger, nullable=False),
     Column("device", Text, nullable=False),
     Column("body", LargeBinary, nullable=False),
+    Index("events_by_device", "device", "id"),
     sqlite_autoincrement=True,
 )
+_CHANGES = Table(
+    "desired_changes",
+    _TABLES,
+    Column("device", Text, primary_key=True),
+    Column("number", BigInteger, nullable=False, unique=True),
+)
+"""The last change of each device's desired document; a device that none has changed since there are numbers has no row."""
 
 
 class Event(msgspec.Struct, frozen=True):
@@ -104,6 +118,7 @@ class Fleet:
             deliver(password)
             desired = encode_state(Desired(version=1, zones=_zones(db)))
             db.execute(insert(_DEVICES).values(name=device, password=password, added_us=_now_us(), desired=desired))
+            _count(db, [device])
         return password
 
     def devices(self) -> list[str]:
@@ -126,8 +141,20 @@ class Fleet:
 
     def all_desired(self) -> dict[str, Desired]:
         """What each device should run."""
-        rows = self._rows(select(_DEVICES.c.name, _DEVICES.c.desired).order_by(_DEVICES.c.name))
-        return {str(name): decode_desired(document) for name, document in rows}
+        return self.desired_since(None)[0]
+
+    def desired_since(self, change: int | None) -> tuple[dict[str, Desired], int]:
+        """The documents that changed after the change of that number (None: all of them), and the number of the last change."""
+        columns = select(_DEVICES.c.name, _DEVICES.c.desired)
+        if change is None:
+            documents = columns.order_by(_DEVICES.c.name)
+        else:  # in order of the changes: in that of the names SQLite would look at all of them
+            changed = columns.join(_CHANGES, _CHANGES.c.device == _DEVICES.c.name).where(_CHANGES.c.number > change)
+            documents = changed.order_by(_CHANGES.c.number)
+        with self._store.reading() as db:
+            last = _last_change(db)  # before the documents: what is committed in between is told twice, not never
+            rows = db.execute(documents).all() if last != change else []
+        return {str(name): decode_desired(document) for name, document in rows}, last
 
     def set_desired(self, device: str, bundle: BundleRef | None) -> Desired:
         """Ask `device` for a bundle, or for none: the new document, its version raised by one."""
@@ -137,7 +164,7 @@ class Fleet:
                 raise ConfigError(f"there is no device {device!r}; fenceline device list shows all")
             before = decode_desired(row[0])
             desired = Desired(version=before.version + 1, bundle=bundle, zones=before.zones)
-            db.execute(update(_DEVICES).where(_DEVICES.c.name == device).values(desired=encode_state(desired)))
+            _ask(db, {device: desired})
         return desired
 
     def zones(self) -> ZonesRef | None:
@@ -150,11 +177,9 @@ class Fleet:
         with self._store.writing() as db:
             db.execute(delete(_POLICY))
             db.execute(insert(_POLICY).values(one=1, ref=msgspec.json.encode(ref)))
-            for name, document in db.execute(select(_DEVICES.c.name, _DEVICES.c.desired)).all():
-                before = decode_desired(document)
-                if before.zones != ref:
-                    desired = Desired(version=before.version + 1, bundle=before.bundle, zones=ref)
-                    db.execute(update(_DEVICES).where(_DEVICES.c.name == name).values(desired=encode_state(desired)))
+            documents = db.execute(select(_DEVICES.c.name, _DEVICES.c.desired)).all()
+            before = {str(name): decode_desired(document) for name, document in documents}
+            _ask(db, {name: Desired(version=d.version + 1, bundle=d.bundle, zones=ref) for name, d in before.items() if d.zones != ref})
 
     def all_reported(self) -> dict[str, tuple[Reported, int]]:
         """The last report of each device that sent one, and when it came (us)."""
@@ -182,15 +207,18 @@ class Fleet:
     # Events
 
     def record_event(self, device: str, body: bytes) -> None:
-        """Keep what a device had to say, cut at EVENT_BYTES_MAX; the oldest beyond EVENTS_MAX go."""
+        """Keep what a device had to say, cut at EVENT_BYTES_MAX; if that is one too many, the oldest of the device with the most goes."""
         text = body[:EVENT_BYTES_MAX].decode(errors="replace")
         with self._store.writing() as db:
-            added = db.execute(insert(_EVENTS).values(at_us=_now_us(), device=device, body=text.encode()).returning(_EVENTS.c.id))
-            db.execute(delete(_EVENTS).where(_EVENTS.c.id <= added.scalar_one() - EVENTS_MAX))
+            db.execute(insert(_EVENTS).values(at_us=_now_us(), device=device, body=text.encode()))
+            total, first = select(func.count()).select_from(_EVENTS), func.min(_EVENTS.c.id)
+            of_most = select(first).group_by(_EVENTS.c.device).order_by(func.count().desc(), first).limit(1)
+            db.execute(delete(_EVENTS).where(total.scalar_subquery() > EVENTS_MAX, _EVENTS.c.id == of_most.scalar_subquery()))
 
-    def events(self, limit: int = 100) -> list[Event]:
-        """The last events, the newest first."""
+    def events(self, limit: int = 100, device: str | None = None) -> list[Event]:
+        """The last events, of one device or of all, the newest first."""
         newest = select(_EVENTS.c.at_us, _EVENTS.c.device, _EVENTS.c.body).order_by(_EVENTS.c.id.desc()).limit(limit)
+        newest = newest if device is None else newest.where(_EVENTS.c.device == device)
         return [Event(at_us, device, body.decode()) for at_us, device, body in self._rows(newest)]
 
     def _rows(self, query: Select) -> list[Row]:
@@ -201,6 +229,25 @@ class Fleet:
 def _zones(db: Connection) -> ZonesRef | None:
     row = db.execute(select(_POLICY.c.ref)).first()
     return msgspec.json.decode(row[0], type=ZonesRef) if row else None
+
+
+def _ask(db: Connection, documents: Mapping[str, Desired]) -> None:
+    """Write new desired documents down, and that they changed."""
+    if documents:
+        change = update(_DEVICES).where(_DEVICES.c.name == bindparam("device")).values(desired=bindparam("document"))
+        db.execute(change, [{"device": name, "document": encode_state(desired)} for name, desired in documents.items()])
+        _count(db, list(documents))
+
+
+def _count(db: Connection, devices: Sequence[str]) -> None:
+    """Number the changes of these devices' documents. Writers take turns, so that a number that is seen has none below it to come."""
+    following = _last_change(db) + 1  # before the row that says it goes
+    db.execute(delete(_CHANGES).where(_CHANGES.c.device == bindparam("name")), [{"name": device} for device in devices])
+    db.execute(insert(_CHANGES), [{"device": device, "number": number} for number, device in enumerate(devices, following)])
+
+
+def _last_change(db: Connection) -> int:
+    return int(db.execute(select(func.coalesce(func.max(_CHANGES.c.number), 0))).scalar_one())
 
 
 def _now_us() -> int:

@@ -6,7 +6,7 @@
   A writer that has not seen another's commit for the same lane is refused by Delta; it reads what the other stored, drops
   that, and tries again. A commit that Delta rebased over others is followed by reading those, before the next one.
 - What is settled is rebuilt from the rows themselves when a lane is first touched; compaction does not change rows.
-- What the loss ledger names is settled too, but not stored: see `cloud.settled`.
+- What the loss ledger names is settled too, but not stored; and it may not be ranges without end: see `cloud.settled`.
 - A block that has no place here, or whose contract breaks with the rows of its table, is refused by itself: the others are stored.
 
     lake = Lake(settings.lake, contracts)
@@ -152,7 +152,13 @@ class Lake:
                 fit.append(stack)
             else:
                 refused |= {h.identity: Refusal(h.device, lane, stream, *problem, h.identity) for h in stack.headers}
-        return fit
+        return self._bounded(lane, fit, refused) if stream == LOSSES.stream else fit
+
+    def _bounded(self, lane: str, ledger: list[Stack], refused: dict[Identity, Refusal]) -> list[Stack]:
+        """The stacks of a lane's ledger without blocks that name too many ranges."""
+        many = self._settled.too_many(b for stack in ledger for b in stack.blocks() if b[0].identity not in self._settled)
+        refused |= {i: Refusal(i[0], lane, LOSSES.stream, Reason.OVERSIZE, why, i) for i, why in many.items()}
+        return [left for stack in ledger if (left := stack.only(lambda header: header.identity not in many)) is not None]
 
     def _verdict(self, handle: Handle, header: BlockHeader) -> str | None:
         """Why a block's contract does not fit its table; None if it does."""

@@ -90,6 +90,8 @@ class Store:
             if db.dialect.name == POSTGRESQL:  # two that make the same table at once would fail there
                 db.execute(text(f"SELECT pg_advisory_xact_lock({MAKING_TABLES})"))
             self._tables.create_all(db)
+            for index in (index for table in self._tables.sorted_tables for index in table.indexes):
+                index.create(db, checkfirst=True)  # of a table that was there before its index
         self._ready = True
 
 

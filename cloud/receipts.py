@@ -2,6 +2,7 @@
 
 - The first goes at once. What comes within the interval after it waits, and is overtaken by what comes later: a receipt of a lane says all
   that the one before it said.
+- What does not fit into one message goes in several: a broker ends the connection of whoever sends it too much.
 - A receipt that is lost, with its ingest or on its way, costs a device one more sending of a block: it is a copy then, and has a receipt.
 
 >>> sent = []
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from edge_agent.contract.receipt import LANES_MAX, LaneReceipt, Receipt
+from edge_agent.contract.receipt import LaneReceipt, Receipt, messages
 
 Lanes = dict[tuple[str, str], LaneReceipt]
 """By epoch and lane."""
@@ -59,8 +60,8 @@ class Receipts:
         for (epoch, _), lane in self._waiting.pop(device).items():
             epochs.setdefault(epoch, []).append(lane)
         for epoch, lanes in epochs.items():
-            for first in range(0, len(lanes), LANES_MAX):
-                self._publish(Receipt(device=device, epoch=epoch, lanes=lanes[first : first + LANES_MAX]))
+            for message in messages(Receipt(device=device, epoch=epoch, lanes=lanes)):
+                self._publish(message)
         if self._interval_s:
             self._quiet.add(device)
             self._ends.append((now + self._interval_s, device))

@@ -332,20 +332,23 @@ class Controller:
         self._settings = settings
         self._fleet = fleet
 
-    def tick(self, now: float) -> list[Rollout]:
-        """Take one step with every open rollout; returns those that were open."""
+    def tick(self, now: float, patience_s: float = math.inf) -> list[Rollout]:
+        """Take one step with every open rollout; returns those that were open. Who is not asked within `patience_s` is next time."""
         with _transaction(self._settings) as store:
             ids = [r.id for r in store.all(only_open=True)]
-        return [self.advance(rollout_id, now) for rollout_id in ids]
+        until = time.monotonic() + patience_s
+        return [self.advance(rollout_id, now, until) for rollout_id in ids]
 
-    def advance(self, rollout_id: int, now: float) -> Rollout:
-        """Step until nothing more is to be asked of a device now."""
+    def advance(self, rollout_id: int, now: float, until: float = math.inf) -> Rollout:
+        """Step until nothing more is to be asked of a device now, or it is later than `until` (monotonic seconds)."""
         while True:
             rollout, actions = self._step(rollout_id, now)
             if not actions:
                 return rollout
             while actions:
                 actions = self._perform(rollout_id, actions)
+                if time.monotonic() >= until:
+                    return rollout
 
     def _step(self, rollout_id: int, now: float) -> tuple[Rollout, list[Action]]:
         with _transaction(self._settings) as store:

@@ -11,6 +11,8 @@
 - NaN ("missing", "not scored", "place not known") becomes null; timestamps become `timestamp[us, UTC]`.
 - The columns of a block must be those of its contract and `ordinal`; it may have `score`, and the two of its place together. Anything
   else is refused.
+- A text of the loss ledger is a name, or a few words, and no row of it goes to quarantine: one of more than STRING_CHARACTERS_MAX
+  characters is refused with its block.
 - A text that many rows share takes its room once in a block, and in each row here: blocks and commits have a limit of TEXT_BYTES_MAX.
 """
 
@@ -28,7 +30,8 @@ from cloud.stacks import Stack
 from edge_agent.contract.block import LATITUDE, LONGITUDE, ORDINAL, SCORE, BlockHeader
 from edge_agent.contract.columns import Column, Strings, Table
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.stream import AGENT_STREAMS, FieldType, StreamContract
+from edge_agent.contract.stream import AGENT_STREAMS, LOSSES, FieldType, StreamContract
+from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
 
 TEXT_BYTES_MAX = 256 * 1024 * 1024  # Arrow counts the bytes of a text column in 31 bits
 TEXT_CHARACTERS_MAX = 4 * 1024 * 1024
@@ -114,8 +117,9 @@ def check_columns(contract: StreamContract, stack: Stack) -> None:
         if _kind(table[name]) != kind:
             raise ContractError(f"block {name_of}: column {name!r} is {_kind(table[name])}, its contract wants {kind}")
     bound = text_bytes_bound(stack)
-    if bound > 4 * TEXT_CHARACTERS_MAX and (longest := _longest(table)) > TEXT_CHARACTERS_MAX:
-        raise ContractError(f"block {name_of}: a text of {longest} characters; at most {TEXT_CHARACTERS_MAX}")
+    limit = STRING_CHARACTERS_MAX if contract == LOSSES else TEXT_CHARACTERS_MAX
+    if bound > 4 * limit and (longest := _longest(table)) > limit:
+        raise ContractError(f"block {name_of}: a text of {longest} characters; at most {limit}")
     for header, own in stack.blocks() if bound > TEXT_BYTES_MAX else ():
         if (size := text_bytes(header, own)) > TEXT_BYTES_MAX:
             raise ContractError(f"block {header.identity}: {size} bytes of text in its rows; at most {TEXT_BYTES_MAX}")

@@ -51,7 +51,7 @@ class Reason(StrEnum):
     EVICTED_FULL = "evicted_full"  # to make room for newer readings
     EVICTED_AGE = "evicted_age"  # older than the buffer's limit
     DAMAGED = "damaged"  # the disk gave other bytes back than were written
-    # A block is refused by ingest.
+    # A block is refused by ingest; one of the loss ledger that names too many ranges is OVERSIZE.
     CORRUPT = "corrupt"
     WRONG_DEVICE = "wrong_device"  # header and topic name different devices, lanes or streams
     UNKNOWN_STREAM = "unknown_stream"

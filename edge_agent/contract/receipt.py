@@ -10,6 +10,7 @@ A set of sequences is kept as "all up to `cumulative`" plus sorted, disjoint ran
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -18,6 +19,10 @@ from edge_agent.contract.errors import UNREADABLE, ContractError
 RANGES_MAX = 1_000
 LANES_MAX = 256
 SEQUENCE_MAX = 2**62
+MESSAGE_RANGES_MAX = 4_096
+"""Ranges in one message, of all its lanes; beyond that, and beyond LANES_MAX, there are several."""
+MESSAGE_BYTES_MAX = 256 * 1024
+"""What a message is at most, with the longest names and numbers: brokers refuse large ones, or end the connection that brings them."""
 
 
 class SequenceSet:
@@ -64,6 +69,23 @@ class SequenceSet:
         else:
             self.ranges[i:j] = [(first, last)]
 
+    def add_ranges(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Add all numbers of many ranges, in any order: few one by one, many in one way through them and those that are there."""
+        if len(ranges) < len(self.ranges) // 8:
+            for first, last in ranges:
+                self.add_range(first, last)
+            return
+        before, self.ranges = self.ranges, []
+        for first, last in sorted([*before, *ranges]):
+            if first > last:
+                continue
+            if first <= self.cumulative + 1:
+                self.cumulative = max(self.cumulative, last)
+            elif self.ranges and first <= self.ranges[-1][1] + 1:
+                self.ranges[-1] = self.ranges[-1][0], max(self.ranges[-1][1], last)
+            else:
+                self.ranges.append((first, last))
+
 
 class LaneReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """The settled sequences of one lane; ranges are inclusive, at most RANGES_MAX of the lowest."""
@@ -82,6 +104,19 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     epoch: str
     lanes: list[LaneReceipt]
+
+
+def messages(receipt: Receipt) -> Iterator[Receipt]:
+    """The receipt in as many as it needs to keep within what one message may hold."""
+    lanes: list[LaneReceipt] = []
+    ranges = 0
+    for lane in receipt.lanes:
+        if len(lanes) == LANES_MAX or ranges + len(lane.ranges) > MESSAGE_RANGES_MAX:
+            yield Receipt(device=receipt.device, epoch=receipt.epoch, lanes=lanes)
+            lanes, ranges = [], 0
+        lanes.append(lane)
+        ranges += len(lane.ranges)
+    yield Receipt(device=receipt.device, epoch=receipt.epoch, lanes=lanes)
 
 
 _encode = msgspec.json.Encoder().encode

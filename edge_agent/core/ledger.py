@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_agent.contract.columns import Strings, Table
+from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
 
 ROWS_MAX = 32_768
 
@@ -82,7 +83,7 @@ def _edge(pick: Callable[[list[float]], float], *edges: float) -> float:
 
 
 def loss_table(losses: list[Loss]) -> Table:
-    """Rows as columns of the stream `losses`."""
+    """Rows as columns of the stream `losses`; a detail is cut to what the cloud takes."""
 
     def texts(name: str) -> Strings:
         return Strings.of([getattr(loss, name) for loss in losses])
@@ -98,7 +99,8 @@ def loss_table(losses: list[Loss]) -> Table:
         **{name: texts(name) for name in ("of_stream", "of_epoch", "of_lane")},
         **{name: integers(name) for name in ("first_sequence", "last_sequence", "blocks")},
         **{name: floats(name) for name in ("readings", "first_at", "last_at")},
-        **{name: texts(name) for name in ("reason", "detail")},
+        "reason": texts("reason"),
+        "detail": Strings.of([loss.detail[:STRING_CHARACTERS_MAX] for loss in losses]),
     }
 
 

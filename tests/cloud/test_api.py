@@ -11,6 +11,7 @@ import pytest
 from cloud import config
 from cloud.api import build, token
 from cloud.config import Settings
+from cloud.fleet import Fleet
 from edge_agent.contract.errors import ConfigError
 
 
@@ -32,6 +33,15 @@ def get(settings: Settings, path: str, **params: str) -> httpx.Response:
 def test_a_limit_that_is_none_is_refused_in_words(settings: Settings, limit: str) -> None:
     answer = get(settings, "/v1/events", limit=limit)
     assert answer.status_code == 400 and "is not between 1 and 1000" in answer.json()["error"]
+
+
+def test_events_of_one_device_are_found_among_those_of_all(settings: Settings) -> None:
+    fleet = Fleet(settings.fleet_db)
+    for device in ("d1", "d2", "d2"):
+        fleet.record_event(device, b"{}")
+    assert [event["device"] for event in get(settings, "/v1/events", device="d1").json()] == ["d1"]
+    assert [event["device"] for event in get(settings, "/v1/events").json()] == ["d2", "d2", "d1"]
+    assert get(settings, "/v1/events", device="none").json() == []
 
 
 @pytest.mark.parametrize("path", ["/v1/status", "/metrics"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -15,9 +16,14 @@ from cloud.rows import TEXT_CHARACTERS_MAX, Contracts
 from edge_agent.contract.block import ORDINAL, decode_block, encode_block
 from edge_agent.contract.columns import Strings
 from edge_agent.contract.errors import Reason
+from edge_agent.contract.stream import LOSSES
 from edge_agent.contract.topics import DeviceTopics
+from edge_agent.core.ledger import Loss, loss_table
+from edge_agent.core.topic_levels import STRING_CHARACTERS_MAX
 from edge_agent.core.zones import parse_zones
 from tests.cloud.blocks import ZONES_JSON, block, block_bytes, contract
+
+LOSS = Loss(1, "pump", "e1", "canada", 1, 1, 1, 3.0, 1.0, 2.0, "evicted_full", "the buffer was full")
 
 
 @pytest.fixture
@@ -122,6 +128,25 @@ def test_a_text_longer_than_any_message_is_refused_before_it_reaches_the_lake(ga
         texts = {name: Strings.of(["x" * (length if name == names[-1] else 1)]) for name in names}
         found = gate.inspect(up(stream=stream), encode_block(header, {**base, **texts}))
         assert isinstance(found, tuple) if passes else refusal(found)[0] is Reason.CORRUPT
+
+
+@pytest.mark.parametrize("name", ["detail", "reason", "of_stream", "of_epoch", "of_lane"])
+def test_a_long_text_in_a_ledger_is_refused_block_by_block(gate: Gate, name: str) -> None:
+    for length, passes in ((STRING_CHARACTERS_MAX, True), (STRING_CHARACTERS_MAX + 1, False)):
+        header, table = block(1, "canada", stream=LOSSES.stream, contract_version=LOSSES.version)
+        table = {**loss_table([LOSS] * header.rows), ORDINAL: table[ORDINAL], name: Strings.of(["a", "b", "x" * length])}
+        found = gate.inspect(up(stream=LOSSES.stream), encode_block(header, table))
+        if passes:
+            assert isinstance(found, tuple)
+        else:
+            reason, detail = refusal(found)
+            assert reason is Reason.CORRUPT and detail.endswith(f"a text of {length} characters; at most {STRING_CHARACTERS_MAX}")
+
+
+def test_an_agents_ledger_passes_whatever_its_detail_says(gate: Gate) -> None:
+    header, table = block(1, "canada", stream=LOSSES.stream, contract_version=LOSSES.version, rows=1)
+    table = {**loss_table([replace(LOSS, detail="damaged: " + "x" * 100_000)]), ORDINAL: table[ORDINAL]}
+    assert isinstance(gate.inspect(up(stream=LOSSES.stream), encode_block(header, table)), tuple)
 
 
 def test_every_flipped_byte_of_a_block_is_refused_as_corrupt(gate: Gate) -> None:

@@ -12,14 +12,15 @@ import pytest
 
 from cloud.lake import Lake
 from cloud.rows import Contracts
-from cloud.settled import SettledIndex
+from cloud.settled import RANGES_HELD_MAX, SettledIndex
 from edge_agent.buffer import Buffer
 from edge_agent.clock import Moment
 from edge_agent.contract.block import ORDINAL, BlockHeader, FixQuality, decode_block
 from edge_agent.contract.columns import Table
+from edge_agent.contract.errors import Reason
 from edge_agent.contract.receipt import RANGES_MAX, LaneReceipt, Receipt, decode_receipt, encode_receipt
 from edge_agent.contract.stream import LOSSES
-from edge_agent.core.ledger import Loss, loss_table, read_losses
+from edge_agent.core.ledger import ROWS_MAX, Loss, coalesce, loss_table, read_losses
 from edge_agent.draft import Draft
 from tests.cloud.blocks import block, contract
 from tests.cloud.test_lake import lose_log
@@ -241,6 +242,85 @@ def test_a_real_buffer_that_gave_up_every_other_block_is_emptied_by_receipts(tmp
 
     assert buffer.lanes() == []
     buffer.close()
+
+
+def held(lake: Lake, device: str = "d1") -> int:
+    """How many ranges are kept in memory for a device's names."""
+    return sum(len(names.ranges) for key, names in lake._settled._named.items() if key[0] == device)
+
+
+@pytest.mark.parametrize("spread", ["over one lane", "over epochs", "over lanes"])
+def test_a_device_may_not_name_ranges_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spread: str) -> None:
+    monkeypatch.setattr("cloud.settled.RANGES_HELD_MAX", 100)
+    lake = open_lake(tmp_path)
+    answers = []
+    for turn in range(10):
+        lane = ("europe", "canada")[turn % 2] if spread == "over lanes" else "europe"
+        epoch = f"e{turn}" if spread == "over epochs" else "e1"
+        row = [loss(100 * turn + 2 * n + 1, epoch=epoch, lane=lane) for n in range(1, 26)]
+        answers.append(lake.append("eu", [ledger(1_000_000 + 2 * turn, *row, lane=lane, epoch=epoch)]))
+        assert held(lake) <= 100 + 1, "a block's own name is one"
+    assert [len(a.committed) for a in answers] == [1, 1, 1] + [0] * 7
+    refused = [refusal for answer in answers for refusal in answer.refused]
+    assert {r.reason for r in refused} == {Reason.OVERSIZE} and "at most 100" in refused[0].detail and len(refused) == 7
+    assert all(not answer.receipts for answer in answers[3:]), "the device keeps what is refused"
+
+    others = lake.append("eu", [ledger(9, loss(2), loss(4), device="d2"), block(7, device="d1", epoch="e77")])
+    assert len(others.committed) == 2 and others.refused == []
+    assert held(open_lake(tmp_path)) <= 101
+
+
+def test_the_blocks_of_one_batch_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.settled.RANGES_HELD_MAX", 100)
+    lake = open_lake(tmp_path)
+    rows = [[loss(100 * turn + 2 * n + 1) for n in range(1, 26)] for turn in range(10)]
+    answer = lake.append("eu", [block(1), *(ledger(5_000 + turn, *rows[turn]) for turn in range(10))])
+    assert [i[3] for i in answer.committed] == [1, 5_000, 5_001, 5_002, 5_003]
+    assert [r.block[3] for r in answer.refused if r.block] == list(range(5_004, 5_010)) and held(lake) <= 102
+    again = lake.append("eu", [ledger(5_000, *rows[0])])
+    assert [i[3] for i in again.duplicates] == [5_000] and again.refused == [] and settled(again.receipts).cumulative == 1
+
+
+def test_an_honest_device_waits_with_its_ledger_and_loses_and_doubles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other block was given up, and the ledger comes before those in between: what is refused now is taken when they are there."""
+    monkeypatch.setattr("cloud.settled.RANGES_HELD_MAX", 100)
+    lake = open_lake(tmp_path)
+    waiting = {n: block(n, rows=1) for n in range(2, 802, 2)}
+    waiting |= {1_000 + part: ledger(1_000 + part, *(loss(n) for n in range(200 * part + 1, 200 * part + 200, 2))) for part in range(4)}
+    named = {n for part in range(4) for n in range(200 * part + 1, 200 * part + 200, 2)}
+    turns = 0
+    while waiting:
+        turns += 1
+        assert turns < 100
+        ledgers = [waiting[n] for n in sorted(waiting, reverse=True) if n >= 1_000]
+        batch = ledgers + [waiting[n] for n in sorted(waiting)[:60] if n < 1_000]
+        for receipt in lake.append("eu", batch).receipts:
+            there = settled([receipt]).settles()
+            waiting = {n: found for n, found in waiting.items() if n not in there}
+        lake = lake if turns % 3 else open_lake(tmp_path)
+    assert stored(lake) == dict.fromkeys(range(2, 802, 2), 1)
+    given_up = lake.read("losses", columns=["first_sequence", "sequence"]).to_pylist()
+    assert Counter(row["first_sequence"] for row in given_up) == dict.fromkeys(named, 1)
+
+
+def test_a_ledger_that_fills_holes_is_taken_however_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lake = open_lake(tmp_path)
+    lake.append("eu", [block(n, rows=1) for n in range(1, 300, 2)])
+    monkeypatch.setattr("cloud.settled.RANGES_HELD_MAX", 100)
+    for part in range(3):
+        answer = lake.append("eu", [ledger(301 + part, *(loss(n) for n in range(100 * part + 2, 100 * part + 102, 2)))])
+        assert len(answer.committed) == 1
+    assert settled(answer.receipts).cumulative == 303
+
+
+def test_what_an_agent_writes_in_one_ledger_fits(tmp_path: Path) -> None:
+    assert 4 * ROWS_MAX <= RANGES_HELD_MAX
+    rows = [loss(2 * n) for n in range(1, ROWS_MAX + 1)]
+    lake = open_lake(tmp_path)
+    for turn in range(3):
+        mine = [replace(r, first_sequence=r.first_sequence + 100_000 * turn, last_sequence=r.last_sequence + 100_000 * turn) for r in rows]
+        assert lake.append("eu", [ledger(10**6 + turn, *coalesce(mine))]).refused == []
+    assert held(lake) == 3 * ROWS_MAX + 1
 
 
 def test_a_ledger_is_read_a_few_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -108,12 +110,77 @@ def test_what_the_fleet_says_and_is_asked_comes_back(database: Database) -> None
     assert [(e.device, e.body) for e in again.events()] == [("d1", "\ufffd\0 odd")]
 
 
+CHANGE_ALL = """
+import sys
+from pathlib import Path
+from cloud import metadata
+from cloud.fleet import Fleet
+metadata.BUSY_S = 300.0  # a writer may be left without its turn for long on a busy machine
+where, devices, times = sys.argv[1], sys.argv[2].split(), int(sys.argv[3])
+fleet = Fleet(where if where.startswith("postgresql") else Path(where))
+for _ in range(times):
+    for device in devices:
+        fleet.set_desired(device, None)
+"""
+
+
+def test_who_publishes_hears_of_every_change_of_other_processes_and_reads_nothing_else(database: Database) -> None:
+    fleet = Fleet(database)
+    names = [f"d{i}" for i in range(20)]
+    for name in names:
+        fleet.add(name)
+    known, change = fleet.desired_since(None)
+    told, stop = 0, False
+    commands = [[sys.executable, "-c", CHANGE_ALL, str(database), " ".join(names[part:][:10]), "5"] for part in (0, 5, 10)]
+    writers = [subprocess.Popen(command, cwd=Path(__file__).parents[2]) for command in commands]
+    while not stop:
+        stop = all(writer.poll() is not None for writer in writers)  # and one more look after that
+        changed, change = fleet.desired_since(change)
+        assert all(known[name].version < document.version for name, document in changed.items()) or not isinstance(database, Path)
+        known.update(changed)
+        told += len(changed)
+    assert [writer.returncode for writer in writers] == [0, 0, 0]
+    assert known == Fleet(database).all_desired() and sum(document.version for document in known.values()) == 20 + 150
+    assert 20 <= told <= (150 if isinstance(database, Path) else 300), "what is committed during a look is told twice by PostgreSQL"
+    assert fleet.desired_since(change) == ({}, change)
+    fleet.add("late")
+    assert list(fleet.desired_since(change)[0]) == ["late"]
+    fleet.set_zones(ZonesRef(target="policy/1", sha256="1" * 64, version=1))
+    assert len(fleet.desired_since(change)[0]) == 21
+
+
+def test_devices_from_before_changes_had_numbers_are_published_and_counted_from_then_on(database: Database) -> None:
+    old = Fleet(database)
+    old.add("d1")
+    with old._store.writing() as db:
+        db.exec_driver_sql("DROP TABLE desired_changes")
+        db.exec_driver_sql("DROP INDEX events_by_device")
+    fleet = Fleet(database)
+    assert fleet.desired_since(None) == ({"d1": Desired(version=1)}, 0)
+    fleet.set_desired("d1", REF)
+    assert fleet.desired_since(0) == ({"d1": Desired(version=2, bundle=REF)}, 1)
+    with fleet._store.writing() as db:
+        db.exec_driver_sql("DROP INDEX events_by_device")  # it was there again
+
+
 def test_events_are_bounded_and_the_oldest_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     assert EVENTS_MAX <= 10_000
     monkeypatch.setattr("cloud.fleet.EVENTS_MAX", 3)
     for i in range(5):
         Fleet(database).record_event("d1", str(i).encode())
     assert [e.body for e in Fleet(database).events()] == ["4", "3", "2"]
+
+
+def test_a_chatty_device_pushes_out_no_events_but_its_own(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.fleet.EVENTS_MAX", 6)
+    fleet = Fleet(database)
+    for i in range(2):
+        fleet.record_event("quiet", f"quiet {i}".encode())
+    for i in range(20):
+        fleet.record_event("chatty", f"chatty {i}".encode())
+    fleet.record_event("other", b"other 0")
+    assert [e.body for e in fleet.events()] == ["other 0", "chatty 19", "chatty 18", "chatty 17", "quiet 1", "quiet 0"]
+    assert [e.body for e in fleet.events(device="quiet", limit=1)] == ["quiet 1"] and fleet.events(device="none") == []
 
 
 def test_a_failed_change_leaves_nothing_behind(database: Database) -> None:

@@ -122,6 +122,20 @@ def test_canary_moves_first_and_the_rest_after_it_is_active(state: Databases) ->
     assert status(state).status is Status.COMPLETE
 
 
+def test_a_large_wave_is_asked_a_part_at_a_time_and_others_have_their_turn(state: Databases, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloud.rollout.HOLD_S", 0.0)  # one device, and then it is somebody else's turn
+    fleet = SimulatedFleet.of("a", "b", "c", "d")
+    start(state, fleet, NEW, now=0.0)
+    fleet.accept("a")
+    control = Controller(state, fleet)
+    for turn in range(3):
+        assert [r.status for r in control.tick(1.0 + turn, patience_s=0.0)] == [Status.RUNNING]
+        assert len(fleet.asked) == 2 + turn
+    fleet.accept("b", "c", "d")
+    assert [r.status for r in control.tick(9.0, patience_s=0.0)] == [Status.COMPLETE]
+    assert [action.device for action in fleet.asked] == ["a", "b", "c", "d"]
+
+
 def test_report_to_an_older_document_does_not_count(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b")
     fleet.report("a", Phase.ROLLED_BACK, OLD, Reason.PROBATION)

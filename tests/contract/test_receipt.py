@@ -64,6 +64,17 @@ def test_ranges_are_added_as_their_numbers_would_be(before: list[int], ranges: l
     assert (settled.cumulative, settled.ranges) == (model.cumulative, model.ranges)
 
 
+@given(sequences, st.lists(st.tuples(st.integers(-3, 60), st.integers(-3, 12)), max_size=40))
+@example([], [(1, 2**61)])
+@example([1, 3, 5, 7, 9], [(2, 2)])
+def test_many_ranges_at_once_are_added_as_one_by_one(before: list[int], ranges: list[tuple[int, int]]) -> None:
+    settled, model = filled(before), filled(before)
+    settled.add_ranges([(first, first + more) for first, more in ranges])
+    for first, more in ranges:
+        model.add_range(first, first + more)
+    assert (settled.cumulative, settled.ranges) == (model.cumulative, model.ranges)
+
+
 def test_a_range_of_any_length_is_added_at_once() -> None:
     settled = filled([1, 3, 9])
     settled.add_range(5, 2**61)
