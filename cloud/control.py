@@ -1,7 +1,8 @@
 """The control loop: tells devices what to run, hears what they run, and moves rollouts on.
 
 - Desired documents are published retained in every region, at every connection and whenever one changes: a device finds its
-  document wherever it connects. Commands only write to the fleet's database; this loop sees it.
+  document wherever it connects. That of a removed device is empty: brokers keep none then. Commands only write to the fleet's database;
+  this loop sees it.
 - Reports and events come from every region.
 - What is missing in the lake, and which service levels are not kept, is looked at now and then (`cloud.watch`).
 - TUF metadata is signed again before it expires, if the keys are here.
@@ -77,11 +78,11 @@ class RegionControl:
     def _publish(self) -> None:
         if self._connection != self.intake.connection:
             self._connection, self._published = self.intake.connection, {}
-        for device, desired in self._fleet.all_desired().items():
-            if self._published.get(device, 0) < desired.version and self.intake.publish(
-                DeviceTopics(device).desired, encode_state(desired), retain=True, qos=1
-            ):
-                self._published[device] = desired.version
+        wanted = {device: (desired.version, encode_state(desired)) for device, desired in self._fleet.all_desired().items()}
+        wanted |= {device: (removal.version, b"") for device, removal in self._fleet.removals().items() if not removal.back}
+        for device, (version, document) in wanted.items():
+            if self._published.get(device, 0) < version and self.intake.publish(DeviceTopics(device).desired, document, retain=True, qos=1):
+                self._published[device] = version
 
 
 class Control:
