@@ -108,6 +108,18 @@ def test_what_the_fleet_says_and_is_asked_comes_back(database: Database) -> None
     assert [(e.device, e.body) for e in again.events()] == [("d1", "\ufffd\0 odd")]
 
 
+def test_a_device_is_removed_once_however_many_ask_for_it_and_has_another_password_afterwards(database: Database) -> None:
+    fleet, removed = Fleet(database), list[bool]()
+    first = fleet.add("d1")
+    second = fleet.renew("d1")
+    assert Fleet(database).passwords() == {"d1": second} and second != first
+    together(lambda _: removed.append(Fleet(database).remove("d1")))
+    assert sorted(removed) == [False] * (WRITERS - 1) + [True]
+    assert Fleet(database).passwords() == {} and Fleet(database).removals()["d1"].version == 2
+    assert Fleet(database).add("d1") not in (first, second) and Fleet(database).desired("d1") == Desired(version=3)
+    assert Fleet(database).removals()["d1"].back
+
+
 def test_events_are_bounded_and_the_oldest_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     assert EVENTS_MAX <= 10_000
     monkeypatch.setattr("cloud.fleet.EVENTS_MAX", 3)
