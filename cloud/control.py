@@ -23,7 +23,7 @@ from cloud.fleet import Fleet
 from cloud.intake import Intake, Received
 from cloud.watch import Watch
 from edge_agent.contract.errors import ContractError
-from edge_agent.contract.state import decode_reported, encode_state
+from edge_agent.contract.state import Desired, decode_reported, encode_state
 from edge_agent.contract.topics import ALL_EVENTS, ALL_REPORTED, DeviceTopics, Kind, parse
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,17 @@ class RegionControl:
     def _publish(self) -> None:
         if self._connection != self.intake.connection:
             self._connection, self._published = self.intake.connection, {}
-        wanted = {device: (desired.version, encode_state(desired)) for device, desired in self._fleet.all_desired().items()}
-        wanted |= {device: (removal.version, b"") for device, removal in self._fleet.removals().items() if not removal.back}
-        for device, (version, document) in wanted.items():
-            if self._published.get(device, 0) < version and self.intake.publish(DeviceTopics(device).desired, document, retain=True, qos=1):
+        for device, desired in self._fleet.all_desired().items():
+            self._tell(device, desired.version, desired)
+        for device, removal in self._fleet.removals().items():
+            if not removal.back:
+                self._tell(device, removal.version, None)
+
+    def _tell(self, device: str, version: int, desired: Desired | None) -> None:
+        """Publish a document that this connection has not seen; None: an empty one, with which the broker forgets the last."""
+        if self._published.get(device, 0) < version:
+            document = b"" if desired is None else encode_state(desired)
+            if self.intake.publish(DeviceTopics(device).desired, document, retain=True, qos=1):
                 self._published[device] = version
 
 
