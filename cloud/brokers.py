@@ -8,8 +8,8 @@
   MQTT clients cannot name it, and users may connect by MQTT only.
 - NATS takes passwords in plain or as bcrypt, which Python's library does not have: the users file is plain and 0600, like the
   database it comes from. Devices hold the same passwords.
-- After `device add`, and when the zone policy has changed, the users file is written again and the servers are told (SIGHUP):
-  clients stay connected.
+- When a device was added or removed, or has another password, and when the zone policy has changed, the users file is written again and
+  the servers are told (SIGHUP): clients stay connected, but for those that are no users any more, or came with another password.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Of every number up to the highest that the lake has seen of a device's epoch and
 | quarantined | is in the lake, all its rows in quarantine |
 | lost | is named in the device's loss ledger, with the reason |
 | waiting | is not here, and the device says that it still holds so many |
+| removed | is not here, and its device was removed from the fleet since: it is not expected any more |
 | pending | is not here, but the next one, or word of a later one, came less than the grace time ago: blocks overtake each other |
 | unaccounted | is not here, and nobody said why: an alarm |
 
@@ -56,6 +57,7 @@ class State(StrEnum):
     QUARANTINED = "quarantined"
     LOST = "lost"
     WAITING = "waiting"
+    REMOVED = "removed"
     PENDING = "pending"
     UNACCOUNTED = "unaccounted"
 
@@ -99,8 +101,8 @@ class Completeness:
 
     @property
     def due(self) -> int:
-        """Blocks that devices are known to have made, without those that may still come."""
-        return self.captured - self.blocks[State.WAITING] - self.blocks[State.PENDING]
+        """Blocks that devices are known to have made, without those that may still come, and those that went with their device."""
+        return self.captured - sum(self.blocks[state] for state in (State.WAITING, State.REMOVED, State.PENDING))
 
     @property
     def share_due(self) -> float:
@@ -156,6 +158,7 @@ def examine(
     since_us: int | None = None,
     grace_s: float = GRACE_S,
     waiting: Mapping[Epoch, int] | None = None,
+    removed: Mapping[str, int] | None = None,
 ) -> Completeness:
     """What of one device, one stream or everything is in the lake.
 
@@ -163,6 +166,7 @@ def examine(
         index: keep it between calls, and only new files are read.
         since_us: only blocks that came since then, and gaps that showed since then: by a block, or the ledger's word of one, above them.
         waiting: how many blocks each device and epoch says it still holds.
+        removed: of devices that left the fleet, until when (us): gaps that showed later are those of a device that was added again.
 
     Raises:
         UnavailableError: the lake does not read.
@@ -178,13 +182,21 @@ def examine(
             continue
         _count_stored(lanes[key], stream, since_us, found)
         held = late[key[:2]] <= (waiting or {}).get(key[:2], 0)
+        gone_us = (removed or {}).get(key[0], -1)
         for gap, shown_us in those:
             if (stream is None or gap.stream in ("", UNKNOWN, stream)) and (since_us is None or shown_us >= since_us):
-                found.gaps.append(replace(gap, state=State.WAITING) if held and gap.state is State.UNACCOUNTED else gap)
+                found.gaps.append(_excused(gap, held, shown_us <= gone_us))
     for gap in found.gaps:
         found.blocks[gap.state] += gap.blocks
         found.lost_readings += (gap.readings or 0.0) if gap.state is State.LOST else 0.0
     return found
+
+
+def _excused(gap: Gap, held: bool, gone: bool) -> Gap:
+    """A gap of which no block and no row of the ledger says anything, with what is known of its device."""
+    if gap.state is not State.UNACCOUNTED or not (held or gone):
+        return gap
+    return replace(gap, state=State.WAITING if held else State.REMOVED)
 
 
 def _collect(lake: CheckedLake, index: BlockIndex, device: str | None) -> dict[LaneKey, _Lane]:

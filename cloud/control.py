@@ -1,7 +1,8 @@
 """The control loop: tells devices what to run, hears what they run, and moves rollouts on.
 
 - Desired documents are published retained in every region, at every connection and whenever one changes: a device finds its
-  document wherever it connects. Commands only write to the fleet's database; this loop sees it, and reads there only what changed.
+  document wherever it connects. That of a removed device is empty: brokers keep none then. Commands only write to the fleet's database;
+  this loop sees it, and reads there only what changed.
 - While a large wave of devices is asked, documents are published all the same: a rollout is given ROLLOUT_S, and goes on after the regions
   had their turn.
 - Reports and events come from every region.
@@ -45,7 +46,7 @@ class RegionControl:
         self._fleet = fleet
         self._connection = 0
         self._change: int | None = None  # the last one whose document is published, or waits for that
-        self._waiting: dict[str, Desired] = {}
+        self._waiting: dict[str, Desired | None] = {}  # None: it was removed, and an empty document makes the broker forget the last
         self._held: Received | None = None  # taken from the queue, and not yet written down
 
     def step(self) -> None:
@@ -83,7 +84,8 @@ class RegionControl:
         changed, self._change = self._fleet.desired_since(self._change)
         self._waiting.update(changed)
         for device, desired in list(self._waiting.items()):
-            if not self.intake.publish(DeviceTopics(device).desired, encode_state(desired), retain=True, qos=1):
+            document = b"" if desired is None else encode_state(desired)
+            if not self.intake.publish(DeviceTopics(device).desired, document, retain=True, qos=1):
                 return  # the connection is gone: all of them go out at the next one
             del self._waiting[device]
 

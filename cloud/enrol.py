@@ -1,7 +1,9 @@
-"""Enrolment: a new device gets a name, a password, and a directory with everything its agent needs.
+"""Enrolment: a new device gets a name, a password, and a directory with everything its agent needs; later perhaps another password.
 
-The directory holds `agent.toml` and, beside it, the contracts, the zones, the first TUF root and two password files: copy
-it to the gateway as it is. Files are 0600. The device may connect from the moment on: running brokers are told.
+- The directory holds `agent.toml` and, beside it, the contracts, the zones, the first TUF root and two password files: copy
+  it to the gateway as it is. Files are 0600. The device may connect from the moment on: running brokers are told.
+- A password is in a file before it is in force. A new one lies beside the old one's file until then, takes its place, and the brokers are
+  told last: if that is cut off they still take the one that the file holds, until they are told for another reason. `renew` again then.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cloud import brokers, config, keys
+from cloud import brokers, config, files, keys
 from cloud.config import Region, Settings
 from cloud.fleet import Fleet
 from cloud.gate import load_contracts, load_zones, policy_path
@@ -47,7 +49,7 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
         ConfigError: the name is taken or no name, files are in the way, there are no keys, or `home` lies in no zone.
     """
     _check_name(device)
-    path = (out or settings.state_dir / "devices" / device / "agent.toml").absolute()
+    path = (out or agent_path(settings, device)).absolute()
     if path.exists():
         raise ConfigError(f"{path} exists; give another --out FILE")
     if not keys.is_initialised(settings.keys_dir, settings.releases_dir):
@@ -56,17 +58,54 @@ def enrol(settings: Settings, fleet: Fleet, device: str, out: Path | None = None
     if home is not None and _locate(zones, home) == NOWHERE:
         raise ConfigError(f"position {home.lat}, {home.lon} lies in no zone of {settings.zones_path}")
     contracts = list(zip(settings.contracts, load_contracts(settings).listed, strict=True))
-    files = _files(settings, path, contracts, _agent_toml(settings, device, contracts, home))
+    documents = _files(settings, path, contracts, _agent_toml(settings, device, contracts, home))
     _make_directory(path.parent)
 
     def deliver(password: str) -> None:
         """Write the directory, agent.toml last."""
-        for name, data in {f"{device}.password": f"{password}\n".encode(), **files}.items():
+        for name, data in {_password_name(device): f"{password}\n".encode(), **documents}.items():
             _write(path.parent / name, data)
 
     fleet.add(device, deliver)
     reload_brokers(settings, fleet)
     return path
+
+
+def renew(settings: Settings, fleet: Fleet, device: str, out: Path | None = None) -> Path:
+    """Give `device` a new password; the old one ends with the connections that it opened.
+
+    Args:
+        out: the password file; None: `<state>/devices/<device>/<device>.password`.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ConfigError: there is no such device, the file has no place, or no region asks for passwords.
+    """
+    if all(_by_certificate(region) for region in settings.regions):
+        raise ConfigError("the brokers of all regions ask for certificates, not for passwords; renew the device's certificate instead")
+    fleet.desired(device)  # a mistaken name leaves no directory behind
+    path = (out or password_path(settings, device)).absolute()
+    _make_directory(path.parent)
+    beside = path.with_name(f".{path.name}.new")
+    lock = settings.state_dir / "devices" / ".lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with files.held(lock):  # of two at once, one is the later in the file and in the database
+        fleet.renew(device, lambda password: files.write_atomically(beside, f"{password}\n".encode(), private=True))
+        beside.replace(path)
+    reload_brokers(settings, fleet)
+    return path
+
+
+def agent_path(settings: Settings, device: str) -> Path:
+    """Where a device's agent.toml is written, if nothing else is asked for."""
+    return settings.state_dir / "devices" / device / "agent.toml"
+
+
+def password_path(settings: Settings, device: str) -> Path:
+    """The password file beside it."""
+    return agent_path(settings, device).with_name(_password_name(device))
 
 
 def reload_brokers(settings: Settings, fleet: Fleet) -> None:
@@ -132,14 +171,24 @@ def _agent_toml(settings: Settings, device: str, contracts: list[tuple[Path, Str
         lines += ["", "[[endpoints]]", f"name = {quoted(region.name)}", f'url = "{scheme}://{region.host}:{region.port}"']
         if region.tls and region.tls.ca_file:
             lines.append(f"ca_file = {quoted(_ca_name(region))}")
-        if region.tls and region.tls.cert_file:
+        if _by_certificate(region):
             lines += [
                 "# Put the device's own certificate and its key beside this file: the broker asks for one, its CN is the device's name."
             ]
             lines += [f"cert_file = {quoted(f'{device}.crt')}", f"key_file = {quoted(f'{device}.key')}"]
         else:
-            lines += [f"username = {quoted(device)}", f"password_file = {quoted(f'{device}.password')}"]
+            lines += [f"username = {quoted(device)}", f"password_file = {quoted(_password_name(device))}"]
     return "\n".join([*lines, "", "[releases]", f"url = {quoted(settings.release_url)}", 'root = "root.json"', ""])
+
+
+def _by_certificate(region: Region) -> bool:
+    """Whether devices show the region's broker a certificate, and no password."""
+    return region.tls is not None and region.tls.cert_file is not None
+
+
+def _password_name(device: str) -> str:
+    """The file beside agent.toml with the device's broker password."""
+    return f"{device}.password"
 
 
 def _ca_name(region: Region) -> str:

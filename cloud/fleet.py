@@ -1,7 +1,8 @@
 """The fleet: which devices there are, what each should run, and what each says it runs.
 
 - Shared by the services and the commands; where it lies, `cloud.metadata` says. It holds the devices' broker passwords.
-- A device's desired version starts at 1 and rises by one with every change, for ever: a device refuses a lower one.
+- A device's desired version starts at 1 and rises by one with every change, for ever: a device refuses a lower one. That it is removed
+  is such a change, so a device of the same name that is added later goes on above it, also on the hardware of before.
 - What each change of a desired document was the how manieth of all is kept too: whoever publishes them asks for the changes since the
   last one that it knows, and reads nothing else.
 - Reported documents and events are kept as they came; of events EVENTS_MAX in all. The oldest of the device with the most goes for a new
@@ -60,6 +61,13 @@ _DEVICES = Table(
     Column("reported", LargeBinary),
     Column("reported_us", BigInteger),
 )
+_REMOVED = Table(  # stays when the name is added again
+    "removed",
+    _TABLES,
+    Column("name", Text, primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    Column("at_us", BigInteger, nullable=False),
+)
 _POLICY = Table(
     "policy", _TABLES, Column("one", Integer, CheckConstraint("one = 1"), primary_key=True), Column("ref", LargeBinary, nullable=False)
 )
@@ -90,6 +98,14 @@ class Event(msgspec.Struct, frozen=True):
     body: str
 
 
+class Removal(msgspec.Struct, frozen=True):
+    """When a device of this name was taken out of the fleet last, under which version; `back`: it was added again since."""
+
+    version: int
+    at_us: int
+    back: bool
+
+
 class Fleet:
     """The devices registry in `database`. Safe to use from several threads and processes."""
 
@@ -114,12 +130,58 @@ class Fleet:
         password = secrets.token_urlsafe(PASSWORD_BYTES)
         with self._store.writing() as db:
             if db.execute(select(_DEVICES.c.name).where(_DEVICES.c.name == device)).first():
-                raise ConfigError(f"device {device!r} is there already; names are for ever")
+                raise ConfigError(f"device {device!r} is there already")
             deliver(password)
-            desired = encode_state(Desired(version=1, zones=_zones(db)))
+            desired = encode_state(Desired(version=_removed_version(db, device) + 1, zones=_zones(db)))
             db.execute(insert(_DEVICES).values(name=device, password=password, added_us=_now_us(), desired=desired))
             _count(db, [device])
         return password
+
+    def renew(self, device: str, deliver: Callable[[str], object] = lambda password: None) -> str:
+        """Give a device another broker password; the one that it had is none any more.
+
+        Args:
+            deliver: is told the new password before it is in force; what it raises leaves the old one in force.
+
+        Raises:
+            ConfigError: there is no such device.
+        """
+        password = secrets.token_urlsafe(PASSWORD_BYTES)
+        with self._store.writing() as db:
+            _desired(db, device)
+            deliver(password)
+            db.execute(update(_DEVICES).where(_DEVICES.c.name == device).values(password=password))
+        return password
+
+    def remove(self, device: str, record: Callable[[], object] = lambda: None) -> bool:
+        """Take a device out: its password, and what it should run and said it runs, go; its events stay. The name may be added again.
+
+        Args:
+            record: is called before the device is gone; what it raises leaves it there.
+
+        Returns:
+            False if it was removed before.
+
+        Raises:
+            ConfigError: there never was such a device.
+        """
+        with self._store.writing() as db:
+            there = db.execute(select(_DEVICES.c.name).where(_DEVICES.c.name == device)).first()
+            if there is None and _removed_version(db, device):
+                return False
+            version = _desired(db, device).version + 1
+            record()
+            db.execute(delete(_DEVICES).where(_DEVICES.c.name == device))
+            db.execute(delete(_REMOVED).where(_REMOVED.c.name == device))
+            db.execute(insert(_REMOVED).values(name=device, version=version, at_us=_now_us()))
+            _count(db, [device])
+        return True
+
+    def removals(self) -> dict[str, Removal]:
+        """Every name that was removed, also if it is there again."""
+        joined = _REMOVED.outerjoin(_DEVICES, _REMOVED.c.name == _DEVICES.c.name)
+        rows = self._rows(select(_REMOVED, _DEVICES.c.name).select_from(joined).order_by(_REMOVED.c.name))
+        return {str(name): Removal(int(version), int(at_us), there is not None) for name, version, at_us, there in rows}
 
     def devices(self) -> list[str]:
         """The names of all devices, sorted."""
@@ -134,35 +196,41 @@ class Fleet:
 
     def desired(self, device: str) -> Desired:
         """What `device` should run, or ConfigError if there is no such device."""
-        rows = self._rows(select(_DEVICES.c.desired).where(_DEVICES.c.name == device))
-        if not rows:
-            raise ConfigError(f"there is no device {device!r}; fenceline device list shows all")
-        return decode_desired(rows[0][0])
+        with self._store.reading() as db:
+            return _desired(db, device)
 
     def all_desired(self) -> dict[str, Desired]:
         """What each device should run."""
-        return self.desired_since(None)[0]
+        return {device: desired for device, desired in self.desired_since(None)[0].items() if desired is not None}
 
-    def desired_since(self, change: int | None) -> tuple[dict[str, Desired], int]:
-        """The documents that changed after the change of that number (None: all of them), and the number of the last change."""
-        columns = select(_DEVICES.c.name, _DEVICES.c.desired)
-        if change is None:
-            documents = columns.order_by(_DEVICES.c.name)
-        else:  # in order of the changes: in that of the names SQLite would look at all of them
-            changed = columns.join(_CHANGES, _CHANGES.c.device == _DEVICES.c.name).where(_CHANGES.c.number > change)
-            documents = changed.order_by(_CHANGES.c.number)
+    def desired_since(self, change: int | None) -> tuple[dict[str, Desired | None], int]:
+        """What changed after the change of that number, and the number of the last change.
+
+        Args:
+            change: None: all documents are wanted.
+
+        Returns:
+            Documents by device; None for one that was removed.
+        """
+        devices = select(_DEVICES.c.name, _DEVICES.c.desired).order_by(_DEVICES.c.name)
+        gone = select(_REMOVED.c.name).where(_REMOVED.c.name.not_in(select(_DEVICES.c.name)))
+        changed = select(_CHANGES.c.device, _DEVICES.c.desired).outerjoin(_DEVICES, _CHANGES.c.device == _DEVICES.c.name)
+        rows: list[tuple[str, bytes | None]] = []
         with self._store.reading() as db:
             last = _last_change(db)  # before the documents: what is committed in between is told twice, not never
-            rows = db.execute(documents).all() if last != change else []
-        return {str(name): decode_desired(document) for name, document in rows}, last
+            if change is None:
+                rows += [(name, document) for name, document in db.execute(devices)]
+                rows += [(name, None) for (name,) in db.execute(gone)]
+            elif last != change:  # in order of the changes: in that of the names SQLite would look at all of them
+                rows += [
+                    (name, document) for name, document in db.execute(changed.where(_CHANGES.c.number > change).order_by(_CHANGES.c.number))
+                ]
+        return {name: None if document is None else decode_desired(document) for name, document in rows}, last
 
     def set_desired(self, device: str, bundle: BundleRef | None) -> Desired:
         """Ask `device` for a bundle, or for none: the new document, its version raised by one."""
         with self._store.writing() as db:
-            row = db.execute(select(_DEVICES.c.desired).where(_DEVICES.c.name == device)).first()
-            if row is None:
-                raise ConfigError(f"there is no device {device!r}; fenceline device list shows all")
-            before = decode_desired(row[0])
+            before = _desired(db, device)
             desired = Desired(version=before.version + 1, bundle=bundle, zones=before.zones)
             _ask(db, {device: desired})
         return desired
@@ -191,7 +259,7 @@ class Fleet:
         """Keep a report; False if the device is unknown, or the report is an old one.
 
         Each broker keeps the last report it got, and a device reports over one at a time. So a live report is the newest, whatever
-        the device's clock says; a retained one counts only if it is newer than the one kept.
+        the device's clock says; a retained one counts only if it is newer than the one kept, and than the last removal of such a device.
         """
         with self._store.writing() as db:
             row = db.execute(select(_DEVICES.c.reported).where(_DEVICES.c.name == reported.device)).first()
@@ -199,6 +267,8 @@ class Fleet:
                 return False
             kept = decode_reported(row[0]) if row[0] is not None else None
             if retained and kept is not None and (kept.desired_version, kept.at_us) >= (reported.desired_version, reported.at_us):
+                return False
+            if retained and reported.desired_version < _removed_version(db, reported.device):
                 return False
             values = {"reported": encode_state(reported), "reported_us": _now_us()}
             db.execute(update(_DEVICES).where(_DEVICES.c.name == reported.device).values(values))
@@ -224,6 +294,19 @@ class Fleet:
     def _rows(self, query: Select) -> list[Row]:
         with self._store.reading() as db:
             return list(db.execute(query).all())
+
+
+def _desired(db: Connection, device: str) -> Desired:
+    row = db.execute(select(_DEVICES.c.desired).where(_DEVICES.c.name == device)).first()
+    if row is None:
+        raise ConfigError(f"there is no device {device!r}; fenceline device list shows all")
+    return decode_desired(row[0])
+
+
+def _removed_version(db: Connection, device: str) -> int:
+    """The version that the removal of a device of this name has; 0 if there was none."""
+    row = db.execute(select(_REMOVED.c.version).where(_REMOVED.c.name == device)).first()
+    return int(row[0]) if row else 0
 
 
 def _zones(db: Connection) -> ZonesRef | None:

@@ -1,6 +1,7 @@
 """Do streams keep the service levels that their contracts promise? What a level means stands in `contract.service`.
 
-- `freshness` is looked at per device, `frequency` per entity; what was silent for RETIRED_S is taken for gone.
+- `freshness` is looked at per device, `frequency` per entity; what was silent for RETIRED_S is taken for gone, and so is what was heard
+  last from a device before it was removed from the fleet.
 - `latency` and missing values are those of blocks that arrived in the last WINDOW_S; a block counts with its earliest reading.
 - `completeness` is the share of blocks that are in the lake or in its quarantine (`cloud.completeness`), of all the lake knows of and
   that are due: those that may still come are left out.
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cloud.block_index import BlockIndex
-from cloud.completeness import GRACE_S, Epoch, examine
+from cloud.completeness import GRACE_S, Completeness, Epoch, examine
 from cloud.quarantine import CheckedLake
 from cloud.quarantined import newest
 from edge_agent.contract.service import NO_LEVELS
@@ -44,9 +45,15 @@ class Breach:
 
 
 def breaches(
-    lake: CheckedLake, index: BlockIndex, now_us: int, *, grace_s: float = GRACE_S, waiting: Mapping[Epoch, int] | None = None
+    lake: CheckedLake,
+    index: BlockIndex,
+    now_us: int,
+    *,
+    grace_s: float = GRACE_S,
+    waiting: Mapping[Epoch, int] | None = None,
+    removed: Mapping[str, int] | None = None,
 ) -> list[Breach]:
-    """Every promise that is not kept at `now_us`; `grace_s` and `waiting` are those of `completeness.examine`.
+    """Every promise that is not kept at `now_us`; `grace_s`, `waiting` and `removed` are those of `completeness.examine`.
 
     Raises:
         UnavailableError: the lake does not read.
@@ -56,13 +63,15 @@ def breaches(
         contract = newest(lake.lake.contracts, stream)
         if contract is not None and contract.levels != NO_LEVELS:
             if lake.lake.lanes(stream):
-                found += _of_blocks(lake, index, contract, now_us)
-                found += _of_entities(lake, index, contract, now_us)
-            found += _completeness(lake, index, contract, now_us, grace_s, waiting)
+                found += _of_blocks(lake, index, contract, now_us, removed or {})
+                found += _of_entities(lake, index, contract, now_us, removed or {})
+            if contract.levels.completeness is not None:
+                whole = examine(lake, index, now_us, stream=stream, grace_s=grace_s, waiting=waiting, removed=removed)
+                found += _completeness(stream, contract.levels.completeness, whole)
     return found
 
 
-def _of_blocks(lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int) -> Iterator[Breach]:
+def _of_blocks(lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int, removed: Mapping[str, int]) -> Iterator[Breach]:
     levels = contract.levels
     fields = tuple(limit.field for limit in levels.nulls)
     parts = [index.blocks(lake.lake.table(contract.stream, lane), contract.event_time, fields) for lane in lake.lake.lanes(contract.stream)]
@@ -70,7 +79,7 @@ def _of_blocks(lake: CheckedLake, index: BlockIndex, contract: StreamContract, n
     if levels.freshness_s is not None:
         newest_us = blocks.group_by("device").aggregate([("last_us", "max")])
         for device, last_us in zip(newest_us["device"].to_pylist(), newest_us["last_us_max"].to_pylist(), strict=True):
-            if levels.freshness_s < (age_s := (now_us - last_us) / 1e6) <= RETIRED_S:
+            if levels.freshness_s < (age_s := (now_us - last_us) / 1e6) <= RETIRED_S and last_us > removed.get(device, -1):
                 yield Breach(contract.stream, device, "freshness", _time(levels.freshness_s), _time(age_s))
     recent = blocks.filter(pc.greater_equal(blocks["arrived_us"], now_us - int(WINDOW_S * 1e6)))
     if levels.latency_s is not None and recent.num_rows:
@@ -84,27 +93,24 @@ def _of_blocks(lake: CheckedLake, index: BlockIndex, contract: StreamContract, n
             yield Breach(contract.stream, "", f"missing values of {limit.field}", str(limit), f"{missing} of {rows} rows")
 
 
-def _of_entities(lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int) -> Iterator[Breach]:
+def _of_entities(
+    lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int, removed: Mapping[str, int]
+) -> Iterator[Breach]:
     if contract.levels.frequency_s is None:
         return
     tables = [lake.lake.table(contract.stream, lane) for lane in lake.lake.lanes(contract.stream)]
     parts = pa.concat_tables([index.newest(table, contract.event_time, contract.entity) for table in tables])
-    last = parts.group_by("entity").aggregate([("last_us", "max")]).sort_by("entity")
-    for entity, last_us in zip(last["entity"].to_pylist(), last["last_us_max"].to_pylist(), strict=True):
-        if contract.levels.frequency_s < (age_s := (now_us - last_us) / 1e6) <= RETIRED_S:
+    rising = parts.sort_by("last_us")
+    last = {e: (us, dev) for e, us, dev in zip(*(rising[name].to_pylist() for name in ("entity", "last_us", "device")), strict=True)}
+    for entity, (last_us, device) in sorted(last.items()):
+        if contract.levels.frequency_s < (age_s := (now_us - last_us) / 1e6) <= RETIRED_S and last_us > removed.get(device, -1):
             yield Breach(contract.stream, entity, "frequency", f"every {_time(contract.levels.frequency_s)}", f"silent for {_time(age_s)}")
 
 
-def _completeness(
-    lake: CheckedLake, index: BlockIndex, contract: StreamContract, now_us: int, grace_s: float, waiting: Mapping[Epoch, int] | None
-) -> Iterator[Breach]:
-    promised = contract.levels.completeness
-    if promised is None:
-        return
-    found = examine(lake, index, now_us, stream=contract.stream, grace_s=grace_s, waiting=waiting)
+def _completeness(stream: str, promised: float, found: Completeness) -> Iterator[Breach]:
     if found.share_due < promised:
         blocks = f"{100 * found.share_due:.3f} percent of {found.due} blocks"
-        yield Breach(contract.stream, "", "completeness", f"{100 * promised:g} percent", blocks)
+        yield Breach(stream, "", "completeness", f"{100 * promised:g} percent", blocks)
 
 
 def _time(seconds: float) -> str:

@@ -5,8 +5,10 @@
   one by one: all joins of up to 12 zones, of more zones the joins of few (three of 27), so that they are LANES_MAX at most.
 - A publish to another topic is dropped by the broker. On MQTT 3.1.1 it is acknowledged all the same: the device finds out because no
   receipt comes, and the block waits on its disk.
+- A device that was removed from the fleet has a certificate still: at Mosquitto it is denied everything by its name.
 - Ingest checks every block again (gate.py): rights are the first fence, not the only one.
-- They follow from the zone policy: after a change of zones.geojson print the ACL again (`fenceline broker acl`) and reload the broker.
+- They follow from the zone policy and from who was removed: after a change of either print the ACL again (`fenceline broker acl`) and
+  reload the broker.
 
 >>> device_writes("plane-01", ["europe"])[0]
 'fenceline/v1/plane-01/up/europe/+'
@@ -58,8 +60,8 @@ def device_reads(device: str) -> list[str]:
     return [f"{PREFIX}/{device}/{kind}" for kind in _MAY_READ]
 
 
-def mosquitto_acl(zones: Zones, region: str, cloud: Sequence[str]) -> str:
-    """The ACL file of a region's Mosquitto; `cloud` are the certificate names of ingest and control."""
+def mosquitto_acl(zones: Zones, region: str, cloud: Sequence[str], removed: Iterable[str] = ()) -> str:
+    """The ACL file of a region's Mosquitto; `cloud` are the certificate names of ingest and control, `removed` devices have no rights."""
     lines = [
         f"# The rights on the broker of region {region}: `fenceline broker acl --region {region}` printed them",
         f"# from the zone policy {zones.digest[:12]}. %u is the CN of the client's certificate: the device id.",
@@ -70,4 +72,6 @@ def mosquitto_acl(zones: Zones, region: str, cloud: Sequence[str]) -> str:
         lines += ["", f"user {name}"]
         lines += [f"topic read {f}" for f in (ALL_BLOCKS, ALL_REPORTED, ALL_EVENTS)]
         lines += [f"topic write {PREFIX}/+/{kind}" for kind in (*_MAY_READ, Kind.EVENTS)]
+    for name in removed:
+        lines += ["", f"user {name}", f"topic deny {PREFIX}/{name}/#"]
     return "\n".join([*lines, ""])

@@ -8,8 +8,8 @@ Rules of the core (`step`: pure, time is an argument):
   device moved so far gets the bundle back that it had at the start. A tolerated failure counts as done.
 - A wave that takes longer than `wave_timeout_s` pauses the rollout, with the late devices in the reason. It goes on by
   itself when they arrive, and can be undone meanwhile.
-- A device that leaves the fleet before it is moved leaves the rollout; one that leaves later counts as failed, for nobody will
-  know what the bundle did there.
+- A device that leaves the fleet leaves the rollout: nothing is asked of it and nobody waits for it. What it answered before counts, also
+  when a device of its name is added again. A wave that all devices left has proved nothing: the next one in line takes their place.
 - What is intended is stored before it is done, and done again until it is known to be done. Asking a device for the
   bundle that it already has changes nothing, so a crash in between costs nothing.
 
@@ -58,13 +58,14 @@ OPEN = (Status.RUNNING, Status.PAUSED, Status.UNDOING)
 
 
 class Place(StrEnum):
-    """What has been asked of a device. MOVING and RESTORING: intended, not yet known to be done."""
+    """What has been asked of a device. MOVING and RESTORING: intended, not yet known to be done. LEFT: the fleet, so nothing is asked."""
 
     WAITING = "waiting"
     MOVING = "moving"
     MOVED = "moved"
     RESTORING = "restoring"
     RESTORED = "restored"
+    LEFT = "left"
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +98,11 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     def failed(self) -> list[str]:
         """The devices that refused the bundle."""
         return [d for d, m in self.members.items() if m.failure]
+
+    @property
+    def present(self) -> set[str]:
+        """The devices that did not leave the fleet."""
+        return {d for d, m in self.members.items() if m.place is not Place.LEFT}
 
 
 class Action(msgspec.Struct, frozen=True):
@@ -170,14 +176,7 @@ def intended(rollout: Rollout, action: Action) -> bool:
 
 def without_strangers(rollout: Rollout, fleet: Collection[str]) -> Rollout:
     """The rollout after devices left the fleet: no action is possible for them any more."""
-    members = {}
-    for device, member in rollout.members.items():
-        if device not in fleet and member.place in (Place.MOVING, Place.MOVED):
-            member = _with(member, place=Place.RESTORED, failure=member.failure or "left the fleet")
-        elif device not in fleet and member.place is Place.RESTORING:
-            member = _with(member, place=Place.RESTORED)
-        if device in fleet or member.place is not Place.WAITING:
-            members[device] = member
+    members = {d: m if d in fleet else _with(m, place=Place.LEFT) for d, m in rollout.members.items()}
     return _with(rollout, members=members)
 
 
@@ -194,7 +193,7 @@ def _note_failures(rollout: Rollout, reported: Mapping[str, Reported]) -> Rollou
 
 
 def _advance(rollout: Rollout, reported: Mapping[str, Reported], now: float) -> Rollout:
-    failed = rollout.failed
+    failed, rollout = rollout.failed, _filled(rollout)
     if len(failed) > rollout.failures_allowed:
         first = f"{failed[0]} {rollout.members[failed[0]].failure}"
         return undone(rollout, f"{len(failed)} failed, {rollout.failures_allowed} allowed; {first}", by_operator=False)
@@ -211,8 +210,17 @@ def _advance(rollout: Rollout, reported: Mapping[str, Reported], now: float) -> 
     return rollout
 
 
+def _filled(rollout: Rollout) -> Rollout:
+    """The wave, if nobody is left in it and none had failed, with the first device of those to come."""
+    waiting = next((d for d, m in rollout.members.items() if m.place is Place.WAITING), None)
+    if waiting is None or any(m.wave == rollout.wave and (m.place is not Place.LEFT or m.failure) for m in rollout.members.values()):
+        return rollout
+    return _with(rollout, members={**rollout.members, waiting: _with(rollout.members[waiting], wave=rollout.wave)})
+
+
 def _move(rollout: Rollout, wave: int, now: float) -> Rollout:
-    members = {d: _with(m, place=Place.MOVING) if m.wave == wave else m for d, m in rollout.members.items()}
+    here = {d: _with(m, place=Place.MOVING) for d, m in rollout.members.items() if m.wave == wave and m.place is Place.WAITING}
+    members = {**rollout.members, **here}
     return _with(rollout, members=members, wave=wave, wave_started_s=now, status=Status.RUNNING, reason="")
 
 
@@ -226,7 +234,7 @@ def _answer(member: Member, reported: Reported | None) -> Reported | None:
 def _settled(rollout: Rollout, member: Member, reported: Reported | None) -> bool:
     answer = _answer(member, reported)
     arrived = answer is not None and answer.phase is Phase.ACTIVE and answer.active == rollout.ref
-    return arrived or bool(member.failure)
+    return arrived or bool(member.failure) or member.place is Place.LEFT
 
 
 def _actions(rollout: Rollout) -> list[Action]:
@@ -317,11 +325,19 @@ def undo(settings: Databases, fleet: FleetState, rollout_id: int | None = None, 
         if rollout.status in (Status.UNDONE, Status.FAILED):
             raise ConfigError(f"rollout {rollout.id} is already {rollout.status}: {rollout.reason}")
         for later in store.all():
-            if later.id > rollout.id and later.status not in (Status.UNDONE, Status.FAILED) and set(later.members) & set(rollout.members):
+            if later.id > rollout.id and later.status not in (Status.UNDONE, Status.FAILED) and later.present & rollout.present:
                 raise ConfigError(f"rollout {later.id} has moved the same devices since; undo it first: fenceline rollout undo {later.id}")
         store.save(undone(rollout, "an operator asked", by_operator=True))
     log.info("rollout undo asked id=%d", rollout.id)
     return Controller(settings, fleet).advance(rollout.id, now)
+
+
+def leave(settings: Databases, device: str) -> None:
+    """Take a device that left the fleet out of every rollout that may still ask it for something: one of its name may be added now."""
+    with _transaction(settings) as store:
+        for rollout in store.all():
+            if device in rollout.present and rollout.status not in (Status.UNDONE, Status.FAILED):
+                store.save(without_strangers(rollout, rollout.present - {device}))
 
 
 class Controller:
@@ -371,14 +387,21 @@ class Controller:
             rollout = store.load(rollout_id)
             for action in actions:
                 asked += 1
-                if intended(rollout, action):
-                    current = self._fleet.desired(action.device)
-                    desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
-                    rollout = done(rollout, action, desired.version)
+                if intended(rollout, action) and (version := self._ask(action)):
+                    rollout = done(rollout, action, version)
                 if time.monotonic() - started >= HOLD_S:
                     break
             store.save(rollout)
         return actions[asked:]
+
+    def _ask(self, action: Action) -> int | None:
+        """The version of the document that asks for `action`; None if the device has just left the fleet: the next step knows it."""
+        try:
+            current = self._fleet.desired(action.device)
+            desired = current if current.bundle == action.ref else self._fleet.set_desired(action.device, action.ref)
+        except ConfigError:
+            return None
+        return desired.version
 
 
 def _chosen(fleet: FleetState, devices: Collection[str] | None) -> list[str]:
@@ -394,7 +417,7 @@ def _chosen(fleet: FleetState, devices: Collection[str] | None) -> list[str]:
 
 def _refuse_overlap(rollouts: Sequence[Rollout], members: Collection[str]) -> None:
     for other in rollouts:
-        shared = sorted(set(other.members) & set(members))
+        shared = sorted(other.present & set(members))
         if shared:
             raise ConfigError(
                 f"rollout {other.id} is {other.status} and holds {', '.join(shared[:LATE_NAMED_MAX])}; "

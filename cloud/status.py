@@ -111,7 +111,7 @@ def _last_rollout(settings: Settings) -> dict[str, Any] | None:
     except ConfigError:
         return None
     moved = sum(m.place == rollout.Place.MOVED for m in last.members.values())
-    counts = {"devices": len(last.members), "moved": moved}
+    counts = {"devices": len(last.present), "moved": moved}
     return {"id": last.id, "target": last.ref.target, "status": last.status, "reason": last.reason, **counts}
 
 

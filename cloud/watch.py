@@ -75,6 +75,11 @@ def waiting(fleet: Fleet) -> dict[tuple[str, str], int]:
     return {(name, told.epoch): told.blocks_waiting for name, (told, _) in fleet.all_reported().items()}
 
 
+def removed(fleet: Fleet, now_us: int) -> dict[str, int]:
+    """Until when each device that was removed is none of the fleet's (us): until now, or until it was removed last, if it is back."""
+    return {name: removal.at_us if removal.back else now_us for name, removal in fleet.removals().items()}
+
+
 class Watch:
     """Looks every `[quality] check_s`."""
 
@@ -100,11 +105,11 @@ class Watch:
         Raises:
             FencelineError: the lake does not read, or a contract cannot be used.
         """
-        lake, held = open_lake(self._settings), waiting(self._fleet)
+        lake, held, gone = open_lake(self._settings), waiting(self._fleet), removed(self._fleet, now_us)
         grace_s = self._settings.quality.grace_s
-        found = examine(lake, self._index, now_us, grace_s=grace_s, waiting=held)
+        found = examine(lake, self._index, now_us, grace_s=grace_s, waiting=held, removed=gone)
         gaps = [gap for gap in found.gaps if gap.state is State.UNACCOUNTED]
-        levels = breaches(lake, self._index, now_us, grace_s=grace_s, waiting=held)
+        levels = breaches(lake, self._index, now_us, grace_s=grace_s, waiting=held, removed=gone)
         alarms = {f"{UNACCOUNTED} {words(g)}": (UNACCOUNTED, g.device, words(g), g.blocks) for g in gaps[:GAPS_TOLD_MAX]}
         alarms |= {f"{LEVEL} {b.stream} {b.level} {b.subject}": (LEVEL, b.subject, str(b), 1) for b in levels}
         quality = Quality(

@@ -120,14 +120,17 @@ def _completeness(args: argparse.Namespace) -> int:
     from cloud.block_index import BlockIndex
     from cloud.completeness import examine
     from cloud.fleet import Fleet
-    from cloud.watch import open_lake, waiting
+    from cloud.watch import open_lake, removed, waiting
 
     settings = config.load(args.project, args.state)
     lake, fleet = open_lake(settings), Fleet(settings.fleet_db)
-    scope = _scope(args.of, fleet.devices(), [*lake.lake.streams(), *(c.stream for c in lake.lake.contracts.listed)])
+    scope = _scope(
+        args.of, sorted({*fleet.devices(), *fleet.removals()}), [*lake.lake.streams(), *(c.stream for c in lake.lake.contracts.listed)]
+    )
     grace_s = settings.quality.grace_s if args.grace is None else args.grace
     now_us = time.time_ns() // 1_000
-    found = examine(lake, BlockIndex(), now_us, **scope, since_us=args.since, grace_s=grace_s, waiting=waiting(fleet))
+    held, gone = waiting(fleet), removed(fleet, now_us)
+    found = examine(lake, BlockIndex(), now_us, **scope, since_us=args.since, grace_s=grace_s, waiting=held, removed=gone)
     blocks = {"captured": found.captured, "stored": found.stored, **{state.value: count for state, count in found.blocks.items()}}
     readings = {"stored": found.readings, "quarantined": found.quarantined_readings, "lost": found.lost_readings}
     if args.json:

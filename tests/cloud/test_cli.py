@@ -81,10 +81,27 @@ def test_a_device_needs_keys_first_then_gets_a_directory_its_agent_accepts(run: 
     assert [d["device"] for d in answer(run("device", "list", "--json"))] == ["plane-01", "pole-01"]
 
 
+def test_a_device_gets_a_new_password_and_is_removed(run: Run, tmp_path: Path) -> None:
+    run("keys", "init")
+    config = answer(run("device", "add", "plane-01", "--json"))["config"]
+    before = load_agent(Path(config)).endpoints["eu"].password
+    said = answer(run("device", "password", "plane-01", "--json"))
+    assert said == {"device": "plane-01", "password_file": str(tmp_path / "state/devices/plane-01/plane-01.password")}
+    assert load_agent(Path(config)).endpoints["eu"].password not in (before, None)
+    assert answer(run("device", "remove", "plane-01", "--json")) == {"device": "plane-01", "removed": True, "brokers_to_tell": []}
+    assert answer(run("device", "list", "--json")) == []
+    assert run("device", "remove", "plane-01") == (0, "device plane-01 was removed before\n", "")
+    assert answer(run("completeness", "plane-01", "--json"))["device"] == "plane-01"
+    assert run("device", "password", "plane-01")[0] == 2
+    assert answer(run("device", "add", "plane-01", "--json"))["config"] == config
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["device", "add", "Plane 1"], "must match"),
+        (["device", "remove", "ship"], "there is no device 'ship'"),
+        (["device", "password", "ship"], "there is no device 'ship'"),
         (["device", "add", "ship", "--home", "0,-150"], "lies in no zone"),
         (["device", "add", "ship", "--home", "91,0"], "out of bounds"),
         (["replay", "x.csv"], "fenceline device add NAME"),

@@ -72,6 +72,26 @@ def test_a_gap_is_waited_for_first_and_as_long_as_the_device_holds_as_many(lake:
     assert examine(lake, BlockIndex(), LATER_US, waiting={("d1", "older"): 9}).alarm
 
 
+def test_what_is_missing_of_a_removed_device_is_named_and_no_alarm(lake: CheckedLake) -> None:
+    lake.append("eu", [block(1), block(4), block(1, device="d2"), block(3, device="d2")])
+    found = examine(lake, BlockIndex(), LATER_US, removed={"d1": LATER_US})
+    assert found.gaps == [Gap("d1", "e1", "europe", 2, 3, 2, State.REMOVED), Gap("d2", "e1", "europe", 2, 2, 1, State.UNACCOUNTED)]
+    assert (found.captured, found.due, found.share) == (7, 5, 4 / 7)
+    assert not examine(lake, BlockIndex(), LATER_US, device="d1", removed={"d1": LATER_US}).alarm
+    now = time.time_ns() // 1_000
+    assert [g.state for g in examine(lake, BlockIndex(), now, device="d1", removed={"d1": now}).gaps] == [State.PENDING]
+
+
+def test_a_device_that_was_added_again_answers_for_what_it_sends_from_then_on(lake: CheckedLake) -> None:
+    lake.append("eu", [block(1), block(3)])
+    removed = {"d1": time.time_ns() // 1_000}
+    lake.append("eu", [block(1, epoch="e2"), block(3, epoch="e2")])
+    found = examine(lake, BlockIndex(), LATER_US, removed=removed)
+    assert [(g.epoch, g.state) for g in found.gaps] == [("e1", State.REMOVED), ("e2", State.UNACCOUNTED)]
+    found = examine(lake, BlockIndex(), LATER_US, removed=removed, waiting={("d1", "e1"): 1})
+    assert found.gaps[0].state is State.WAITING, "it came back with the buffer that it had"
+
+
 def test_streams_and_devices_and_times(lake: CheckedLake) -> None:
     lake.append("eu", [block(1), block(3), ledger(4, [loss(2, 2, stream="other")]), block(1, device="d2"), block(3, device="d2")])
     assert examine(lake, BlockIndex(), LATER_US, device="d2").blocks[State.UNACCOUNTED] == 1

@@ -65,6 +65,45 @@ def test_a_device_that_is_not_there_is_named(fleet: Fleet) -> None:
         fleet.desired("d9")
     with pytest.raises(ConfigError, match="'d9'"):
         fleet.set_desired("d9", None)
+    with pytest.raises(ConfigError, match="'d9'"):
+        fleet.renew("d9")
+    with pytest.raises(ConfigError, match="'d9'"):
+        fleet.remove("d9")
+
+
+def test_a_removed_device_leaves_nothing_but_its_events_and_the_removal(fleet: Fleet) -> None:
+    fleet.add("d2")
+    fleet.record_reported(report(at_us=1))
+    fleet.record_event("d1", b"said")
+    assert fleet.remove("d1") and not fleet.remove("d1")
+    assert fleet.devices() == list(fleet.passwords()) == list(fleet.all_desired()) == ["d2"] and fleet.all_reported() == {}
+    assert [e.body for e in fleet.events()] == ["said"] and not fleet.record_reported(report(at_us=2))
+    (removal,) = fleet.removals().values()
+    assert (removal.version, removal.back) == (2, False)
+
+
+def test_a_device_that_is_added_again_has_a_new_password_and_versions_that_go_on(fleet: Fleet) -> None:
+    before = fleet.passwords()["d1"]
+    fleet.set_desired("d1", REF)
+    fleet.remove("d1")
+    assert fleet.add("d1") != before and fleet.desired("d1") == Desired(version=4)
+    assert fleet.removals()["d1"].back
+    fleet.remove("d1")
+    assert fleet.removals()["d1"].version == 5 and not fleet.removals()["d1"].back
+
+
+def test_a_report_that_a_broker_kept_of_a_removed_device_is_not_its_successors(fleet: Fleet) -> None:
+    old = report(at_us=5_000)
+    fleet.remove("d1")
+    fleet.add("d1")
+    assert not fleet.record_reported(old, retained=True) and fleet.all_reported() == {}
+    assert fleet.record_reported(report(at_us=1, desired_version=3), retained=True)
+
+
+def test_a_removal_that_cannot_be_written_down_does_not_take_place(fleet: Fleet) -> None:
+    with pytest.raises(ZeroDivisionError):
+        fleet.remove("d1", lambda: 1 // 0)
+    assert fleet.devices() == ["d1"] and fleet.removals() == {}
 
 
 def test_a_live_report_counts_even_if_the_devices_clock_went_back(fleet: Fleet) -> None:

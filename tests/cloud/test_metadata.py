@@ -136,17 +136,27 @@ def test_who_publishes_hears_of_every_change_of_other_processes_and_reads_nothin
     while not stop:
         stop = all(writer.poll() is not None for writer in writers)  # and one more look after that
         changed, change = fleet.desired_since(change)
-        assert all(known[name].version < document.version for name, document in changed.items()) or not isinstance(database, Path)
+        assert all(version(known[name]) < version(document) for name, document in changed.items()) or not isinstance(database, Path)
         known.update(changed)
         told += len(changed)
     assert [writer.returncode for writer in writers] == [0, 0, 0]
-    assert known == Fleet(database).all_desired() and sum(document.version for document in known.values()) == 20 + 150
+    assert known == Fleet(database).all_desired() and sum(map(version, known.values())) == 20 + 150
     assert 20 <= told <= (150 if isinstance(database, Path) else 300), "what is committed during a look is told twice by PostgreSQL"
     assert fleet.desired_since(change) == ({}, change)
     fleet.add("late")
     assert list(fleet.desired_since(change)[0]) == ["late"]
     fleet.set_zones(ZonesRef(target="policy/1", sha256="1" * 64, version=1))
-    assert len(fleet.desired_since(change)[0]) == 21
+    changed, change = fleet.desired_since(change)
+    assert len(changed) == 21
+    fleet.remove("late")
+    assert fleet.desired_since(change)[0] == {"late": None} and fleet.desired_since(None)[0]["late"] is None
+    fleet.add("late")
+    assert version(fleet.desired_since(change)[0]["late"]) == 4 and len(fleet.all_desired()) == 21
+
+
+def version(document: Desired | None) -> int:
+    assert document is not None
+    return document.version
 
 
 def test_devices_from_before_changes_had_numbers_are_published_and_counted_from_then_on(database: Database) -> None:
@@ -161,6 +171,18 @@ def test_devices_from_before_changes_had_numbers_are_published_and_counted_from_
     assert fleet.desired_since(0) == ({"d1": Desired(version=2, bundle=REF)}, 1)
     with fleet._store.writing() as db:
         db.exec_driver_sql("DROP INDEX events_by_device")  # it was there again
+
+
+def test_a_device_is_removed_once_however_many_ask_for_it_and_has_another_password_afterwards(database: Database) -> None:
+    fleet, removed = Fleet(database), list[bool]()
+    first = fleet.add("d1")
+    second = fleet.renew("d1")
+    assert Fleet(database).passwords() == {"d1": second} and second != first
+    together(lambda _: removed.append(Fleet(database).remove("d1")))
+    assert sorted(removed) == [False] * (WRITERS - 1) + [True]
+    assert Fleet(database).passwords() == {} and Fleet(database).removals()["d1"].version == 2
+    assert Fleet(database).add("d1") not in (first, second) and Fleet(database).desired("d1") == Desired(version=3)
+    assert Fleet(database).removals()["d1"].back
 
 
 def test_events_are_bounded_and_the_oldest_go(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

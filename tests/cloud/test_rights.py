@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cloud import config
 from cloud.cli import main
+from cloud.fleet import Fleet
 from cloud.rights import LANES_MAX, device_writes, lanes_of
 from edge_agent.contract.block import NOWHERE
 from edge_agent.contract.errors import ConfigError
@@ -61,6 +63,19 @@ def test_a_device_may_not_write_to_a_lane_with_a_foreign_zone_in_it() -> None:
     writes = device_writes("plane-01", lanes_of(ZONES, "eu"))
     assert "fenceline/v1/plane-01/up/atlantic_europe/+" in writes
     assert not any("united-states" in topic or "/up/+" in topic for topic in writes)
+
+
+def test_a_removed_device_is_denied_everything_until_it_is_added_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fleet = Fleet(config.load(ROOT, tmp_path).fleet_db)
+    shipped = (ROOT / "deploy" / "mosquitto" / "region.acl").read_text()
+    words = ["--project", str(ROOT), "--state", str(tmp_path), "broker", "acl", "--region", "eu"]
+    fleet.add("plane-01")
+    fleet.remove("plane-01")
+    for denied in ("\nuser plane-01\ntopic deny fenceline/v1/plane-01/#\n", ""):
+        assert main(words) == 0
+        assert capsys.readouterr().out == shipped + denied
+        if denied:
+            fleet.add("plane-01")
 
 
 def test_the_acl_shipped_for_europe_is_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,12 +21,14 @@ from cloud.rollout import (
     Status,
     done,
     history,
+    leave,
     plan,
     start,
     status,
     step,
     undo,
     undone,
+    without_strangers,
 )
 from edge_agent.contract.errors import ConfigError, Reason
 from edge_agent.contract.state import BundleRef, Desired, Phase, Reported
@@ -335,15 +337,84 @@ def test_rollout_whose_first_wave_left_the_fleet_moves_the_next(state: Databases
     assert step(rollout, {}, 1.0)[1] == [Action("b", NEW)]
 
 
-def test_device_that_leaves_the_fleet_while_moved_counts_as_failed(state: Databases) -> None:
+def test_a_device_that_leaves_the_fleet_neither_holds_up_its_wave_nor_counts_in_it(state: Databases) -> None:
+    fleet = SimulatedFleet.of("a", "b", "c", "d")
+    start(state, fleet, NEW, now=0.0, canary=2, wave_timeout_s=10.0)
+    control = Controller(state, fleet)
+    fleet.accept("a")
+    assert [r.reason for r in control.tick(11.0)] == ["wave 1 of 2 waits for b"]
+    del fleet.desires["b"], fleet.desires["d"]
+    (rollout,) = control.tick(12.0)
+    assert (rollout.status, rollout.wave, fleet.wants()) == (Status.RUNNING, 1, {"a": NEW, "c": NEW})
+    fleet.accept("c")
+    (rollout,) = control.tick(13.0)
+    assert (rollout.status, rollout.failed, rollout.present) == (Status.COMPLETE, [], {"a", "c"})
+    assert rollout.members["b"].place is rollout.members["d"].place is Place.LEFT
+
+
+def test_the_next_device_stands_in_for_a_canary_that_left_before_it_proved_anything(state: Databases) -> None:
     fleet = SimulatedFleet.of("a", "b", "c")
-    start(state, fleet, NEW, now=0.0, canary=2)
-    del fleet.desires["b"], fleet.desires["c"]
-    (rollout,) = Controller(state, fleet).tick(1.0)
-    assert rollout.status is Status.FAILED
-    assert "left the fleet" in rollout.reason
-    assert set(rollout.members) == {"a", "b"}, "c had not been moved and is forgotten"
-    assert fleet.wants() == {"a": OLD}
+    start(state, fleet, NEW, now=0.0)
+    del fleet.desires["a"]
+    control = Controller(state, fleet)
+    control.tick(1.0)
+    assert fleet.wants() == {"b": NEW, "c": OLD}
+    control.tick(2.0)
+    assert fleet.wants()["c"] == OLD, "the new canary has not answered either"
+    fleet.accept("b")
+    control.tick(3.0)
+    assert fleet.wants() == {"b": NEW, "c": NEW}
+
+
+def test_a_rollout_that_every_device_left_is_over(state: Databases) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0)
+    fleet.desires.clear()
+    control = Controller(state, fleet)
+    control.tick(1.0)
+    control.tick(2.0)
+    assert status(state).status is Status.COMPLETE and control.tick(3.0) == []
+
+
+def test_what_a_device_answered_before_it_left_counts(state: Databases) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0, failures_allowed=1)
+    control = Controller(state, fleet)
+    fleet.report("a", Phase.ROLLED_BACK, OLD, Reason.PROBATION)
+    control.tick(1.0)
+    del fleet.desires["a"]
+    control.tick(2.0)
+    fleet.report("b", Phase.ROLLED_BACK, OLD, Reason.PROBATION)
+    (rollout,) = control.tick(3.0)
+    assert (rollout.status, rollout.failed, fleet.wants()) == (Status.FAILED, ["a", "b"], {"b": OLD})
+
+
+def test_a_device_that_is_added_again_is_no_part_of_rollouts_of_before(state: Databases) -> None:
+    fleet = SimulatedFleet.of("a", "b")
+    start(state, fleet, NEW, now=0.0, devices=["a"])
+    fleet.accept("a")
+    Controller(state, fleet).tick(1.0)
+    start(state, fleet, NEW, now=2.0, devices=["b"])
+    for device in ("a", "b"):  # nobody had a look at the fleet while they were not there
+        leave(state, device)
+        fleet.desires[device] = Desired(version=9)
+    assert [r.status for r in Controller(state, fleet).tick(3.0)] == [Status.COMPLETE]
+    start(state, fleet, a_ref(3), now=4.0, devices=["b"])
+    assert undo(state, fleet, 1, now=5.0).status is Status.UNDONE
+    assert fleet.wants() == {"a": None, "b": a_ref(3)}
+
+
+def test_a_device_that_leaves_while_it_is_asked_stops_nobody(state: Databases) -> None:
+    class Fleet(SimulatedFleet):
+        def desired(self, device: str) -> Desired:
+            if device == "b" and self.asked:
+                self.desires.pop(device, None)
+                raise ConfigError("there is no device 'b'")
+            return super().desired(device)
+
+    fleet = Fleet.of("a", "b", "c")
+    rollout = start(state, fleet, NEW, now=0.0, canary=0)
+    assert (rollout.present, fleet.wants()) == ({"a", "c"}, {"a": NEW, "c": NEW})
 
 
 # --- properties of the core ---
@@ -373,13 +444,17 @@ def fleets(draw: st.DrawFn) -> tuple[Rollout, dict[str, BundleRef | None]]:
 
 
 def run(rollout: Rollout, wants: dict[str, BundleRef | None], data: st.DataObject, undo_at: int) -> Rollout:
-    """Let devices answer at random until the rollout ends; checks the promise about waves on the way."""
+    """Let devices answer, and leave, at random until the rollout ends; checks the promise about waves on the way."""
     versions = dict.fromkeys(wants, 1)
     answered: dict[str, Reported] = {}
     for now in range(40):
         if now == undo_at and rollout.status not in FINAL:
             rollout = undone(rollout, "asked", by_operator=True)
-        rollout, actions = step(rollout, answered, float(now))
+        for device in data.draw(st.lists(st.sampled_from(sorted(wants)), max_size=len(wants) > 1), label="who leaves"):
+            del wants[device]
+            answered.pop(device, None)
+        rollout, actions = step(without_strangers(rollout, wants), answered, float(now))
+        assert {a.device for a in actions} <= set(wants), "nothing is asked of who left"
         for action in actions:
             if data.draw(st.booleans(), label="the action is done"):
                 wants[action.device], versions[action.device] = action.ref, versions[action.device] + 1
@@ -398,7 +473,7 @@ def run(rollout: Rollout, wants: dict[str, BundleRef | None], data: st.DataObjec
 
 def check_waves(rollout: Rollout, answered: dict[str, Reported]) -> None:
     for member in rollout.members.values():
-        assert member.place is Place.WAITING or member.wave <= rollout.wave, "a later wave is never moved early"
+        assert member.place in (Place.WAITING, Place.LEFT) or member.wave <= rollout.wave, "a later wave is never moved early"
 
 
 @settings(max_examples=150, deadline=None)
@@ -410,9 +485,9 @@ def test_undone_or_failed_rollout_leaves_every_device_with_its_previous_bundle(
     wants = dict(previous)
     rollout = run(rollout, wants, data, undo_at)
     if rollout.status in (Status.UNDONE, Status.FAILED):
-        assert wants == previous
+        assert wants == {d: previous[d] for d in wants}
     if rollout.status is Status.COMPLETE:
-        assert all(m.place is Place.MOVED for m in rollout.members.values())
+        assert {d for d, m in rollout.members.items() if m.place is Place.MOVED} == rollout.present == set(wants)
         assert len(rollout.failed) <= rollout.failures_allowed
         assert set(wants.values()) == {NEW}
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ import paho.mqtt.client as mqtt
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
-from cloud import cli, config
+from cloud import brokers, cli, config
 from cloud.config import Settings
-from cloud.enrol import enrol
+from cloud.enrol import enrol, renew
 from cloud.fleet import Fleet
-from edge_agent.contract.state import BundleRef, Phase, Reported, decode_desired, encode_state
+from cloud.removal import remove
+from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, decode_desired, encode_state
 from edge_agent.contract.topics import DeviceTopics
 
 ROOT = Path(__file__).parents[2]
@@ -109,15 +110,21 @@ class Client:
     def __init__(self, settings: Settings, region: str, user: str, password: str, *filters: str) -> None:
         self.got: queue.SimpleQueue[tuple[str, bytes]] = queue.SimpleQueue()
         self.lost = 0
+        self.answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.subscribed: list[bool] = []
         self.mqtt = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=user, clean_session=True)
         self.mqtt.username_pw_set(user, password)
-        self.mqtt.on_connect = lambda *_: self.mqtt.subscribe([(f, 1) for f in filters])
+        self.mqtt.on_connect = lambda client, data, flags, code, properties: self._take_answer(not code.is_failure, filters)
         self.mqtt.on_subscribe = lambda client, data, mid, codes, properties: self.subscribed.extend(not c.is_failure for c in codes)
         self.mqtt.on_message = lambda client, data, message: self.got.put((message.topic, bytes(message.payload)))
         self.mqtt.on_disconnect = self._count_loss
         self.mqtt.connect("127.0.0.1", settings.region(region).port)
         self.mqtt.loop_start()
+
+    def _take_answer(self, accepted: bool, filters: Sequence[str]) -> None:
+        self.answers.put(accepted)
+        if accepted:
+            self.mqtt.subscribe([(f, 1) for f in filters])
 
     def _count_loss(self, *_: object) -> None:
         self.lost += 1
@@ -248,6 +255,88 @@ def test_a_new_desired_document_reaches_the_device_in_every_region(up: Up) -> No
     finally:
         for client in clients:
             client.close()
+
+
+def may_connect(settings: Settings, region: str, user: str, password: str) -> bool:
+    client = Client(settings, region, user, password, DeviceTopics(user).desired)
+    try:
+        return client.answers.get(timeout=WAIT_S)
+    finally:
+        client.close()
+
+
+def kept(settings: Settings, region: str, topic: str) -> bytes | None:
+    """What the broker of a region has retained on a topic."""
+    client = Client(settings, region, brokers.CLOUD_USER, brokers.password(settings, brokers.CLOUD_USER), topic)
+    try:
+        wait_until(lambda: client.subscribed == [True])
+        return client.got.get(timeout=0.5)[1]
+    except queue.Empty:
+        return None
+    finally:
+        client.close()
+
+
+def test_a_removed_device_is_cut_off_in_every_region_and_may_be_added_again(up: Up) -> None:
+    settings, fleet, topics = up.settings, Fleet(up.settings.fleet_db), DeviceTopics("stolen")
+    for name in ("stolen", "neighbour"):
+        enrol(settings, fleet, name)
+    fleet.set_desired("stolen", REF)
+    time.sleep(0.3)
+    secret, regions = fleet.passwords()["stolen"], ("eu", "us")
+    neighbour = Client(settings, "eu", "neighbour", fleet.passwords()["neighbour"], DeviceTopics("neighbour").desired)
+    clients = [Client(settings, region, "stolen", secret, topics.desired) for region in regions]
+    try:
+        wait_until(lambda: neighbour.subscribed == [True] and all(client.subscribed == [True] for client in clients))
+        wait_until(lambda: all(kept(settings, region, topics.desired) for region in regions))
+        remove(settings, fleet, "stolen", "me")
+        wait_until(lambda: all(client.lost for client in clients))
+        assert not any(may_connect(settings, region, "stolen", secret) for region in regions)
+        wait_until(lambda: not any(kept(settings, region, topics.desired) for region in regions))
+        assert neighbour.lost == 0 and kept(settings, "eu", DeviceTopics("neighbour").desired)
+    finally:
+        for client in (neighbour, *clients):
+            client.close()
+    enrol(settings, fleet, "stolen")
+    time.sleep(0.3)
+    assert not any(may_connect(settings, region, "stolen", secret) for region in regions)
+    back = Client(settings, "us", "stolen", fleet.passwords()["stolen"], topics.desired)
+    try:
+        assert decode_desired(back.got.get(timeout=WAIT_S)[1]) == Desired(version=4)
+    finally:
+        back.close()
+
+
+def test_a_removed_device_is_forgotten_by_a_broker_that_was_away_meanwhile(up: Up) -> None:
+    settings, fleet, topic = up.settings, Fleet(up.settings.fleet_db), DeviceTopics("gone").desired
+    enrol(settings, fleet, "gone")
+    wait_until(lambda: kept(settings, "us", topic))
+    before = up.pids["broker-us"]
+    os.kill(before, signal.SIGKILL)
+    remove(settings, fleet, "gone", "me")
+    wait_until(lambda: up.pids.get("broker-us") not in (None, before))
+    wait_until(lambda: httpx.get(f"{settings.api_url}/healthz").json()["connected"])
+    wait_until(lambda: kept(settings, "us", topic) is None)
+
+
+def test_a_new_password_ends_the_connections_of_the_old_one(up: Up) -> None:
+    settings, fleet = up.settings, Fleet(up.settings.fleet_db)
+    for name in ("rekeyed", "bystander"):
+        enrol(settings, fleet, name)
+    time.sleep(0.3)
+    old = fleet.passwords()["rekeyed"]
+    bystander = Client(settings, "eu", "bystander", fleet.passwords()["bystander"], DeviceTopics("bystander").desired)
+    client = Client(settings, "eu", "rekeyed", old, DeviceTopics("rekeyed").desired)
+    try:
+        wait_until(lambda: bystander.subscribed == client.subscribed == [True])
+        new = renew(settings, fleet, "rekeyed").read_text().strip()
+        wait_until(lambda: client.lost)
+        assert bystander.lost == 0
+    finally:
+        for each in (bystander, client):
+            each.close()
+    for region in ("eu", "us"):
+        assert not may_connect(settings, region, "rekeyed", old) and may_connect(settings, region, "rekeyed", new)
 
 
 def test_a_part_that_dies_is_started_again_and_counted(up: Up) -> None:

@@ -98,6 +98,28 @@ def test_a_level_leaves_out_what_may_still_come(settings: Settings) -> None:
     assert str(breach) == "stream pump: completeness is 66.667 percent of 3 blocks; promised is 99 percent"
 
 
+def test_a_removed_device_is_neither_silent_nor_missed_until_it_is_added_again(settings: Settings) -> None:
+    lake, fleet = open_lake(settings), Fleet(settings.fleet_db)
+    lake.append("eu", [fresh(1), fresh(3)])
+    assert len(Watch(settings).look(now_us() + 3_600_000_000).alarms) == 4
+    assert fleet.remove("d1")
+    found = Watch(settings).look(now_us() + 3_600_000_000)
+    assert (found.alarms, found.unaccounted_blocks, found.stored_blocks, found.share) == ([], 0, 2, 2 / 3)
+    fleet.add("d1")
+    assert Watch(settings).look(now_us() + 3_600_000_000).alarms == []
+    lake.append("eu", [fresh(1, epoch="e2")])
+    levels = Watch(settings).look(now_us() + 3_600_000_000).levels
+    assert [line.split(" is ")[0] for line in levels] == ["stream pump: freshness of d1", "stream pump: frequency of p1"]
+
+
+def test_an_entity_is_judged_by_the_device_that_it_was_heard_from_last(settings: Settings) -> None:
+    lake = open_lake(settings)
+    lake.append("eu", [fresh(1, ago_s=3_000), fresh(1, ago_s=2_400, device="d2")])
+    for removed, silent in ({}, True), ({"d1": now_us()}, True), ({"d2": now_us()}, False):
+        levels = [b.level for b in breaches(lake, BlockIndex(), now_us(), removed=removed)]
+        assert ("frequency" in levels) == silent
+
+
 def test_completeness_is_looked_at_where_no_row_is_good(settings: Settings) -> None:
     lake = open_lake(settings)
     lake.append("eu", [bad(1, [0, 1, 2, 3]), bad(3, [0, 1, 2, 3])])

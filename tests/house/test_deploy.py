@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 
 import paho.mqtt.client as mqtt
 import pytest
 
+from cloud.rights import CLOUD, mosquitto_acl
+from edge_agent.core.zones import parse_zones
 from tests.brokers import Broker
 from tests.servers import HOST, free_port
 
@@ -92,6 +98,34 @@ def test_region_broker_does_not_let_one_certificate_end_anothers_session(tmp_pat
 
 
 @pytest.mark.needs_mosquitto
+def test_region_broker_that_is_told_of_a_removed_device_denies_it_everything_and_lets_it_in_no_more(tmp_path: Path) -> None:
+    make_list, revoke = (
+        block for block in re.findall(r"```sh\n(.*?)```", (DEPLOY / "README.md").read_text(), re.S) if "revoked.pem" in block
+    )
+    with mosquitto(tmp_path, "region", ["plane-01", "plane-02", "ingest-1"], revoked=make_list) as running:
+        ingest, other, lost = (certified(tmp_path, name, running.port) for name in ("ingest-1", "plane-02", "plane-01"))
+        stored, heard = collect(ingest, "fenceline/v1/+/up/+/+", count=2), collect(lost, "fenceline/v1/plane-01/receipts", count=1)
+        send = partial(lost.publish, "fenceline/v1/plane-01/up/europe/turbofan", qos=1)
+        send(b"before").wait_for_publish(WAIT_S)
+        ingest.publish("fenceline/v1/plane-01/receipts", b"before", qos=1).wait_for_publish(WAIT_S)
+        heard()
+        zones = parse_zones((DEPLOY.parent / "contracts" / "zones.geojson").read_bytes())
+        (tmp_path / "region.acl").write_text(mosquitto_acl(zones, "eu", CLOUD, removed=["plane-01"]))
+        subprocess.run(["bash", "-ec", revoke], cwd=tmp_path, check=True, capture_output=True, timeout=WAIT_S)
+        os.kill(running.pid, signal.SIGHUP)
+        wait_for_line(running.log, "Reloading config.")
+        send(b"after").wait_for_publish(WAIT_S)
+        ingest.publish("fenceline/v1/plane-01/receipts", b"after", qos=1).wait_for_publish(WAIT_S)
+        other.publish("fenceline/v1/plane-02/up/europe/turbofan", b"other", qos=1).wait_for_publish(WAIT_S)
+        assert [payload for _, payload in stored()] == [b"before", b"other"]
+        lost.publish("fenceline/v1/plane-01/events", b"x", qos=1).wait_for_publish(WAIT_S)  # what was for it would have come before this
+        assert [payload for _, payload in heard()] == [b"before"]
+        with pytest.raises(ConnectionRefusedError):
+            certified(tmp_path, "plane-01", running.port)
+        certified(tmp_path, "plane-02", running.port)
+
+
+@pytest.mark.needs_mosquitto
 def test_sensor_broker_takes_readings_from_sensors_and_gives_them_to_the_agent(tmp_path: Path) -> None:
     with broker(tmp_path, "sensors", []) as port:
         agent, sensor = named(tmp_path, "agent", port), named(tmp_path, "sensor", port)
@@ -103,25 +137,44 @@ def test_sensor_broker_takes_readings_from_sensors_and_gives_them_to_the_agent(t
             named(tmp_path, "sensor", port, password="wrong")
 
 
+def wait_for_line(log: Path, text: str) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while text not in log.read_text(errors="replace"):
+        assert time.monotonic() < deadline, f"{text!r} is not in {log}"
+        time.sleep(0.05)
+
+
 @contextmanager
 def broker(folder: Path, kind: str, names: list[str], acl: str | None = None) -> Iterator[int]:
-    """Mosquitto with deploy's configuration; only the paths, the port, the user that it runs as and the rights, if given, differ."""
+    """The port of a `mosquitto`."""
+    with mosquitto(folder, kind, names, acl) as running:
+        yield running.port
+
+
+@contextmanager
+def mosquitto(folder: Path, kind: str, names: list[str], acl: str | None = None, revoked: str = "") -> Iterator[Broker]:
+    """Mosquitto with deploy's configuration; only the paths, the port, the user that it runs as and the rights, if given, differ.
+
+    `revoked`: the commands that make a list of revoked certificates, which it then goes by.
+    """
     make_certificates(folder, names)
+    subprocess.run(["bash", "-ec", revoked], cwd=folder, check=True, capture_output=True, timeout=WAIT_S)
     (folder / f"{kind}.acl").write_text(acl or (DEPLOY / "mosquitto" / f"{kind}.acl").read_text())
     (folder / "passwords").write_text("agent:agent-password\nsensor:sensor-password\n")
     subprocess.run(["mosquitto_passwd", "-U", str(folder / "passwords")], check=True, timeout=WAIT_S)
     text = (DEPLOY / "mosquitto" / f"{kind}.conf").read_text()
+    text = text.replace("#crlfile", "crlfile" if revoked else "#crlfile")
     text = text.replace("/etc/mosquitto/fenceline", str(folder)).replace("/var/lib/mosquitto", str(folder))
     port = free_port()
     text = text.replace("listener 8883 127.0.0.1", "listener 8883").replace("listener 8883", f"listener {port} {HOST}")
     config = folder / "mosquitto.conf"
     config.write_text(f"{text}\nuser {pwd.getpwuid(os.getuid()).pw_name}\n")
-    mosquitto = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
-    assert mosquitto
-    running = Broker([mosquitto, "-c", str(config)], port, folder / "mosquitto.log")
+    program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
+    assert program
+    running = Broker([program, "-c", str(config)], port, folder / "mosquitto.log")
     running.start()
     try:
-        yield port
+        yield running
     finally:
         running.kill()
 
