@@ -22,7 +22,7 @@ from edge_agent.draft import StoredBlock
 from edge_agent.loss_ledger import LossLedger
 from edge_agent.owned_file import OwnedFile
 from edge_agent.sealed import Keys, open_stored
-from edge_agent.slots import stored_blocks
+from edge_agent.slots import Read, stored_blocks
 from edge_agent.store import DamagedError, DiskError
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ READ_ATTEMPTS = 3
 DAMAGED_BLOCKS_MAX = 64  # kept for study
 
 T = TypeVar("T")
-Read = Callable[[str], list[tuple[int, bytes]]]
 
 
 class Reader:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,11 @@ _RECORD_BYTES = 4  # of a row beside the blob
 _LEAF_BYTES = PAGE_BYTES - 35 - _RECORD_BYTES  # of a blob in its leaf; the format of https://sqlite.org/fileformat2.html, section 1.6
 _SLOTS_MAX = SLOTS_BYTES_MAX // PAGE_BYTES
 
-Read = Callable[[str], list[tuple[Any, ...]]]
+# The numbers are a parameter: statements with numbers of their own would each stay in the cache of statements, some 20 KB each.
+_ROWS = "SELECT id, block FROM blocks WHERE id IN (SELECT value FROM json_each(?))"
+_SLOTS = "SELECT slot, block FROM slots WHERE slot IN (SELECT value FROM json_each(?))"
+
+Read = Callable[[str, tuple[Any, ...]], list[tuple[Any, ...]]]
 
 
 def slots_limit(bytes_max: int) -> int:
@@ -160,9 +165,9 @@ def stored_blocks(read: Read, places: Iterable[Place]) -> dict[int, Any]:
         if place.slot:
             slots[place.slot] = place
         else:
-            rows.append(str(place.id))
-    found = dict(read(f"SELECT id, block FROM blocks WHERE id IN ({','.join(rows)})")) if rows else {}
-    for slot, blob in read(f"SELECT slot, block FROM slots WHERE slot IN ({','.join(map(str, slots))})") if slots else ():
+            rows.append(place.id)
+    found = dict(read(_ROWS, (json.dumps(rows),))) if rows else {}
+    for slot, blob in read(_SLOTS, (json.dumps(list(slots)),)) if slots else ():
         place = slots[slot]
         found[place.id] = blob[HEAD_BYTES : HEAD_BYTES + place.bytes] if isinstance(blob, bytes) else blob
     return found

@@ -18,10 +18,11 @@ from edge_agent.contract.block import FixQuality
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, ContractError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.core.retention import Place
 from edge_agent.inspection import inspect
 from edge_agent.room import RESERVE_BYTES
 from edge_agent.sealed import Keys
-from edge_agent.slots import HEAD_BYTES, OVERFLOW_PAGES_MAX, WAITING_MAX, blocks_in_slots, fill, unfill
+from edge_agent.slots import HEAD_BYTES, OVERFLOW_PAGES_MAX, WAITING_MAX, blocks_in_slots, fill, stored_blocks, unfill
 from edge_agent.store import PAGE_BYTES, TAIL_BLOCKS_MAX, Store, bytes_on_disk
 from tests.faults.oracle import Name, check
 
@@ -249,6 +250,18 @@ def test_a_reader_that_finds_another_block_in_a_slot_takes_nothing_for_damaged(t
     monkeypatch.setattr(buffer._file.catalogue, "waiting", overtaken)
     assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [5, 6, 7]
     assert not buffer.lost_blocks and not list(tmp_path.glob("*/buffer.db.damaged-*"))
+
+
+def test_whichever_blocks_are_read_the_statements_are_the_same() -> None:
+    asked = set[str]()
+
+    def read(query: str, values: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        asked.add(query)
+        return []
+
+    for size in range(1, 9):
+        stored_blocks(read, [Place(1, n, n, 1, 1, 1, 1, 1, 1, slot=n % 2 and n) for n in range(1, 2 * size)])
+    assert len(asked) == 2
 
 
 def test_slots_are_made_over_when_blocks_become_larger_and_stay_within_their_share(tmp_path: Path) -> None:
