@@ -229,7 +229,7 @@ class OwnedFile:
         except BufferFullError as e:
             if suspect:
                 raise
-            log.warning("buffer log not brought into the file error=%s", e)  # no reason not to start: receipts make room
+            log.warning("buffer log not begun anew, no room error=%s", e)  # no reason not to start: receipts make room
 
     def _load(self, now: Moment) -> None:
         self.catalogue = load(self.store, self._keys, self._boot, now.monotonic_us, self._slots_bytes_max)

@@ -122,12 +122,12 @@ class Slots:
 
     def give_back(self, bytes_max: int | None = None) -> list[int]:
         """Free slots beyond `bytes_max`, or the limit, as after it was lowered: they are no slots any more, and their rows must go."""
+        limit = self._bytes_max if bytes_max is None else bytes_max
         gone = []
-        while self.bytes > (self._bytes_max if bytes_max is None else bytes_max) and (
-            pages := next((n for n, slots in self._free.items() if slots), 0)
-        ):
-            gone.append(self._pop(pages))
-            self._resize(gone[-1], 0)
+        for pages, slots in self._free.items():
+            while slots and self.bytes > limit:
+                gone.append(self._pop(pages))
+                self._resize(gone[-1], 0)
         return gone
 
     def _pop(self, pages: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from edge_agent.contract.state import Phase, Reported, encode_state
 from edge_agent.contract.topics import DeviceTopics
 from edge_agent.core.zones import parse_zones
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON, block_bytes
-from tests.cloud.ingests import wait_until
+from tests.cloud.ingests import running, wait_until
 from tests.house import test_deploy as deploy
 
 pytestmark = pytest.mark.needs_mosquitto
@@ -45,17 +44,8 @@ class Site:
 
     @contextmanager
     def worker(self, number: int = 1, count: int = 1) -> Iterator[ingest.Ingest]:
-        work = ingest.build(self.settings, "eu", Worker(number, count))
-        work.intake.open()
-        thread = threading.Thread(target=work.run)
-        thread.start()
-        try:
-            wait_until(lambda: work.intake.connected)
+        with running(self.settings, Worker(number, count)) as work:
             yield work
-        finally:
-            work.stop = True
-            thread.join()
-            work.intake.close()
 
     def device(self, name: str) -> tuple[mqtt.Client, SequenceSet]:
         """A device with its certificate, and what its receipts have settled."""
