@@ -17,6 +17,7 @@ from cloud.fleet import Fleet
 from cloud.ingest_status import read_status
 from cloud.lake import Lake
 from cloud.refusals import DENIED, REFUSED
+from cloud.waves import Place
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.state import BundleRef
 
@@ -110,7 +111,7 @@ def _last_rollout(settings: Settings) -> dict[str, Any] | None:
         last = rollout.status(settings)
     except ConfigError:
         return None
-    moved = sum(m.place == rollout.Place.MOVED for m in last.members.values())
+    moved = sum(m.place == Place.MOVED for m in last.members.values())
     counts = {"devices": len(last.present), "moved": moved}
     return {"id": last.id, "target": last.ref.target, "status": last.status, "reason": last.reason, **counts}
 

@@ -15,7 +15,7 @@ from cloud import config
 from cloud.commands.output import add_command, add_group, positive, print_json, print_table, say, show
 
 if TYPE_CHECKING:
-    from cloud.rollout import Rollout
+    from cloud.waves import Rollout
 
 ROLLOUT_POLL_S = 0.5
 
@@ -92,6 +92,7 @@ def _release(args: argparse.Namespace) -> int:
 def _rollout_start(args: argparse.Namespace) -> int:
     from cloud import release, rollout
     from cloud.fleet import Fleet
+    from cloud.waves import Status
 
     settings = config.load(args.project, args.state)
     model, version = _model(args.model, "")
@@ -109,11 +110,11 @@ def _rollout_start(args: argparse.Namespace) -> int:
     )
     if config.running_stack(settings) is None:
         say("the stack does not run, so devices hear of it later: fenceline up")
-    while args.wait and started.status in (rollout.Status.RUNNING, rollout.Status.UNDOING):
+    while args.wait and started.status in (Status.RUNNING, Status.UNDOING):
         time.sleep(ROLLOUT_POLL_S)
         started = rollout.Controller(settings, fleet).advance(started.id, time.time())  # also without a control loop it pauses in time
     _print_rollout(started, args.json)
-    return 1 if args.wait and started.status is not rollout.Status.COMPLETE else 0
+    return 1 if args.wait and started.status is not Status.COMPLETE else 0
 
 
 def _rollout_status(args: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ from cloud.demo.outcome import STREAM, stored_by
 from cloud.demo.scenario import Scenario
 from cloud.demo.sensors import play
 from cloud.gate import load_zones
+from cloud.waves import Status
 from edge_agent.contract.errors import FencelineError
 from edge_agent.contract.odcs import parse_contract
 from edge_agent.contract.state import BundleRef, Phase
@@ -121,7 +122,7 @@ def score(house: House, scenario: Scenario, ref: BundleRef) -> None:
     house.wait_for_rows(scenario.readings("collect") + scenario.readings("score"), LAKE_S)
     with house.display.counting("devices active", len(house.agents)) as advance:
         _wait_for_devices(house, ref, (Phase.ACTIVE,), advance)
-    house.wait("the rollout to be complete", ROLLOUT_S, lambda: rollout.status(house.settings).status is rollout.Status.COMPLETE)
+    house.wait("the rollout to be complete", ROLLOUT_S, lambda: rollout.status(house.settings).status is Status.COMPLETE)
 
 
 def running(house: House, ref: BundleRef, phases: tuple[Phase, ...] = (Phase.ACTIVE,)) -> list[str]:

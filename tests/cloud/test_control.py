@@ -17,14 +17,15 @@ from cloud.control import Control, RegionControl
 from cloud.fleet import Fleet
 from cloud.intake import Intake
 from cloud.watch import read_quality
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, decode_desired
+from edge_agent.contract.state import Desired, Phase, Reported, decode_desired
 from edge_agent.contract.topics import PREFIX, parse
 from tests.brokers import Broker, User, free_port, nats_broker
 from tests.cloud.blocks import CONTRACT_YAML, ZONES_JSON
+from tests.cloud.refs import a_ref
 
 WAIT_S = 240.0
 USERS = (User("cloud", "c"), User("told", "t"))
-REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+REF = a_ref(1)
 
 
 def until(condition: Callable[[], object], step: Callable[[], object] = lambda: None) -> None:

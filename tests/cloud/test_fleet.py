@@ -16,9 +16,10 @@ from cloud.config import Settings, Tls
 from cloud.enrol import enrol, reload_brokers
 from cloud.fleet import EVENTS_MAX, Fleet
 from edge_agent.contract.errors import ConfigError
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, ZonesRef
+from edge_agent.contract.state import Desired, Phase, Reported, ZonesRef
+from tests.cloud.refs import a_ref
 
-REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+REF = a_ref(1)
 
 
 def report(at_us: int, phase: Phase = Phase.IDLE, desired_version: int = 1) -> Reported:

@@ -17,11 +17,13 @@ from cloud import rollout
 from cloud.audit import Audit
 from cloud.fleet import EVENTS_MAX, Fleet
 from cloud.metadata import Database
+from cloud.waves import Status
 from edge_agent.contract.errors import ConfigError, UnavailableError
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, ZonesRef
+from edge_agent.contract.state import Desired, Phase, Reported, ZonesRef
+from tests.cloud.refs import a_ref
 from tests.postgres import Postgres, postgres
 
-REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+REF = a_ref(1)
 WRITERS, EACH = 8, 10
 
 
@@ -223,7 +225,7 @@ def test_rollouts_are_numbered_and_kept(database: Database) -> None:
     second = rollout.start(where, fleet, REF, now=time.time(), devices=["d2"])
     assert (first.id, second.id) == (1, 2) and rollout.status(where) == second
     assert [r.id for r in rollout.history(where)] == [1, 2] and fleet.desired("d1").bundle == REF
-    assert rollout.undo(where, fleet, 1, now=time.time()).status is rollout.Status.UNDONE
+    assert rollout.undo(where, fleet, 1, now=time.time()).status is Status.UNDONE
     with pytest.raises(ConfigError, match="rollouts: 1, 2"):
         rollout.status(where, 9)
 

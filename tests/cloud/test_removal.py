@@ -17,9 +17,10 @@ from cloud.config import Settings, Tls
 from cloud.fleet import Fleet
 from cloud.removal import REMOVED, remove
 from edge_agent.contract.errors import ConfigError
-from edge_agent.contract.state import BundleRef, Phase, Reported
+from edge_agent.contract.state import Phase, Reported
+from tests.cloud.refs import a_ref
 
-REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+REF = a_ref(1)
 
 
 @pytest.fixture

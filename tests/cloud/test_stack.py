@@ -25,12 +25,13 @@ from cloud.config import Settings
 from cloud.enrol import enrol, renew
 from cloud.fleet import Fleet
 from cloud.removal import remove
-from edge_agent.contract.state import BundleRef, Desired, Phase, Reported, decode_desired, encode_state
+from edge_agent.contract.state import Desired, Phase, Reported, decode_desired, encode_state
 from edge_agent.contract.topics import DeviceTopics
+from tests.cloud.refs import a_ref
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
-REF = BundleRef(target="bundles/m/1.bundle", model="m", model_version="1", sha256="0" * 64)
+REF = a_ref(1)
 
 
 @dataclass
