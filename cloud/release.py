@@ -37,6 +37,7 @@ from cloud.keys import (
     load_signer,
     signed_bytes,
 )
+from cloud.tracking_server import errors_told, public
 from edge_agent.contract.bundle import Bundle, Manifest, pack_bundle, read_bundle
 from edge_agent.contract.columns import Floats
 from edge_agent.contract.errors import BundleError, ConfigError, UnavailableError
@@ -85,15 +86,17 @@ def release(
     Raises:
         ConfigError: there is no such model, alias, version or key; the message names the known ones.
         BundleError: the logged bundle does not read, or fails its self-test.
-        UnavailableError: MLflow does not answer.
+        UnavailableError: MLflow does not answer, or refuses.
     """
-    client = _client(mlflow_url)
     progress(f"looking up {model}@{alias_or_version}")
-    version = _find_version(client, model, alias_or_version)
+    with errors_told(mlflow_url):
+        client = _client(mlflow_url)
+        version = _find_version(client, model, alias_or_version)
     progress(f"downloading version {version.version}")
     bundle = _download(version, mlflow_url)
     ref = publish(bundle, keys_dir=keys_dir, releases_dir=releases_dir, now=now, progress=progress, functions=functions)
-    client.set_model_version_tag(model, version.version, SHA256_TAG, ref.sha256)
+    with errors_told(mlflow_url):
+        client.set_model_version_tag(model, version.version, SHA256_TAG, ref.sha256)
     return ref
 
 
@@ -315,7 +318,7 @@ def _client(mlflow_url: str) -> MlflowClient:
         try:  # MLflow itself would retry for minutes
             httpx.get(f"{mlflow_url}/health", timeout=CONNECT_TIMEOUT_S)
         except httpx.TransportError as e:
-            raise UnavailableError(f"MLflow at {mlflow_url} does not answer: {e}; start it with: fenceline up") from e
+            raise UnavailableError(f"MLflow at {public(mlflow_url)} does not answer: {e}; start it with: fenceline up") from e
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=mlflow_url, registry_uri=mlflow_url)

@@ -122,7 +122,8 @@ def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Ite
 
     Raises:
         UnavailableError: no task ended within TASK_S_MAX.
-        FencelineError: as a task raised it. Other errors come as Ray's own, with the task's traceback.
+        FencelineError, OSError: ours, and what the operating system says, as a task raised it. Other errors come as Ray's own, with the
+            task's traceback.
     """
     import ray
 
@@ -136,7 +137,7 @@ def as_done(function: Callable[..., Any], calls: Sequence[Sequence[Any]]) -> Ite
         try:
             result = ray.get(ready)
         except ray.exceptions.RayTaskError as e:
-            if isinstance(e.cause, FencelineError):
+            if isinstance(e.cause, FencelineError) or (isinstance(e.cause, OSError) and e.cause.errno is not None):
                 raise e.cause from e
             raise
         yield waiting.pop(ready), result

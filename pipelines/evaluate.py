@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cloud.tracking_server import errors_told
 from edge_agent.contract.bundle import Manifest
 from edge_agent.contract.errors import BundleError, ConfigError
 from edge_agent.contract.stream import StreamContract
@@ -53,7 +54,7 @@ class Champion:
     trained_on: set[str]
 
 
-@tracking.errors_told()
+@errors_told()
 def work(context: Context) -> None:
     """Write metrics, plots and the gate."""
     x, y, engines = load(context)

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import yaml
 
+from cloud.tracking_server import errors_told
 from edge_agent.contract.bundle import Manifest, Provenance
 from edge_agent.contract.errors import UnavailableError
 from pipelines import forest, stage, tracking
@@ -33,7 +34,7 @@ EXAMPLE_ROWS = 3
 NAME_LENGTH_MAX = 500
 
 
-@tracking.errors_told()
+@errors_told()
 def work(context: Context) -> None:
     """Log the run, register the model, set the aliases."""
     run_id = tracking.current_run(context)

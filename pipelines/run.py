@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from cloud.lake import Lake
+from cloud.tracking_server import errors_told
 from edge_agent.contract.errors import ConfigError, FencelineError, UnavailableError
 from pipelines import cli, cluster, tracking
 from pipelines.params import override, params_file
@@ -74,7 +75,7 @@ class StageError(FencelineError):
         self.exit_code = exit_code
 
 
-@tracking.errors_told()
+@errors_told()
 def run(
     project: Path,
     state: Path | None = None,
@@ -315,7 +316,7 @@ def _close_run(context: Context, status: str) -> None:
     """
     opened = tracking.opened_run(context)
     if opened is not None:
-        with tracking.errors_told():
+        with errors_told():
             tracking.client(context).set_terminated(opened, status)
 
 
@@ -367,6 +368,11 @@ def main(argv: list[str] | None = None) -> int:
     except FencelineError as e:
         cli.err(f"train: {e}")
         return e.exit_code if isinstance(e, StageError) else 2 if isinstance(e, ConfigError) else 1
+    except OSError as e:
+        if e.errno is None:  # not the operating system's, so a mistake of ours
+            raise
+        cli.err(f"train: {e}")
+        return 1
     except KeyboardInterrupt:
         cli.err("train: stopped; the next run goes on with the stage that was cut off")
         return 130

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from cloud.lake import Lake
 from cloud.roots import Roots
+from cloud.tracking_server import errors_told
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
 from pipelines import cluster, stage, tracking
@@ -41,7 +42,7 @@ ROOMS = ("edge_agent/contract", "edge_agent/core", "pipelines")
 LIBRARIES = ("feast", "numpy", "onnx", "onnxruntime", "polars", "pyarrow", "scikit-learn")
 
 
-@tracking.errors_told()
+@errors_told()
 def work(context: Context) -> None:
     """Write the snapshot, and what else the later stages depend on."""
     versions = pick_versions(Lake(context.lake), context)

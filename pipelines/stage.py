@@ -2,8 +2,8 @@
 
 - A stage is `python -m pipelines.<stage>`, run by DVC in the project directory. It reads and writes `build/pipeline/`.
 - Environment: FENCELINE_STATE (state directory), MLFLOW_TRACKING_URI, RAY_ADDRESS, FENCELINE_RUN_ID; all optional.
-- A person's mistake ends with its message and exit 2; what went wrong outside with exit 1. DVC hides a stage's exit code,
-  so the error is also left in `build/pipeline/error.json`, where `pipelines.run` finds it.
+- A person's mistake ends with its message and exit 2; what went wrong outside (a server, the disk) with exit 1. DVC hides a stage's
+  exit code, so the error is also left in `build/pipeline/error.json`, where `pipelines.run` finds it.
 """
 
 from __future__ import annotations
@@ -108,11 +108,21 @@ def main(name: str, work: Callable[[Context], None]) -> int:
         with cluster.connected():
             work(context)
     except FencelineError as e:
-        message, code = str(e), 2 if isinstance(e, ConfigError) else 1
-        error.write_text(json.dumps({"stage": name, "message": message, "exit_code": code}))
-        cli.err(f"{name}: {message}")
-        return code
+        return _failed(name, str(e), 2 if isinstance(e, ConfigError) else 1, error)
+    except OSError as e:
+        if e.errno is None:  # not the operating system's, so a mistake of ours
+            raise
+        return _failed(name, str(e), 1, error)
     return 0
+
+
+def _failed(name: str, message: str, code: int, error: Path) -> int:
+    cli.err(f"{name}: {message}")
+    try:
+        error.write_text(json.dumps({"stage": name, "message": message, "exit_code": code}))
+    except OSError as e:  # a full disk, which may be why the stage failed; `pipelines.run` tells what was printed then
+        cli.err(f"{name}: {e}")
+    return code
 
 
 def write_json(path: Path, tree: object) -> None:

@@ -4,7 +4,7 @@
   Register ends it. One that was cut off is ended by the next pipeline run.
 - The tracking server is MLFLOW_TRACKING_URI; without it a SQLite file under the state directory.
 - Numbers are sent with `log_batch`.
-- What MLflow refuses, at the start or in the midst of it, is an UnavailableError of one line, without passwords (`errors_told`).
+- What MLflow refuses in the midst of a stage is told by `cloud.tracking_server.errors_told` around it.
 - Code version: FENCELINE_GIT_COMMIT, else the commit of the checkout that this package runs from, else nothing.
 """
 
@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cloud.tracking_server import errors_told, public
 from edge_agent.contract.errors import UnavailableError
 from pipelines.stage import Context, write_json
 
 RUN_FILE = "run.json"
 CHALLENGER, CHAMPION = "challenger", "champion"
 PARAM_LENGTH_MAX = 500
-REASON_LENGTH_MAX = 400
-AWAY = "start it with `fenceline up`, look into its log, or correct or unset MLFLOW_TRACKING_URI; then train again"
-DENIED = "let the user of MLFLOW_TRACKING_USERNAME or ~/.mlflow/credentials do that, or name another, then train again"
 
 
 def tracking_uri(state: Path) -> str:
@@ -51,55 +47,11 @@ def client(context: Context) -> Any:
     uri = tracking_uri(context.state)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with errors_told(uri, "does not answer"):
         mlflow.set_tracking_uri(uri)
         found = mlflow.MlflowClient(tracking_uri=uri)
         found.search_experiments(max_results=1)
-    except _refusals() as e:
-        raise _refused(f"MLflow does not answer at {uri}", e) from e
     return found
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Around work with MLflow, or as a decorator of it: what MLflow, or the way to it, refuses.
-
-    Raises:
-        UnavailableError: says what was refused, where, and what to do.
-    """
-    try:
-        yield
-    except _refusals() as e:
-        import mlflow
-
-        raise _refused(f"MLflow at {mlflow.get_tracking_uri()} failed", e) from e
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    """The errors of MLflow itself, of HTTP (artifacts) and of the database; none where nobody has imported MLflow: that takes seconds."""
-    if "mlflow" not in sys.modules:
-        return ()
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return MlflowException, RequestException, SQLAlchemyError
-
-
-def _refused(what: str, error: Exception) -> UnavailableError:
-    """An error of MLflow in a line. A page of HTML, or the SQL that a database did not like, is cut."""
-    why = public(" ".join(str(error).split()))
-    why = why if len(why) <= REASON_LENGTH_MAX else f"{why[:REASON_LENGTH_MAX]}…"
-    answer = getattr(error, "response", None)  # of an HTTP error
-    status = error.get_http_status_code() if hasattr(error, "get_http_status_code") else getattr(answer, "status_code", None)
-    if status in (401, 403):
-        return UnavailableError(f"{public(what)} ({why}); {DENIED}")
-    return UnavailableError(f"{public(what)} ({why}); {AWAY}")
-
-
-def public(text: str) -> str:
-    """A text without the users and passwords of the URLs in it: they must not reach a log or a job summary."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def champion(store: Any, model: str) -> dict[str, str] | None:

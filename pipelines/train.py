@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.model_selection import GroupKFold
 
+from cloud.tracking_server import errors_told
 from pipelines import cluster, stage, tracking
 from pipelines.cli import progress
 from pipelines.dataset import TARGET
@@ -31,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 
-@tracking.errors_told()
+@errors_told()
 def work(context: Context) -> None:
     """Search, fit, and write the model, the trials and the split."""
     x, y, engines = load(context)

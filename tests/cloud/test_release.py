@@ -365,14 +365,17 @@ def test_registered_model_version_becomes_a_release(house: House, device: Device
         released_as(str(empty.version))
 
 
-def test_mlflow_that_does_not_answer_is_said_at_once(house: House) -> None:
+@pytest.mark.parametrize("url", ["http://ml:s3cret@127.0.0.1:{port}", "sqlite:///{folder}/damaged.db", "nowhere://ml:s3cret@127.0.0.1/db"])
+def test_mlflow_that_does_not_answer_or_refuses_is_said_at_once_without_its_password(house: House, tmp_path: Path, url: str) -> None:
     house.init()
-    with pytest.raises(UnavailableError, match="fenceline up"):
+    (tmp_path / "damaged.db").write_bytes(b"no database" * 1_000)
+    with pytest.raises(UnavailableError, match="fenceline up") as raised:
         release(
             "m",
             "champion",
-            mlflow_url=f"http://127.0.0.1:{free_port()}",
+            mlflow_url=url.format(port=free_port(), folder=tmp_path),
             keys_dir=house.keys_dir,
             releases_dir=house.releases_dir,
             now=NOW,
         )
+    assert "s3cret" not in str(raised.value) and "\n" not in str(raised.value)
