@@ -56,14 +56,13 @@ class Door:
         self._checked: deque[tuple[Peer, bool]] = deque()
         self._checking = 0
 
-    def open(self, host: str, port: int, connections_max: int) -> None:
-        """Listen.
+    def open(self, host: str, port: int) -> None:
+        """Listen. May be tried again.
 
         Raises:
             ConfigError: the address cannot be had.
             UnavailableError: the address is not there (yet).
         """
-        _have_descriptors(connections_max)
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             both = host == "::" and socket.has_dualstack_ipv6()
@@ -71,7 +70,7 @@ class Door:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # inherited by every connection
         except OSError as e:
             if e.errno == errno.EADDRNOTAVAIL:
-                raise UnavailableError(f"sensors.listen {host}:{port}: {e.strerror}; is the network up?") from e
+                raise UnavailableError(f"sensors.listen {host}:{port}: {os.strerror(e.errno)}; is its network up?") from e
             raise ConfigError(f"sensors.listen {host}:{port}: {e.strerror or e}; choose another address") from e
         self._socket.setblocking(False)
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="passwords")
@@ -192,8 +191,12 @@ def _accept_high(listening: socket.socket) -> tuple[socket.socket, Any]:
     return socket.socket(listening.family, listening.type, fileno=high), address
 
 
-def _have_descriptors(connections_max: int) -> None:
-    """Let the process have so many more sockets open than it may have now: there may be other listeners."""
+def have_descriptors(connections_max: int) -> None:
+    """Let the process have so many more sockets open than it may have now: there may be other listeners.
+
+    Raises:
+        ConfigError: the system does not allow so many.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     count, limited = DESCRIPTORS_ELSEWHERE + connections_max, hard != resource.RLIM_INFINITY
     if limited and hard < count:

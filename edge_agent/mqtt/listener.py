@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.mqtt import frames, server_frames
 from edge_agent.mqtt.crowd import Crowd
-from edge_agent.mqtt.door import Door, refusal
+from edge_agent.mqtt.door import Door, have_descriptors, refusal
 from edge_agent.mqtt.inlet import Batch, Inlet, OpenBatch
 from edge_agent.mqtt.peer import QUOTA_EXCEEDED, SHUTTING_DOWN, TAKEN_OVER, Peer, PeerLimits, State
 from edge_agent.mqtt.side import SideStatus, SideThread
@@ -42,7 +42,7 @@ RECV_BYTES = 256 * 1024
 IDLE_S_MAX = 60.0
 CHECK_S = 0.25  # how often deadlines are looked at
 LOG_S = 1.0  # at most one line about clients in this time
-ACCEPT_RETRY_S = 1.0
+ACCEPT_RETRY_S = LISTEN_RETRY_S = 1.0
 
 _Part = tuple[Peer, bytes, int]  # whose messages, their PUBACKs, their bytes
 
@@ -97,17 +97,26 @@ class Listener:
         self._unsaid = 0
 
     def start(self) -> None:
-        """Listen.
+        """Listen, at once or as soon as the address is there: its network may come up later. `status.error` says so until then.
 
         Raises:
             ConfigError: the address cannot be had.
-            UnavailableError: the address is not there (yet).
         """
-        self._door.open(self._config.host, self._config.port, self._config.connections_max)
+        have_descriptors(self._config.connections_max)
+        self._listen()
+        self._thread.start()
+
+    def _listen(self) -> None:
+        try:
+            self._door.open(self._config.host, self._config.port)
+        except UnavailableError as e:
+            if not self._status.error:
+                log.warning("sensors not listened yet error=%s", e)
+            self._status = replace(self._status, error=str(e))
+            return
         for waited in (self._thread.wake, self._crowd.writers, self._crowd.readers, self._door):
             self._poll.register(waited.fileno(), select.POLLIN)
-        self._status = replace(self._status, connected=True)
-        self._thread.start()
+        self._status = replace(self._status, connected=True, error="")
         log.info("sensors listened address=%s:%d tls=%s", self._config.host, self.port, self._config.tls is not None)
 
     @property
@@ -126,6 +135,8 @@ class Listener:
 
     def _run(self) -> None:
         try:
+            while not (self._status.connected or self._thread.stopping.wait(LISTEN_RETRY_S)):
+                self._listen()
             while not self._thread.stopping.is_set():
                 self._round()
             self._acknowledge()

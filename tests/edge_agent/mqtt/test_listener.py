@@ -707,6 +707,35 @@ def test_an_address_that_is_taken_is_a_configuration_error() -> None:
         Listener(ListenerConfig("127.0.0.1", bench.port), Inlet()).start()
 
 
+def test_an_address_that_is_not_there_is_waited_for_and_told() -> None:
+    listener = Listener(ListenerConfig("192.0.2.1", 0), Inlet())  # TEST-NET-1: nobody's
+    listener.start()
+    try:
+        assert not listener.status.connected
+        assert listener.status.error == "sensors.listen 192.0.2.1:0: Cannot assign requested address; is its network up?"
+    finally:
+        started = time.monotonic()
+        listener.stop()
+    assert time.monotonic() - started < WAIT_S
+
+
+def test_sensors_are_taken_in_when_the_address_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+    real, nobodys = socket.create_server, ("192.0.2.1", 0)
+
+    def create_server(address: tuple[str, int], **more: Any) -> socket.socket:
+        tries.append(address[0])
+        return real(address if len(tries) > 2 else nobodys, **more)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    monkeypatch.setattr("edge_agent.mqtt.listener.LISTEN_RETRY_S", 0.01)
+    with listening() as bench:
+        until(lambda: bench.listener.status.connected, lambda: bench.listener.status)
+        assert (len(tries), bench.listener.status.error) == (3, "")
+        bench.sensor().publish(b"1")
+        until(lambda: bench.messages == [("sensors/a/t", b"1")], lambda: bench.messages)
+
+
 def test_settings_out_of_bounds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unacked_messages_max"):
         ListenerConfig("127.0.0.1", 1, peer=PeerLimits(unacked_messages_max=70_000))
