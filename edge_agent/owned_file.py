@@ -130,6 +130,17 @@ class OwnedFile:
         """Per stream, the ordinal from which readings are kept as history."""
         return self.catalogue.floors(self._history_rows)
 
+    def begin_log(self) -> None:
+        """See to it that a new log has begun since the file was opened. Before that nothing may be added to what was found.
+
+        Raises:
+            BufferFullError: the disk has no room to bring the old log into the file.
+        """
+        if not self._log_begun:
+            with self.noting_faults():
+                self.store.begin_log()
+            self._log_begun = True
+
     def skip_names(self, lane: str, used: int) -> None:
         """The lake holds blocks that this file does not know: it has gone back in time. Their names are taken."""
         now = self._clock()
@@ -224,8 +235,9 @@ class OwnedFile:
             for lane, (_, last) in mark.lanes.items():
                 if last > self.catalogue.sequences.get(lane, 0):
                     raise DamagedError(f"the file ends at {self.catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
+        self._log_begun = False
         try:
-            self.store.begin_log()
+            self.begin_log()
         except BufferFullError as e:
             if suspect:
                 raise

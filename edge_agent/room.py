@@ -34,6 +34,7 @@ class Room:
         Raises:
             BufferFullError: the disk has no room.
         """
+        self._file.begin_log()
         while True:
             self.shrink_log(2 * size + RESERVE_BYTES)
             disk = self._disk_lack(size)

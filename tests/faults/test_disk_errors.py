@@ -139,6 +139,40 @@ def test_a_power_cut_before_a_random_operation_loses_and_doubles_nothing(tmp_pat
         cut_at(tmp_path, operation, chance)
 
 
+def test_a_start_without_room_relies_on_nothing_that_a_dead_process_could_not_sync(tmp_path: Path) -> None:
+    """The log that is read then is not all on the disk, and what is added to it would be lost with the rest of it."""
+    (tmp_path / "run").mkdir()
+    path, known, sync = tmp_path / "run/buffer.db", dict[Name, bytes](), last_of_append(tmp_path)
+    with faulty_disk() as disk:
+        dies = open_buffer(path)
+        known |= {(dies.epoch, s.lane, s.sequence): s.block for s in dies.append([draft(1)], [], moment(1))}
+        disk.fail_at(sync, DiskError.IO, times=1_000)
+        with pytest.raises(UnavailableError):
+            dies.append([draft(2)], [], moment(2))
+        assert disk.failed[0] == "sync db-wal"
+        dies.close()  # without a last word to the disk, after a fault
+        disk.fail_at(0, DiskError.FULL)
+        buffer = open_buffer(path)
+        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(3)], [], moment(3))}
+        disk.power_cut(path.parent, tmp_path / "cut")
+        buffer.close()
+    left = open_buffer(tmp_path / "cut/buffer.db")
+    assert not check(left, known).losses
+    left.close()
+
+
+def last_of_append(tmp_path: Path) -> int:
+    """The number of the last operation of an append, from 0: its sync."""
+    with faulty_disk() as disk:
+        buffer = open_buffer(tmp_path / "counted.db")
+        buffer.append([draft(1)], [], moment(1))
+        before = disk.operations
+        buffer.append([draft(2)], [], moment(2))
+        count = disk.operations - before
+        buffer.close()
+    return count - 1
+
+
 @pytest.mark.long
 def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
     chance, total = random.Random(seed), operations(tmp_path)
