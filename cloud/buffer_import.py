@@ -4,7 +4,8 @@
   contract are checked the same way. What the broker does for ingest, to know who sends, the registry of devices does here.
 - A block has the name that it would have had by the uplink: what the lake holds already is left out, and if the device comes back to
   life and sends it again, it is a copy. No receipts are sent.
-- What was stored and what was refused stands in the audit trail, with the SHA-256 of the file; of an import that ended early too.
+- What was stored and what was refused stands in the audit trail, with the SHA-256 of the file and of the log beside it; of an import that
+  ended early too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cloud.gate import Gate, Refusal, load_contracts, load_zones
 from cloud.lake import Lake
 from cloud.quarantine import CheckedLake
 from cloud.refusals import KINDS_MAX, REFUSED, Kind
-from edge_agent.buffer_file import BufferFile, Found
+from edge_agent.buffer_file import BufferFile, Found, parts
 from edge_agent.contract.block import BlockHeader
 from edge_agent.contract.columns import Table
 from edge_agent.contract.errors import ConfigError, Reason
@@ -39,13 +40,14 @@ BATCH_BLOCKS, BATCH_ROWS = 256, 262_144
 
 @dataclass
 class Imported:
-    """What an import did. `duplicates` were in the lake already; `damaged` blocks could not be read.
+    """What an import did. `duplicates` were in the lake already; `damaged` blocks could not be read. `log_sha256`: empty without a log.
 
     `stored_rows` are those of stored blocks; `quarantined_rows` of them broke their contract and lie apart.
     """
 
     file: str
     sha256: str
+    log_sha256: str = ""
     devices: list[str] = field(default_factory=list)
     blocks: int = 0
     rows: int = 0
@@ -87,7 +89,7 @@ class BufferImport:
             UnavailableError: the lake does not commit. What was stored stays; run it again.
         """
         file = BufferFile(path, load_keys(key_file))
-        done = Imported(str(path), _digest(path))
+        done = Imported(str(path), *map(_digest, parts(path)))
         devices: Counter[str] = Counter()
         refusals: dict[Kind, tuple[int, str]] = {}
         ended = "ended early: "
@@ -139,7 +141,7 @@ class BufferImport:
         return "", Refusal(header.device, header.lane, header.stream, Reason.WRONG_REGION, detail)
 
     def _write_down(self, done: Imported, refusals: dict[Kind, tuple[int, str]], ended: str) -> None:
-        source = f"{done.file} sha256 {done.sha256}"
+        source = f"{done.file} sha256 {done.sha256}" + (f", its log {done.log_sha256}" if done.log_sha256 else "")
         for kind, (count, detail) in refusals.items():
             log.warning("block refused device=%s reason=%s blocks=%d detail=%s", kind.device, kind.reason, count, detail)
             self._audit.add(

@@ -109,6 +109,11 @@ class BufferFile:
         return Found(header, table, block, settled)
 
 
+def parts(path: Path) -> list[Path]:
+    """The file, and its write-ahead log if there is one: what holds blocks."""
+    return [part for part in (path, log_path(path)) if part.exists()]
+
+
 @contextlib.contextmanager
 def connect(path: Path) -> Iterator[apsw.Connection]:
     """A read-only connection to a buffer file, which sees one state of it, whatever a running agent does.
@@ -121,9 +126,8 @@ def connect(path: Path) -> Iterator[apsw.Connection]:
             db = _read_only(path)
         except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fenceline-")))
-            for part in (path, log_path(path)):
-                if part.exists():
-                    shutil.copyfile(part, folder / part.name)
+            for part in parts(path):
+                shutil.copyfile(part, folder / part.name)
             db = apsw.Connection(str(folder / path.name))
             _look(db)
         stack.callback(db.close)

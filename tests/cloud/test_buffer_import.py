@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def test_every_block_goes_where_its_zone_allows_and_once(settings: Settings, tmp
     again = BufferImport(settings).run(path)
     assert (again.stored_blocks, again.duplicates) == (0, 3)
     assert len(rows(settings)) == 9
+
+
+def test_the_trail_says_which_file_and_which_log_were_imported(settings: Settings, tmp_path: Path) -> None:
+    running = Buffer(tmp_path / "running.db", "d1", "boot", bytes_max=1 << 30, history_rows={})
+    running.append([draft(0, "europe")], [], NOW)
+    digests = []
+    for suffix in ("", "-wal"):  # a copy of a device that was cut off: its block is in the log only
+        content = Path(f"{tmp_path}/running.db{suffix}").read_bytes()
+        Path(f"{tmp_path}/dead.db{suffix}").write_bytes(content)
+        digests.append(hashlib.sha256(content).hexdigest())
+    running.close()
+    done = BufferImport(settings).run(tmp_path / "dead.db")
+    assert ([done.sha256, done.log_sha256], done.stored_rows) == (digests, 3)
+    assert f"sha256 {digests[0]}, its log {digests[1]}" in Audit(settings.audit_db).entries()[0].detail
 
 
 def test_what_the_uplink_brought_before_is_left_out(settings: Settings, tmp_path: Path) -> None:
