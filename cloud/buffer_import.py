@@ -89,7 +89,8 @@ class BufferImport:
             UnavailableError: the lake does not commit. What was stored stays; run it again.
         """
         file = BufferFile(path, load_keys(key_file))
-        done = Imported(str(path), *map(_digest, parts(path)))
+        digests = [_digest(part) for part in parts(path)]
+        done = Imported(str(path), digests[0], digests[1] if len(digests) > 1 else "")
         devices: Counter[str] = Counter()
         refusals: dict[Kind, tuple[int, str]] = {}
         ended = "ended early: "

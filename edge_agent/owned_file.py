@@ -65,6 +65,7 @@ class OwnedFile:
         self._slots_bytes_max = slots_limit(bytes_max)
         self.lock = RLock()
         self.fault: BaseException | None = None
+        self._log_begun = False
         self._marks = Marks(path)
         resume(path)
         self._open(suspect=False)
