@@ -74,7 +74,7 @@ class Decoder:
 
     def decode(self, payloads: list[bytes], topics: Sequence[str] = (), received_us: int = 0) -> Decoded:
         """Decode a batch; never raises on account of a payload. `topics` matter if the contract's topic has named levels."""
-        self._payloads.begin()
+        self._payloads.begin(payloads)
         starts = range(0, max(1, len(payloads)), PIECE_ROWS)
         pieces = [self._decode_piece(payloads[start : start + PIECE_ROWS], topics[start : start + PIECE_ROWS]) for start in starts]
         if len(pieces) == 1:
@@ -177,10 +177,10 @@ class Payloads:
             self._inflater = inflater = Inflater(contract.compression, contract.payload_bytes_max)
             self._decode = lambda payload: decode(inflater.inflate(payload))
 
-    def begin(self) -> None:
+    def begin(self, payloads: list[bytes]) -> None:
         """A new batch: what its payloads may decompress to in all is counted anew."""
         if self._inflater is not None:
-            self._inflater.begin()
+            self._inflater.begin(sum(map(len, payloads)))
 
     def decode(self, payloads: list[bytes], refused: set[int]) -> tuple[list[Any], npt.NDArray[np.intp], list[Reject]]:
         """The values that decode, where their payloads stood, and why the others do not; `refused` are passed over."""

@@ -1,7 +1,8 @@
 """Bounded decompression of payloads.
 
 - A payload gives at most `limit` bytes, whatever its own header says: one that holds more is refused, not unpacked.
-- The payloads of one batch give at most BATCH_BYTES_MAX together: a batch full of zip bombs is refused piece by piece.
+- The payloads of one batch give at most BATCH_BYTES_MAX together, or RATIO_MAX times their own bytes where that is more: a batch full of
+  zip bombs is refused piece by piece, and one of many large readings is not.
 - Exactly one stream, whole and with nothing behind it: what is cut off or followed by other bytes is malformed.
 """
 
@@ -15,6 +16,7 @@ from edge_agent.contract.errors import PayloadError, Reason
 from edge_agent.contract.stream import Compression
 
 BATCH_BYTES_MAX = 32 * 1024 * 1024
+RATIO_MAX = 32  # JSON of sensors is packed to a fifth or a twentieth
 WINDOW_BYTES_MAX = 8 * 1024 * 1024  # of zstd: what a frame may ask for before it gives anything
 
 _WINDOW_BITS = {Compression.GZIP: 31, Compression.ZLIB: 15}
@@ -26,10 +28,11 @@ class Inflater:
     def __init__(self, compression: Compression, limit: int) -> None:
         self._compression, self._limit = compression, limit
         self._zstd = zstandard.ZstdDecompressor(max_window_size=WINDOW_BYTES_MAX)
-        self._left = BATCH_BYTES_MAX
+        self._left = self._batch_limit = BATCH_BYTES_MAX
 
-    def begin(self) -> None:
-        self._left = BATCH_BYTES_MAX
+    def begin(self, packed_bytes: int) -> None:
+        """A new batch: `packed_bytes` are those of its payloads as they came."""
+        self._left = self._batch_limit = max(BATCH_BYTES_MAX, RATIO_MAX * packed_bytes)
 
     def inflate(self, payload: bytes) -> bytes:
         """The bytes of one payload.
@@ -76,7 +79,7 @@ class Inflater:
 
     def _oversize(self) -> PayloadError:
         if self._left < self._limit:
-            return PayloadError(Reason.OVERSIZE, f"payloads of one batch decompress to more than {BATCH_BYTES_MAX} bytes")
+            return PayloadError(Reason.OVERSIZE, f"payloads of one batch decompress to more than {self._batch_limit} bytes")
         return PayloadError(Reason.OVERSIZE, f"payload decompresses to more than {self._limit} bytes")
 
     def _malformed(self, why: str) -> PayloadError:

@@ -50,7 +50,7 @@ class ValueDecoder:
         rejects = self._levels.rejects(topics)
         refused = {r.index for r in rejects}
         foreign = self._foreign(topics, refused)
-        self._payloads.begin()
+        self._payloads.begin(payloads)
         values, rows, bad = self._payloads.decode(payloads, refused.union(r.index for r in foreign))
         said: dict[str, Any] = dict(self._levels.columns(topics, rows))
         fields = said.pop(FIELD).tolist() if FIELD in said else [self._values[0].name] * len(rows)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edge_agent.contract.errors import Reason
 from edge_agent.contract.stream import Compression, Encoding, Field, FieldType, StreamContract
 from edge_agent.core.decode import Decoded, Decoder
-from edge_agent.core.inflate import BATCH_BYTES_MAX
+from edge_agent.core.inflate import BATCH_BYTES_MAX, RATIO_MAX
 from edge_agent.core.single_values import STEP_US, ValueDecoder
 
 NOW_US = 1_700_000_000_000_000
@@ -205,6 +205,16 @@ def test_a_batch_of_well_sized_bombs_is_cut_short() -> None:
         got = decoder.decode([payload] * (fit + 3), ["plant/p-1/json"] * (fit + 3))
         assert len(got.rows) == fit and [r.reason for r in got.rejects] == [Reason.OVERSIZE] * 3
         assert "one batch" in got.rejects[0].detail
+
+
+def test_a_batch_of_many_large_readings_is_no_bomb() -> None:
+    contract = dataclasses.replace(NAMED, compression=Compression.GZIP, payload_bytes_max=64 * 1_024)
+    waveform = np.random.default_rng(1).integers(0, 4, 30_000).tolist()  # a sensor that sends more than its contract names
+    plain = json.dumps({"at": 5, "flow": 1.5, "waveform": waveform}, separators=(",", ":")).encode()
+    payload, count = gzip.compress(plain), 2 * BATCH_BYTES_MAX // len(plain)
+    assert 5 < len(plain) / len(payload) < RATIO_MAX
+    got = Decoder(contract).decode([payload] * count, ["plant/p-1/json"] * count)
+    assert (len(got.rows), got.rejects) == (count, [])
 
 
 def test_payloads_that_do_not_decode_give_the_batch_no_new_room() -> None:
