@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PACKET_BYTES_MAX = 1024 * 1024  # that an endpoint may send: receipts are up to a quarter of it, desired documents are small
 CONNECT_TIMEOUT_S = 8.0  # the router's patience, and no shorter
 
 
@@ -84,6 +85,20 @@ class Message:
 LinkEvent = Connected | Lost | Acked | Message
 
 
+class _Client(Client):
+    """paho, which would take in packets of up to 256 MiB: `broken` says why it was cut off here. The method is paho's own business; a test
+    sends such a packet.
+    """
+
+    broken = ""
+
+    def _sock_recv(self, bufsize: int) -> bytes:
+        if bufsize > PACKET_BYTES_MAX:
+            self.broken = f"the broker sends a packet of {bufsize} bytes; at most {PACKET_BYTES_MAX} are taken"
+            raise ConnectionAbortedError(self.broken)
+        return super()._sock_recv(bufsize)
+
+
 class Link:
     """A connection to `endpoint`; events go to `inbox`. The user of the inbox calls the methods, from one thread."""
 
@@ -133,8 +148,8 @@ class Link:
             with contextlib.suppress(OSError):  # it is closed already
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _make_client(self) -> Client:
-        client = Client(CallbackAPIVersion.VERSION2, self._topics.device, clean_session=True, reconnect_on_failure=False)
+    def _make_client(self) -> _Client:
+        client = _Client(CallbackAPIVersion.VERSION2, self._topics.device, clean_session=True, reconnect_on_failure=False)
         client.max_inflight_messages_set(0)  # the uplink has the limit
         client.connect_timeout = CONNECT_TIMEOUT_S
         if self.endpoint.username is not None:
@@ -185,7 +200,7 @@ class Link:
             self._put(Connected(self))
 
     def _on_disconnect(self, _client: Client, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
-        self._end(f"disconnected: {reason}")
+        self._end(self._client.broken or f"disconnected: {reason}")
 
     def _on_subscribe(self, _client: Client, _data: Any, _mid: int, reasons: list[Any], _properties: Any) -> None:
         refused = [str(r) for r in reasons if r.is_failure]

@@ -127,6 +127,20 @@ def test_a_broker_that_breaks_the_protocol_ends_the_link() -> None:
             assert nothing_more(inbox)
 
 
+def test_a_broker_that_sends_what_no_memory_holds_ends_the_link() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        inbox: SimpleQueue[Any] = SimpleQueue()
+        link = Link(EndpointConfig("eu", "127.0.0.1", server.getsockname()[1]), TOPICS, inbox)
+        link.open()
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.sendall(b"\x20\2\0\0" + b"\x30\xff\xff\xff\x7f\0\1t" + bytes(100_000))
+            assert isinstance(inbox.get(timeout=5), Connected)
+            assert inbox.get(timeout=5) == Lost(link, "the broker sends a packet of 268435455 bytes; at most 1048576 are taken")
+            link.close()
+            assert nothing_more(inbox)
+
+
 def test_killed_broker_is_noticed_at_once_and_publishing_fails(tmp_path: Path) -> None:
     with nats_broker(tmp_path) as broker:
         link, inbox = connect(EndpointConfig("eu", broker.host, broker.port))
