@@ -6,8 +6,12 @@ Stages mark progress with a bullet, so that `pipelines.run` can tell it from wha
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 BULLET = "  - "
+
+Say = Callable[[str], None]
+"""What takes a line of progress."""
 
 
 def out(line: str) -> None:

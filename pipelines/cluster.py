@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from edge_agent.contract.errors import FencelineError, UnavailableError
@@ -169,3 +170,10 @@ def share(value: Any) -> Any:
     import ray
 
     return ray.put(value)
+
+
+def python_path() -> str:
+    """This package for child processes, also where `pipelines/` of a copied project holds no code."""
+    here = str(Path(__file__).resolve().parent.parent)
+    parts = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != here]
+    return os.pathsep.join([here, *parts])

@@ -119,6 +119,18 @@ def leave_run(context: Context) -> None:
     (context.build / RUN_FILE).unlink()
 
 
+def end_run(context: Context, status: str) -> None:
+    """End the run that this pipeline run has opened, if it came so far.
+
+    Raises:
+        UnavailableError: MLflow does not take it.
+    """
+    opened = opened_run(context)
+    if opened is not None:
+        with errors_told():
+            client(context).set_terminated(opened, status)
+
+
 def open_run(context: Context) -> str:
     """Create a parent run in the experiment of the stream; its id."""
     store = client(context)

@@ -19,7 +19,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.feature_spec import Feature, FeatureSpec
 from edge_agent.contract.stream import Field, FieldType, StreamContract
 from edge_agent.core.functions import NO_FUNCTIONS, Function
-from pipelines import cluster, register, run, snapshot, stage, tracking
+from pipelines import cluster, register, repro, run, snapshot, stage, tracking
 from pipelines.evaluate import Champion, judge, load_champion
 from pipelines.stage import Context, load_context
 from tests.edge_agent.models import bundle, linear
@@ -190,7 +190,7 @@ def test_a_run_without_changes_says_who_is_champion_now(context: Context) -> Non
         stage.write_json(context.folder(name.split("/")[0]) / name.split("/")[1], tree)
 
     def told() -> tuple[bool, str | None]:
-        result = run._result(context, dict.fromkeys(run.STAGES))
+        result = run._result(context, dict.fromkeys(repro.STAGES))
         assert result.unchanged and result.model_version == version
         return result.promoted, result.champion_version
 

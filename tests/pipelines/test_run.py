@@ -15,7 +15,7 @@ import ray.job_submission
 from ray.job_submission import JobStatus
 
 from edge_agent.contract.errors import ConfigError, UnavailableError
-from pipelines import run, stage, tracking
+from pipelines import job, repro, run, stage, tracking
 from pipelines.stage import load_context
 from tests.pipelines.lakes import ROOT
 from tests.pipelines.repos import turbofan_project
@@ -44,7 +44,7 @@ def test_where_no_project_is_nothing_is_made(tmp_path: Path) -> None:
 
 def test_a_stage_of_the_projects_own_is_timed_and_named() -> None:
     said: list[str] = []
-    watch = run._Watch(said.append)
+    watch = repro._Watch(said.append)
     for line in (
         "Running stage 'pipelines/dvc.yaml:train':",
         "Running stage 'pipelines/dvc.yaml:my-report':",
@@ -109,7 +109,7 @@ def test_a_ray_job_s_answer_is_the_only_thing_on_stdout(
     read = iter([log[:10], log[:40], log[: len(log) - 20], log])  # as it grows, cut within lines
     states = iter([JobStatus.RUNNING] * 3 + [JobStatus.SUCCEEDED])
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", Job)
-    monkeypatch.setattr(run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(Job, "get_job_status", lambda self, job: next(states))
     monkeypatch.setattr(Job, "get_job_logs", lambda self, job: next(read), raising=False)
     monkeypatch.setattr(Job, "get_job_info", lambda self, job: SimpleNamespace(driver_exit_code=0), raising=False)
@@ -141,7 +141,7 @@ def test_a_stage_that_failed_is_named_although_mlflow_does_not_take_the_end_of_i
     shutil.copy(ROOT / "pipelines/dvc.yaml", project / "pipelines")
     context = load_context(project, tmp_path / "state")
     stage.write_json(context.folder(".") / tracking.RUN_FILE, {"run_id": "r1"})
-    with pytest.raises(run.StageError, match="the pipeline failed"):  # DVC finds no repository
-        run._repro(context, {**os.environ, "DVC_NO_ANALYTICS": "1"}, lambda line: None)
-    with pytest.raises(UnavailableError, match="MLflow at .* does not answer"):
-        run._close_run(context, "FINISHED")
+    with pytest.raises(repro.StageError, match="the pipeline failed"):  # DVC finds no repository
+        repro.run(context, {**os.environ, "DVC_NO_ANALYTICS": "1"}, lambda line: None)
+    with pytest.raises(UnavailableError, match=r"MLflow at .* does not answer"):
+        tracking.end_run(context, "FINISHED")
