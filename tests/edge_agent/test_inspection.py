@@ -289,3 +289,36 @@ def test_export_gives_what_is_whole_of_a_damaged_buffer_and_says_so(tmp_path: Pa
     assert main(["export", str(path), "--jsonl", "--config", str(tmp_path / "none.toml")]) == 1
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 16 and "1 blocks are damaged" in captured.err
+
+
+@pytest.mark.parametrize("value", ["id = x''", "id = 'text'", "bytes = x''"])
+def test_a_place_that_says_something_else_than_numbers_is_a_problem_and_no_crash(tmp_path: Path, value: str) -> None:
+    path = made(tmp_path / "buffer.db")
+    db = apsw.Connection(str(path))
+    db.execute(f"UPDATE places SET {value} WHERE sequence = 4")
+    db.close()
+    found = inspect(path, None)
+    assert not found.clean and found.blocks == 12
+    assert len(lines(path)) == 18
+
+
+def test_an_export_that_nobody_reads_on_does_not_make_the_log_grow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    buffer = Buffer(tmp_path / "buffer.db", "plane-01", "boot", bytes_max=1_000_000, history_rows={})
+    noise = np.random.default_rng(1)
+    for _ in range(30):
+        buffer.append([draft(noise.random(2_000).tolist())], [], NOW)
+    reading = BufferFile(tmp_path / "buffer.db").blocks()
+    found = [next(reading).header.sequence]
+    largest = 0
+    for number in range(31, 300):
+        buffer.append([draft(noise.random(2_000).tolist())], [], NOW)
+        settle(buffer, number - 20)
+        largest = max(largest, buffer._file.store.log_bytes())
+    assert largest < 4 * buffer._file.log_bytes_max
+    found.append(next(reading).header.sequence)
+    assert found == [1, 2]
+    rest = [block.header.sequence for block in reading]
+    assert rest == sorted(rest) and (not rest or rest[-1] <= 30), "what came later is not in it"
+    reading.close()
+    assert "carved" not in caplog.text
+    buffer.close()
