@@ -3,6 +3,7 @@
 - A receipt for another epoch is about other blocks, whatever the numbers say.
 - A receipt that names what this file never gave out tells that the file has gone back in time: those names are skipped. Beyond
   SKIPPED_MAX nothing is believed, of that lane: the names after the skipped ones must be such that receipts and the file can hold them.
+  Nor is a lane believed that the file does not know when it knows LANES_MAX: a region could name any number of them, each for the ledger.
 - What the receipt before had settled already is not looked for again.
 """
 
@@ -17,6 +18,7 @@ from edge_agent.room import Room
 log = logging.getLogger(__name__)
 
 SKIPPED_MAX = SEQUENCE_MAX // 2
+LANES_MAX = 64
 
 
 def settle(file: OwnedFile, room: Room, receipt: Receipt) -> int:
@@ -24,7 +26,8 @@ def settle(file: OwnedFile, room: Room, receipt: Receipt) -> int:
     settled = 0
     for lane in receipt.lanes:
         ranges = {(1, lane.cumulative), *lane.ranges}
-        if _is_false(file, lane.lane, max(last for _, last in ranges)):
+        top = max(last for _, last in ranges)
+        if not top or _is_false(file, lane.lane, top):
             continue
         for first, last in sorted(_news(file, receipt.epoch, lane.lane, ranges)):
             settled += _settle(file, room, receipt.epoch, lane.lane, first, last)
@@ -35,8 +38,9 @@ def settle(file: OwnedFile, room: Room, receipt: Receipt) -> int:
 
 
 def _is_false(file: OwnedFile, lane: str, top: int) -> bool:
-    known = file.catalogue.sequences.get(lane, 0)
-    if top <= max(known, SKIPPED_MAX):
+    sequences = file.catalogue.sequences
+    known = sequences.get(lane, 0)
+    if top <= known or (top <= SKIPPED_MAX and (known or len(sequences) < LANES_MAX)):
         return False
     log.error("receipt not believed lane=%s known=%s named=%s", lane, known, top)
     return True
