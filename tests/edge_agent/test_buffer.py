@@ -345,3 +345,22 @@ def test_blocks_that_were_read_when_another_thread_made_the_file_new_are_what_th
     monkeypatch.setattr("edge_agent.reading.stored_blocks", overtaken)
     assert buffer.pending("europe", 0, 10) == stored
     assert buffer.pending("europe", 0, 10) == []
+
+
+def test_a_receipt_for_a_long_backlog_holds_no_reading_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, appended = open_buffer(tmp_path), list[int]()
+    for _ in range(11):
+        buffer.append([draft([1.0]) for _ in range(100)], [], NOW)
+
+    def append() -> None:
+        appended.extend(s.sequence for s in buffer.append([draft([2.0])], [], NOW))
+
+    def meanwhile(_: float) -> None:
+        thread = threading.Thread(target=append)
+        thread.start()
+        thread.join(10)
+
+    monkeypatch.setattr("edge_agent.settling.time.sleep", meanwhile)
+    assert buffer.settle(receipt(buffer, 1_100)) == 1_100
+    assert appended == [1_101, 1_102]
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1_101, 1_102]
