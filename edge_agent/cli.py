@@ -172,6 +172,8 @@ def _export(args: argparse.Namespace) -> int:
 
     path, keys, contracts = _buffer(args)
     file = BufferFile(path, keys)
+    if next(file.blocks(), None) is None and file.carved:
+        raise ConfigError(f"{path} holds no block; it is no buffer, or nothing of it can be read")
     if args.output:
         try:
             with args.output.open("w", newline="", encoding="utf-8") as out:

@@ -267,6 +267,14 @@ def test_export_to_a_place_that_is_none_is_said_without_a_traceback(tmp_path: Pa
     assert f"export cannot write {none}: No such file or directory; name another file" in capsys.readouterr().err
 
 
+def test_export_of_what_is_no_buffer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "zones.geojson", tmp_path / "out.csv"
+    path.write_text("{}")
+    for form in (["--jsonl"], ["--csv", "-o", str(out)]):
+        assert main(["export", str(path), *form, "--config", str(tmp_path / "none.toml")]) == 2
+        assert f"edge-agent: {path} holds no block; it is no buffer" in capsys.readouterr().err and not out.exists()
+
+
 def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "buffer.db"
     buffer = open_buffer(path)
