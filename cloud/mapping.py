@@ -259,7 +259,7 @@ def _frames(path: Path, mapping: ColumnMapping) -> Iterator[pd.DataFrame]:
     except pd.errors.EmptyDataError as e:
         raise ConfigError(f"{path} is empty") from e
     except DAMAGED as e:
-        raise ConfigError(f"{path} does not read: {e}") from e
+        raise ConfigError(f"{path} does not read: {str(e).strip()}") from e
 
 
 def _text_frames(path: Path, mapping: ColumnMapping) -> Iterator[pd.DataFrame]:

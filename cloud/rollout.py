@@ -92,7 +92,7 @@ def start(
 
 
 def status(settings: Databases, rollout_id: int | None = None) -> Rollout:
-    """One rollout, or the last one.
+    """One rollout, or the last one that had devices to move.
 
     Raises:
         ConfigError: there is none.
@@ -108,7 +108,7 @@ def history(settings: Databases) -> list[Rollout]:
 
 
 def undo(settings: Databases, fleet: FleetState, rollout_id: int | None = None, *, now: float) -> Rollout:
-    """Give every moved device of a rollout (None: the last one) its previous bundle back, at once.
+    """Give every moved device of a rollout (None: the last one that had any to move) its previous bundle back, at once.
 
     Raises:
         ConfigError: there is none, it is already undone, or a later rollout has moved the same devices.
@@ -242,12 +242,17 @@ class _Rollouts:
         return int(self._db.execute(select(func.coalesce(func.max(_ROLLOUTS.c.id), 0))).scalar_one()) + 1
 
     def load(self, rollout_id: int | None) -> Rollout:
-        newest = select(_ROLLOUTS.c.document).order_by(_ROLLOUTS.c.id.desc()).limit(1)
-        row = self._db.execute(newest if rollout_id is None else newest.where(_ROLLOUTS.c.id == rollout_id)).first()
-        if row is None:
-            known = ", ".join(str(r.id) for r in self.all()) or "none yet"
+        """The rollout of that id; None: the last one that had devices to move, as one that had none hides nothing that can be undone."""
+        ids = self._db.execute(select(_ROLLOUTS.c.id).order_by(_ROLLOUTS.c.id.desc())).scalars().all()
+        if not ids or rollout_id not in (None, *ids):
+            known = ", ".join(map(str, reversed(ids))) or "none yet"
             raise ConfigError(f"there is no rollout{'' if rollout_id is None else f' {rollout_id}'}; rollouts: {known}")
-        return _decode(row.document)
+        if rollout_id is not None:
+            return self._one(rollout_id)
+        return next((found for found in map(self._one, ids) if found.members), None) or self._one(ids[0])
+
+    def _one(self, rollout_id: int) -> Rollout:
+        return _decode(self._db.execute(select(_ROLLOUTS.c.document).where(_ROLLOUTS.c.id == rollout_id)).scalar_one())
 
     def save(self, rollout: Rollout) -> None:
         self._db.execute(delete(_ROLLOUTS).where(_ROLLOUTS.c.id == rollout.id))

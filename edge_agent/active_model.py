@@ -56,7 +56,8 @@ class ActiveModel:
         self._contracts = {c.stream: c for c in contracts}
         self._history, self._metrics, self._tell, self._functions = history, metrics, tell, functions
         self._scoring: Scoring | None = None
-        self._swaps: queue.SimpleQueue[Scoring | None] = queue.SimpleQueue()
+        self._offered: list[Scoring | None] = []  # one at most
+        self._offering = threading.Lock()
         self._started: queue.SimpleQueue[tuple[Scoring, ModelWorker | WorkerError]] = queue.SimpleQueue()
         self._restarts: deque[float] = deque(maxlen=RESTARTS_MAX)
 
@@ -68,7 +69,7 @@ class ActiveModel:
             WorkerError: the model does not load.
         """
         if activation is None:
-            self._swaps.put(None)
+            self._offer(None)
             return
         manifest = activation.bundle.manifest
         contract = self._contracts[manifest.stream]
@@ -80,12 +81,22 @@ class ActiveModel:
             check_functions(manifest.features, self._functions)
         except BundleError as e:
             raise RefusedError(Reason.FOREIGN, str(e)) from e
-        self._swaps.put(Scoring(activation, contract, self._functions))
+        self._offer(Scoring(activation, contract, self._functions))
+
+    def _offer(self, scoring: Scoring | None) -> None:
+        """To be taken next. One that was not taken is ended: while nothing can be stored none is, and each has a process."""
+        with self._offering:
+            before, self._offered = self._offered, [scoring]
+        for old in before:
+            if old is not None:
+                old.close()
 
     def swap(self) -> None:
         """Take the model made ready last, if there is a new one, and the worker started again, if there is one."""
-        while not self._swaps.empty():
-            old, self._scoring = self._scoring, self._swaps.get()
+        if self._offered:
+            old = self._scoring
+            with self._offering:
+                (self._scoring,), self._offered = self._offered, []
             if self._scoring is not None:
                 self._scoring.warm(self._history(self._scoring.stream, self._scoring.contract_version))
             self._restarts.clear()
@@ -115,7 +126,7 @@ class ActiveModel:
 
     def close(self) -> None:
         """End the active model and those not taken yet."""
-        self._swaps.put(None)
+        self._offer(None)
         self.swap()
 
     def _failed(self, scoring: Scoring, error: WorkerError) -> None:

@@ -63,7 +63,8 @@ class Appender:
             return []
         before, sealed = self._doubt
         with self._file.noting_faults():
-            found = stored_blocks(self._file.store.execute, [s.place for s in sealed])
+            found = stored_blocks(self._file.store.execute, [s.place._replace(slot=0) for s in sealed])  # as after a salvage
+            found |= stored_blocks(self._file.store.execute, [s.place for s in sealed if s.place.id not in found])
         self._doubt = None
         if len(before) != len(drafts) or not all(a is b for a, b in zip(before, drafts, strict=True)):
             return []

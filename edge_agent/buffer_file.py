@@ -2,6 +2,8 @@
 
 - The file is opened read-only, with its write-ahead log beside it (`buffer.db`, `buffer.db-wal`: copy both). Where SQLite needs to
   write for that (a read-only medium, a log without its index), a copy in the temporary directory is read instead.
+- Blocks are read a few at a time, and what leaves a running agent's file meanwhile is not given out: its log cannot begin anew while
+  somebody looks at one state of the file, and would grow for as long as `export | less` stands still.
 - A file whose tables cannot be followed is carved (core.carve): every whole block that is still in its pages is found.
 - Nothing is trusted: a block is given out when its CRC is right, or its AES-GCM tag; else it is counted as damaged.
 """
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -32,6 +35,7 @@ from edge_agent.whole_file import mapped
 log = logging.getLogger(__name__)
 
 BUSY_MS = 5_000
+ROWS_AT_ONCE = 8  # of up to BLOCK_BYTES_MAX each
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ class BufferFile:
         """What is stored as a block, with its number and whether it was settled; from the pages alone if the tables end in damage."""
         try:
             with connect(self.path) as db:
-                settled = _settled_ids(db)
-                rows = db.execute("SELECT id, block FROM blocks ORDER BY id")
-                for number, stored in heapq.merge(rows, sorted(blocks_in_slots(db.execute)), key=itemgetter(0)):
+                settled, slots = _settled_ids(db), sorted(blocks_in_slots(db.execute))
+                newest = db.execute("SELECT max(id) FROM blocks").get
+                db.execute("COMMIT")
+                for number, stored in heapq.merge(_rows(db, newest), slots, key=itemgetter(0)):
                     yield number, stored, number in settled
         except (apsw.Error, ContractError, UnicodeDecodeError) as e:
             log.warning("buffer file carved path=%s error=%s", self.path, e)
@@ -149,6 +154,15 @@ def _look(db: apsw.Connection) -> None:
     db.pragma("cell_size_check", True)
     db.execute("BEGIN")
     db.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+
+
+def _rows(db: apsw.Connection, newest: Any) -> Iterator[tuple[Any, ...]]:
+    """The rows of `blocks` up to this id, by rising id."""
+    query = "SELECT id, block FROM blocks WHERE id > ? AND id <= ? ORDER BY id LIMIT ?"
+    after: Any = -(2**63)
+    while rows := db.execute(query, (after, newest, ROWS_AT_ONCE)).fetchall():
+        yield from rows
+        after = rows[-1][0]
 
 
 def _settled_ids(db: apsw.Connection) -> set[int]:

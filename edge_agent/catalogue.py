@@ -129,13 +129,14 @@ class Catalogue:
         self.store.execute_many(f"INSERT INTO places ({_PLACE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
         self.store.execute_many("INSERT OR REPLACE INTO streams VALUES (?, ?)", list(self.ordinals.items()))
         self.store.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (PLACED, placed_value(self.next_id - 1)))
-        self.give_back_slots()
         self.write_lanes()
         self.leaving, self.tail = (*self.leaving, *self.tail), ()
 
     def give_back_slots(self, bytes_max: int | None = None) -> None:
         """Make free pages of the free slots beyond `bytes_max`, or beyond their limit."""
-        self.store.execute_many("DELETE FROM slots WHERE slot = ?", [(slot,) for slot in self.slots.give_back(bytes_max)])
+        gone = self.slots.give_back(bytes_max)
+        if gone:
+            self.store.execute_many("DELETE FROM slots WHERE slot = ?", [(slot,) for slot in gone])
 
     def note_commit(self) -> None:
         """The transaction is on disk: readers see in `places` what it has written there."""

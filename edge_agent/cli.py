@@ -143,7 +143,9 @@ def _status(args: argparse.Namespace) -> int:
     # Only the state directory is needed: `status` must work, and fast, while other settings are being mended.
     try:
         state_dir = args.config.resolve().parent / tomllib.loads(args.config.read_text("utf-8"))["state_dir"]
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as e:  # TypeError: it is no text
+    except OSError as e:
+        raise ConfigError(f"cannot read {args.config}: {e.strerror}; give the agent's settings with --config FILE") from e
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError, TypeError) as e:  # TypeError: it is no text
         raise ConfigError(f"cannot read state_dir from {args.config}: {e}; `edge-agent check` tells more") from e
     _print(ask(state_dir), args.json)
     return 0
@@ -170,6 +172,8 @@ def _export(args: argparse.Namespace) -> int:
 
     path, keys, contracts = _buffer(args)
     file = BufferFile(path, keys)
+    if next(file.blocks(), None) is None and file.carved:
+        raise ConfigError(f"{path} holds no block; it is no buffer, or nothing of it can be read")
     if args.output:
         try:
             with args.output.open("w", newline="", encoding="utf-8") as out:

@@ -220,7 +220,11 @@ def load(path: Path) -> AgentConfig:
     Raises:
         ConfigError: something is missing or wrong; the message says what, where and what to do.
     """
-    settings = parse_settings(read_file(path, "config").decode(errors="replace"), AgentSettings, str(path))
+    try:
+        document = path.read_bytes().decode(errors="replace")
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}; give the agent's settings with --config FILE") from e
+    settings = parse_settings(document, AgentSettings, str(path))
     base = path.resolve().parent
     try:
         check_name(settings.device, "device")

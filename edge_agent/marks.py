@@ -46,7 +46,7 @@ class Marks:
         self._path = path.with_name(f"{path.name}.marks")
         self._file: int | None = None
         self._turn = 0
-        self._last: dict[str, int] | None = None
+        self._last: tuple[str, dict[str, int]] | None = None
         self._failed = False
 
     def read(self) -> Marked | None:
@@ -62,7 +62,7 @@ class Marks:
 
     def write(self, epoch: str, first: dict[str, int], last: dict[str, int]) -> None:
         """Note what was given out, if that has changed. `first` and `last` are by lane."""
-        if last == self._last:
+        if (epoch, last) == self._last:
             return
         body = _encode(Marked(self._turn + 1, epoch, {lane: (first.get(lane, number + 1), number) for lane, number in last.items()}))
         if len(body) > SLOT_BYTES - _HEAD_BYTES:
@@ -78,7 +78,7 @@ class Marks:
             self._failed = True
             self.close()
             return
-        self._turn, self._last, self._failed = self._turn + 1, dict(last), False
+        self._turn, self._last, self._failed = self._turn + 1, (epoch, dict(last)), False
 
     def close(self) -> None:
         """Close the file; the next `write` opens it again, by its name."""

@@ -119,7 +119,8 @@ def _sealed_slots(catalogue: Catalogue, key_id: str) -> bool:
     """Whether a slot holds a block under this key."""
     query = "SELECT slot, substr(block, ?, ?) FROM slots"
     starts = catalogue.store.execute(query, (HEAD_BYTES + 1, len(SEALED_MAGIC) + KEY_ID_BYTES))
-    return any(sealed_under(start) == key_id and not catalogue.slots.is_free(slot) for slot, start in starts)
+    free = catalogue.slots.free()
+    return any(sealed_under(start) == key_id and slot not in free for slot, start in starts)
 
 
 def _epoch(store: Store) -> str:

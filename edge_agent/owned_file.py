@@ -103,6 +103,14 @@ class OwnedFile:
             self._write_marks()
 
     @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """A transaction that gives out names, beside that of `Room.make`; see `begin_log`."""
+        with self.lock:
+            self.begin_log()
+            with self.writing():
+                yield
+
+    @contextlib.contextmanager
     def noting_faults(self) -> Iterator[None]:
         """Whatever else touches the disk: an error of the disk or of the file is a fault."""
         try:
@@ -117,6 +125,7 @@ class OwnedFile:
         slots, shelves = self.catalogue.slots, self.catalogue.shelves
         taken = [slots.take(len(s.on_disk), shelves[s.place.shelf].waiting) for s in sealed]
         sealed = [replace(s, place=s.place._replace(slot=slot)) for s, slot in zip(sealed, taken, strict=True)]
+        self.catalogue.give_back_slots()
         self.store.execute_many(PUT, [(s.place.slot, fill(s.place.id, s.on_disk)) for s in sealed if s.place.slot])
         self.store.execute_many("INSERT INTO blocks VALUES (?, ?)", [(s.place.id, s.on_disk) for s in sealed if not s.place.slot])
         if self.catalogue.put([s.place for s in sealed]):
@@ -146,7 +155,7 @@ class OwnedFile:
         """The lake holds blocks that this file does not know: it has gone back in time. Their names are taken."""
         now = self._clock()
         log.error("buffer has gone back, names skipped lane=%s known=%s used=%s", lane, self.catalogue.sequences.get(lane, 0), used)
-        with self.writing():
+        with self.adding():
             self.catalogue.write_tail()
             loss = skipped(self.catalogue.epoch, lane, used, now.wall_us, "the file had gone back in time")
             self.catalogue.skip(lane, used + SKIP)
@@ -219,7 +228,7 @@ class OwnedFile:
         self.fault = None
         owed = self.store.execute("SELECT value FROM meta WHERE key = ?", (OWED,))
         if owed:
-            with self.writing():
+            with self.adding():
                 self._name(msgspec.msgpack.decode(owed[0][0], type=list[Loss]), now)
                 self.store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
         mark = self._marks.read()
@@ -255,7 +264,7 @@ class OwnedFile:
             return
         lost = {x.of_lane: (x.first_sequence, x.last_sequence) for x in losses}
         log.error("buffer file lacks what was stored epoch=%s lost=%s", mark.epoch, lost)
-        with self.writing():
+        with self.adding():
             self.catalogue.write_tail()
             for loss in losses if mark.epoch == self.catalogue.epoch else ():
                 self.catalogue.skip(loss.of_lane, loss.last_sequence)

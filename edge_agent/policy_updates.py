@@ -35,7 +35,10 @@ class PolicyUpdates:
 
     def want(self, ref: ZonesRef | None) -> None:
         """The cloud wants this policy; None: no other than there is."""
-        if ref is None or not self.news(ref):
+        if ref is None:
+            return
+        if not self.news(ref):  # another one that could not be fetched so far is not wanted any more
+            self.wanted = None
             return
         try:
             if not _SHA256.fullmatch(ref.sha256):

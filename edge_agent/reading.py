@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from edge_agent.catalogue import Catalogue
 from edge_agent.clock import Moment
-from edge_agent.contract.block import ORDINAL, decode_block, read_header
+from edge_agent.contract.block import ORDINAL, BlockHeader, decode_block, read_header
 from edge_agent.contract.columns import Strings, Table, concat, take
-from edge_agent.contract.errors import ContractError, Reason
+from edge_agent.contract.errors import ContractError, Reason, UnavailableError
 from edge_agent.core.fix import Fix, from_text
 from edge_agent.core.retention import Place
 from edge_agent.draft import StoredBlock
@@ -42,15 +43,14 @@ class Reader:
     def waiting(self, lane: str, after_sequence: int, limit: int) -> list[StoredBlock]:
         """The next unsettled blocks of a lane, by rising sequence."""
         for _ in range(READ_ATTEMPTS):
-            blocks, damaged = self._look(lambda: self._file.catalogue.waiting(lane, after_sequence, limit))
-            if not damaged:
-                break
-            self._bury(damaged)  # a block of the ledger has come instead: look again
-        return [StoredBlock(lane, p.sequence, self._file.catalogue.shelves[p.shelf].stream, p.rows, block) for p, block in blocks]
+            blocks, damaged = self._look(lambda catalogue: catalogue.waiting(lane, after_sequence, limit))
+            if not damaged or not self._bury(damaged):
+                break  # else a block of the ledger has come instead
+        return [StoredBlock(lane, header.sequence, header.stream, header.rows, block) for header, block in blocks]
 
     def newest(self, stream: str, contract_version: str) -> Table | None:
         """The newest readings of a stream, in the order seen; None if there are none of this contract version."""
-        blocks, damaged = self._look(lambda: self._file.catalogue.newest(stream, self._file.floors().get(stream, 0)))
+        blocks, damaged = self._look(lambda catalogue: catalogue.newest(stream, self._file.floors().get(stream, 0)))
         if damaged:
             self._bury(damaged)
         tables = [table for header, table in (decode_block(b) for _, b in blocks) if header.contract_version == contract_version]
@@ -72,9 +72,14 @@ class Reader:
             log.warning("stored fixes damaged, not used count=%s of=%s", len(fixes) - len(whole), len(fixes))
         return whole
 
-    def _look(self, find: Callable[[], list[Place]]) -> tuple[list[tuple[Place, bytes]], list[Place]]:
-        """What `find` finds, read."""
-        return self._twice(lambda: self._read_blocks(find()))
+    def _look(self, find: Callable[[Catalogue], list[Place]]) -> tuple[list[tuple[BlockHeader, bytes]], list[Place]]:
+        """What `find` finds, read by the same catalogue: another thread may open the file again meanwhile."""
+
+        def look() -> tuple[list[tuple[BlockHeader, bytes]], list[Place]]:
+            catalogue = self._file.catalogue
+            return self._read_blocks(catalogue, find(catalogue))
+
+        return self._twice(look)
 
     def _twice(self, read: Callable[[], T]) -> T:
         """What `read` reads; after a fault of the file once more, when it is open again."""
@@ -88,16 +93,18 @@ class Reader:
             with self._file.noting_faults():
                 return read()
 
-    def _read_blocks(self, places: list[Place], read: Read | None = None) -> tuple[list[tuple[Place, bytes]], list[Place]]:
+    def _read_blocks(
+        self, catalogue: Catalogue, places: list[Place], read: Read | None = None
+    ) -> tuple[list[tuple[BlockHeader, bytes]], list[Place]]:
         """The blocks of places, and the places whose blocks are damaged, or gone meanwhile. `read` is for who holds the lock.
 
         Raises:
             DamagedError: with `read`: a block is whole, but another one than its place says; or it is not there at all.
         """
-        found = stored_blocks(read or self._file.store.read, places)
+        found = stored_blocks(read or catalogue.store.read, places)
         whole, damaged = [], []
         for place in places:
-            shelf = self._file.catalogue.shelves[place.shelf]
+            shelf = catalogue.shelves[place.shelf]
             if read and place.id not in found:  # blocks do not vanish one by one: the tables are damaged
                 raise DamagedError(f"block {place.id} of {shelf.lane} {place.sequence} is not there")
             try:
@@ -107,29 +114,31 @@ class Reader:
                 damaged.append(place)
                 continue
             named = (header.epoch, header.lane, header.sequence, header.stream, header.rows)
-            if named != (self._file.catalogue.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
+            if named != (catalogue.epoch, shelf.lane, place.sequence, shelf.stream, place.rows):
                 if not read:  # its slot may hold another block by now
                     damaged.append(place)
                     continue
                 raise DamagedError(f"block {header.identity} lies where {shelf.lane} {place.sequence} should")
-            whole.append((place, block))
+            whole.append((header, block))
         return whole, damaged
 
-    def _bury(self, damaged: list[Place]) -> None:
-        """Take damaged blocks out; if the file does not even let that be done, it will be salvaged before it is read again."""
+    def _bury(self, damaged: list[Place]) -> bool:
+        """Take damaged blocks out; whether to look again. A disk that is full must not hold up the blocks that are whole."""
         try:
             self._take_out(damaged)
-        except (DiskError, DamagedError) as e:
+        except UnavailableError as e:
             log.error("damaged blocks not taken out blocks=%s error=%s", len(damaged), e)
+            return isinstance(e, (DiskError, DamagedError))  # the file will be opened again, or salvaged, before it is read
+        return True
 
     def _take_out(self, damaged: list[Place]) -> None:
         """Keep what can be read of damaged blocks, and name in the ledger those that the lake does not hold."""
         now = self._clock()
-        with self._file.writing():
+        with self._file.adding():
             catalogue = self._file.catalogue
             catalogue.write_tail()
             # Memory knows of blocks a moment before they are committed: only what is not whole now is damaged.
-            _, there = self._read_blocks(catalogue.still(damaged), self._file.store.execute)
+            _, there = self._read_blocks(catalogue, catalogue.still(damaged), catalogue.store.execute)
             for place in there:
                 self._keep_for_study(place, now)
             self._file.store.execute("DELETE FROM damaged WHERE id <= (SELECT max(id) FROM damaged) - ?", (DAMAGED_BLOCKS_MAX,))

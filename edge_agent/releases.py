@@ -147,15 +147,15 @@ class Repository:
 
         deadline, got = time.monotonic() + self._config.download_s_max, 0
         try:
-            with self._open(url, timeout=self._config.silence_s_max) as response:
+            with self._open(url, timeout=self._config.silence_s_max) as response, response.within(self._config.download_s_max):
                 promised = response.headers.get("Content-Length")
                 if promised is None and not response.chunked:  # or its head broke off, and what follows would count as tampered with
                     raise DownloadError(f"{url}: the answer does not say where it ends")
-                while chunk := response.read1(CHUNK_BYTES):
-                    got += len(chunk)
-                    yield chunk
+                while (chunk := response.read1(CHUNK_BYTES)) or time.monotonic() > deadline:  # what was cut off may look like an end
                     if time.monotonic() > deadline:
                         raise SlowRetrievalError(f"{url} took more than {self._config.download_s_max:g} s")
+                    got += len(chunk)
+                    yield chunk
             if promised is not None and got < int(promised):
                 raise DownloadError(f"{url} broke off after {got} of {promised} bytes")
         except urllib.error.HTTPError as e:
@@ -174,21 +174,35 @@ class Repository:
         return urllib.request.build_opener(*handlers).open
 
 
-class _Connection(http.client.HTTPConnection):
-    """Its server has HEAD_S_MAX for the head of an answer: the timeout of a socket bounds each silence, not their number."""
+class _Response(http.client.HTTPResponse):
+    """Has HEAD_S_MAX for its head, and what `within` says for the rest: the timeout of a socket bounds each silence, not their number."""
 
-    def getresponse(self) -> http.client.HTTPResponse:
-        cut = threading.Timer(HEAD_S_MAX, self._cut)
+    def __init__(self, sock: socket.socket, *more: Any, **named: Any) -> None:
+        super().__init__(sock, *more, **named)
+        self._peer = sock
+
+    def begin(self) -> None:
+        with self.within(HEAD_S_MAX):
+            super().begin()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Cut the connection off after so many seconds."""
+        cut = threading.Timer(seconds, self._cut)
         cut.daemon = True
         cut.start()
         try:
-            return super().getresponse()
+            yield
         finally:
             cut.cancel()
 
     def _cut(self) -> None:
         with contextlib.suppress(OSError):  # the server was faster
-            self.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self._peer, socket.SHUT_RDWR)  # that of an SSL socket would have its bytes read without TLS
+
+
+class _Connection(http.client.HTTPConnection):
+    response_class = _Response
 
 
 class _TlsConnection(_Connection, http.client.HTTPSConnection):

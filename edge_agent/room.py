@@ -35,19 +35,24 @@ class Room:
             BufferFullError: the disk has no room.
         """
         self._file.begin_log()
+        wanted = 2 * size + RESERVE_BYTES  # they go to the log first, then to free or new pages
         while True:
-            self.shrink_log(2 * size + RESERVE_BYTES)
-            disk = self._disk_lack(size)
-            if not disk and self.lack_bytes(size) <= 0:
+            self.shrink_log(wanted)
+            free = self._file.store.free_bytes()
+            if free < wanted:  # what the file gives up is room in the file, not on the disk
+                raise self._no_room(free, wanted)
+            # The file grows and never shrinks: leave room for the log of blocks to come.
+            narrow = free < 2 * wanted and size > self._file.store.spare_bytes()
+            if not narrow and self.lack_bytes(size) <= 0:
                 return
-            if disk and self._file.catalogue.slots.free_bytes:  # they fit some blocks, free pages fit any
+            if narrow and self._file.catalogue.slots.free_bytes:  # they fit some blocks, free pages fit any
                 with self._file.writing():
                     self._file.catalogue.give_back_slots(0)
                 continue
-            if not self._shed_history(portion(size if disk else self.lack_bytes(size), self._bytes_max)):
+            if not self._shed_history(portion(size if narrow else self.lack_bytes(size), self._bytes_max)):
                 break
-        if disk:
-            raise BufferFullError(disk)
+        if narrow:
+            raise self._no_room(free, 2 * wanted)
 
     def lack_bytes(self, size: int) -> int:
         """How many bytes are too many if `size` come, the log at its largest; not above zero: they fit."""
@@ -68,12 +73,8 @@ class Room:
         except UnavailableError as e:
             log.error("buffer log not brought into the file error=%s", e)
 
-    def _disk_lack(self, size: int) -> str:
-        """Why the disk has no room for `size` bytes; empty if it has. They go to the log first, then to free or new pages."""
-        free, wanted = self._file.store.free_bytes(), 2 * size + RESERVE_BYTES
-        if size > self._file.store.spare_bytes():  # the file grows and never shrinks: leave room for the log of blocks to come
-            wanted *= 2
-        return f"disk of {self._file.path.parent} has {free} bytes free; {wanted} wanted" if free < wanted else ""
+    def _no_room(self, free: int, wanted: int) -> BufferFullError:
+        return BufferFullError(f"disk of {self._file.path.parent} has {free} bytes free; {wanted} wanted")
 
     def _shed_history(self, wanted: int) -> int:
         """Give up the oldest settled blocks, for `wanted` bytes on the disk if there are so many to spare; returns how many blocks."""

@@ -114,9 +114,9 @@ def resume(path: Path) -> None:
     """Finish a salvage that was cut off when the old file was aside already; else throw its new file away."""
     new_path = path.with_name(f"{path.name}.new")
     with translated("salvaged"):
-        if new_path.exists() and not path.exists():
-            _take_place(path, new_path, _old_files(path)[-1])
-        _remove(new_path)
+        if new_path.exists() and not path.exists() and (aside := _old_files(path)):
+            _take_place(path, new_path, aside[-1])
+        _remove(new_path)  # of a salvage that never came so far
 
 
 def _take_place(path: Path, new_path: Path, aside: Path) -> None:

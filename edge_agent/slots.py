@@ -15,6 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from edge_agent.contract.errors import ContractError
@@ -56,6 +57,7 @@ class Slots:
         self._bytes_max = bytes_max
         self._pages = bytearray(_SLOTS_MAX + 1)  # by slot; 0: there is none
         self._free: dict[int, list[int]] = {}  # by pages
+        self._gone: list[int] = []  # no slots any more, and their rows are still there
         self.bytes = self.free_bytes = 0
 
     def load(self, rows: Iterable[tuple[Any, ...]], held: Iterable[tuple[Any, ...]]) -> list[tuple[int, int | None]]:
@@ -91,26 +93,26 @@ class Slots:
         self._free[self._pages[slot]].remove(slot)
         self.free_bytes -= self._pages[slot] * PAGE_BYTES
 
-    def is_free(self, slot: int) -> bool:
-        """Whether it holds nothing that counts."""
-        return slot in self._free.get(self._pages[slot], ())
+    def free(self) -> set[int]:
+        """Those that hold nothing that counts."""
+        return {slot for slots in self._free.values() for slot in slots}
 
     def take(self, size: int, waiting: int) -> int:
-        """A slot for `size` bytes of a shelf on which `waiting` blocks wait; 0: there is none, and a row in `blocks` is wanted."""
+        """A slot for `size` bytes of a shelf on which `waiting` blocks wait; 0: there is none, and a row in `blocks` is wanted.
+
+        `give_back` must follow in the same transaction, before the slot is written.
+        """
         pages = _pages(size)
         if pages > OVERFLOW_PAGES_MAX + 1:
             return 0
         if self._free.get(pages):
-            slot = self._pop(pages)
-        elif waiting > WAITING_MAX:
+            return self._pop(pages)
+        room = self._bytes_max - pages * PAGE_BYTES
+        if waiting > WAITING_MAX or self.bytes - self.free_bytes > room:
             return 0
-        elif self.bytes + pages * PAGE_BYTES <= self._bytes_max:
-            slot = self._pages.index(0, 1)
-        else:  # blocks have become larger or smaller: one of the size that most are free of is made over
-            other = max(self._free, key=lambda n: len(self._free[n]), default=0)
-            if not self._free.get(other) or self.bytes + (pages - other) * PAGE_BYTES > self._bytes_max:
-                return 0
-            slot = self._pop(other)
+        while self.bytes > room:  # blocks have become larger or smaller: the size that most are free of gives way
+            self._drop(max(self._free, key=lambda n: len(self._free[n])))
+        slot = self._gone.pop() if self._gone else self._pages.index(0, 1)
         self._resize(slot, pages)
         return slot
 
@@ -123,12 +125,17 @@ class Slots:
     def give_back(self, bytes_max: int | None = None) -> list[int]:
         """Free slots beyond `bytes_max`, or the limit, as after it was lowered: they are no slots any more, and their rows must go."""
         limit = self._bytes_max if bytes_max is None else bytes_max
-        gone = []
         for pages, slots in self._free.items():
             while slots and self.bytes > limit:
-                gone.append(self._pop(pages))
-                self._resize(gone[-1], 0)
+                self._drop(pages)
+        gone, self._gone = self._gone, []
         return gone
+
+    def _drop(self, pages: int) -> None:
+        """A free slot of so many pages is none any more."""
+        slot = self._pop(pages)
+        self._resize(slot, 0)
+        self._gone.append(slot)
 
     def _pop(self, pages: int) -> int:
         self.free_bytes -= pages * PAGE_BYTES
@@ -181,7 +188,11 @@ def blocks_in_slots(read: Callable[[str], Iterable[tuple[Any, ...]]]) -> Iterato
     """
     places = {slot: (number, size) for slot, number, size in read("SELECT slot, id, bytes FROM places WHERE slot <> 0")}
     placed = read_placed(list(read(f"SELECT value FROM meta WHERE key = '{PLACED}'")))
-    placed = max([placed, *(number for (number,) in read("SELECT max(id) FROM places") if number is not None)])
+    newest = [number for (number,) in read("SELECT max(id) FROM places") if number is not None]
+    for number in chain(newest, *places.values()):
+        if not isinstance(number, int):
+            raise ContractError(f"{number!r} stands in a place where a number should")
+    placed = max(placed, *newest, 0)
     for slot, blob in read("SELECT slot, block FROM slots"):
         try:
             number, stored = unfill(blob)

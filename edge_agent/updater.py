@@ -171,9 +171,10 @@ class Updater:
                     return
                 self._apply(message)
                 self._save()
-                if self._policies is not None and self._policies.wanted is not None and time.monotonic() >= self._retry_at:
+                due = time.monotonic() >= self._retry_at
+                if due and self._policies is not None and self._policies.wanted is not None:
                     self._try_policy(self._policies)
-                if self._state.wanted is not None and time.monotonic() >= self._retry_at:
+                if due and self._state.wanted is not None:  # a policy that cannot be had holds no bundle up
                     self._try(self._state.wanted)
                     self._save()
         except Exception as e:

@@ -16,6 +16,10 @@ WAIT_S=300
 TRACKING="${MLFLOW_TRACKING_URI:-}"
 unset MLFLOW_TRACKING_URI
 
+if [ -n "${DATA:-}" ] && [ ! -f "$DATA" ]; then
+  echo "train.sh: no file $DATA in $PWD; leave DATA empty for simulated engines" >&2
+  exit 2
+fi
 rm -rf "$OUT"
 mkdir -p "$OUT/project/pipelines"
 cp -r contracts feature_repo fenceline.toml "$OUT/project/"

@@ -69,18 +69,19 @@ def _replay(args: argparse.Namespace) -> int:
     broker = SensorBroker(
         settings.sensors.host, settings.sensors.port, brokers.SENSOR_USER, brokers.password(settings, brokers.SENSOR_USER)
     )
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("rows acknowledged", total=None)
-        done = replay(
-            args.file,
-            _mapping(args, settings, contract),
-            contract,
-            broker,
-            devices,
-            rows_per_s=args.rate,
-            rows_max=args.limit,
-            progress=lambda acknowledged, total: bar.update(task, completed=acknowledged, total=total),
-        )
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    task = bar.add_task("rows acknowledged", total=None)
+
+    def tell(acknowledged: int, total: int) -> None:
+        bar.start()  # not before: what cannot begin is one line
+        bar.update(task, completed=acknowledged, total=total)
+
+    mapping = _mapping(args, settings, contract)
+    try:
+        done = replay(args.file, mapping, contract, broker, devices, rows_per_s=args.rate, rows_max=args.limit, progress=tell)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     if args.json:
         print_json(done)
     else:

@@ -37,9 +37,9 @@ def declare(commands: Any) -> None:
     start.add_argument("--wave-timeout", type=float, default=600.0, metavar="S")
     start.add_argument("--wait", action="store_true", help="return when it is complete (0) or has failed or paused (1)")
     status = add_command(rollout, "status", _rollout_status, "how far a rollout is")
-    status.add_argument("id", type=positive, nargs="?", help="default: the last one")
+    status.add_argument("id", type=positive, nargs="?", help="default: the last one that had devices to move")
     undo = add_command(rollout, "undo", _rollout_undo, "give every device its previous bundle back")
-    undo.add_argument("id", type=positive, nargs="?", help="default: the last one")
+    undo.add_argument("id", type=positive, nargs="?", help="default: the last one that had devices to move")
     keys = add_group(commands, "keys", "signing keys")
     add_command(keys, "init", _keys_init, "make the signing keys and an empty release repository")
 
@@ -155,6 +155,7 @@ def _print_rollout(found: Rollout, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    show(f"rollout {found.id}: {found.ref.target} is {found.status}, wave {found.wave + 1} of {found.waves}. {found.reason}")
+    where = f", wave {found.wave + 1} of {found.waves}" if found.waves else ""
+    show(f"rollout {found.id}: {found.ref.target} is {found.status}{where}{'; ' if found.reason else ''}{found.reason}")
     rows = [(name, m.wave + 1, m.place, m.failure or None) for name, m in found.members.items()]
     print_table(("device", "wave", "place", "failure"), rows)

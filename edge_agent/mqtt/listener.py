@@ -103,21 +103,23 @@ class Listener:
             ConfigError: the address cannot be had.
         """
         have_descriptors(self._config.connections_max)
-        self._listen()
+        try:
+            self._listen()
+        except UnavailableError as e:
+            self._wait_for(e)
         self._thread.start()
 
     def _listen(self) -> None:
-        try:
-            self._door.open(self._config.host, self._config.port)
-        except UnavailableError as e:
-            if not self._status.error:
-                log.warning("sensors not listened yet error=%s", e)
-            self._status = replace(self._status, error=str(e))
-            return
+        self._door.open(self._config.host, self._config.port)
         for waited in (self._thread.wake, self._crowd.writers, self._crowd.readers, self._door):
             self._poll.register(waited.fileno(), select.POLLIN)
         self._status = replace(self._status, connected=True, error="")
         log.info("sensors listened address=%s:%d tls=%s", self._config.host, self.port, self._config.tls is not None)
+
+    def _wait_for(self, error: UnavailableError | ConfigError) -> None:
+        if self._status.error != str(error):
+            log.warning("sensors not listened yet error=%s", error)
+        self._status = replace(self._status, error=str(error))
 
     @property
     def port(self) -> int:
@@ -136,7 +138,10 @@ class Listener:
     def _run(self) -> None:
         try:
             while not (self._status.connected or self._thread.stopping.wait(LISTEN_RETRY_S)):
-                self._listen()
+                try:
+                    self._listen()
+                except (UnavailableError, ConfigError) as e:  # the address has come, and is somebody else's: the agent runs by now
+                    self._wait_for(e)
             while not self._thread.stopping.is_set():
                 self._round()
             self._acknowledge()

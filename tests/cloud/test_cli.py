@@ -124,6 +124,21 @@ def test_what_a_person_must_change_exits_2_and_says_so(run: Run, words: list[str
     assert code == 2 and message in err, err
 
 
+def test_recorded_data_that_does_not_fit_is_one_line(run: Run, tmp_path: Path) -> None:
+    run("keys", "init")
+    run("device", "add", "plane-01")
+    ragged = tmp_path / "ragged.txt"
+    ragged.write_text("1 2\n1 2 3\n")
+    for words, says in (
+        (["replay", "x.txt", "--mapping", "cmaps"], "no mapping 'cmaps'"),
+        (["replay", "x.txt", "--mapping", "cmapss"], "no file x.txt"),
+        (["labels", "add", str(ragged), "--mapping", "cmapss", "--run-to-failure"], f"{ragged} does not read"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "") and err.startswith(f"fenceline: {says}")
+        assert err.count("\n") == 1 and "\\n" not in err
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -203,6 +203,16 @@ def test_devices_that_already_want_the_release_are_left_out(state: Databases) ->
     assert (rollout.status, rollout.members, fleet.asked) == (Status.COMPLETE, {}, [])
 
 
+def test_rollout_that_had_nobody_to_move_does_not_hide_the_one_to_undo(state: Databases) -> None:
+    fleet = SimulatedFleet.of("a")
+    start(state, fleet, NEW, now=0.0)
+    again = start(state, fleet, NEW, now=1.0)
+    assert (again.id, again.reason) == (2, "every device already wants this release")
+    assert status(state).id == 1 and status(state, 2) == again
+    assert undo(state, fleet, now=2.0).id == 1
+    assert fleet.wants() == {"a": OLD}
+
+
 def test_unknown_device_and_unknown_rollout_name_the_known_ones(state: Databases) -> None:
     fleet = SimulatedFleet.of("a")
     with pytest.raises(ConfigError, match="unknown: z; known: a"):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_agent import active_model, scoring
+from edge_agent import active_model, inference, scoring
 from edge_agent.active_model import RESTARTS_MAX, ActiveModel
 from edge_agent.contract.bundle import Bundle, Limits
 from edge_agent.contract.columns import Floats, Strings, Table
@@ -269,3 +269,21 @@ def test_a_worker_that_comes_back_after_a_swap_is_not_used(path: Path) -> None:
     path.take_until(lambda: path.take() == "bb")
     time.sleep(1.5)  # the worker of the first model is there by now
     assert path.take() == "bb"
+
+
+def test_models_that_nobody_takes_leave_no_processes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the disk takes nothing, the data path takes no model either, and a fleet may be given many."""
+    start, started = inference._start, []
+
+    def counted() -> Any:
+        started.append(start())
+        return started[-1]
+
+    monkeypatch.setattr(inference, "_start", counted)
+    path.activate(bundle())
+    assert path.take() == "aa"
+    for digest in ("bb", "cc", "dd"):
+        path.activate(bundle(), digest)
+    assert [process.poll() is None for _, process in started] == [True, False, False, True]
+    assert path.take() == "dd"
+    assert [process.poll() is None for _, process in started] == [False, False, False, True]

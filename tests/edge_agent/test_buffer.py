@@ -23,6 +23,7 @@ from edge_agent.contract.stream import LOSSES
 from edge_agent.core.fix import Fix
 from edge_agent.core.ledger import read_losses
 from edge_agent.core.track import FIXES_MAX
+from edge_agent.slots import stored_blocks
 from edge_agent.store import DamagedError, DiskError, Store, open_store
 
 NOW = Moment(1_700_000_000_000_000, 5_000_000, True)
@@ -308,3 +309,58 @@ def test_what_is_gone_after_a_fault_is_named_without_marks_too(tmp_path: Path) -
     assert buffer.append([draft([3.0])], [], NOW)[0].sequence > 2
     rows = [loss for b in buffer.pending("europe", 0, 10) if b.stream == LOSSES.stream for loss in read_losses(decode_block(b.block)[1])]
     assert [(loss.first_sequence, loss.last_sequence, loss.reason) for loss in rows] == [(2, 2, "damaged")]
+
+
+def test_history_stays_when_it_is_the_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what comes again after a crash, and no page of the file that gets free is room on the disk."""
+    buffer = open_buffer(tmp_path, history_rows=1_000)
+    for i in range(100):
+        buffer.append([draft([float(i)])], [], NOW)
+    buffer.settle(receipt(buffer, 100))
+    with monkeypatch.context() as full:
+        full.setattr(Store, "free_bytes", lambda _: 0)
+        with pytest.raises(BufferFullError, match="0 bytes free"):
+            buffer.append([draft([100.0])], [], NOW)
+    assert buffer.state(NOW).history_blocks == 100
+    assert buffer.append([draft([100.0])], [], NOW)[0].sequence == 101
+
+
+def test_blocks_that_were_read_when_another_thread_made_the_file_new_are_what_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = open_buffer(tmp_path)
+    stored = [s for i in range(3) for s in buffer.append([draft([float(i)])], [], NOW)]
+
+    def overtaken(*arguments: Any) -> Any:
+        found = stored_blocks(*arguments)
+        monkeypatch.undo()
+        buffer._file.store.close(checkpoint=False)
+        for path in tmp_path.iterdir():
+            path.write_bytes(b"not a database" * 1_000)
+        buffer._file.fault = DamagedError("damaged")
+        buffer._file.recover()
+        assert not buffer._file.catalogue.shelves
+        return found
+
+    monkeypatch.setattr("edge_agent.reading.stored_blocks", overtaken)
+    assert buffer.pending("europe", 0, 10) == stored
+    assert buffer.pending("europe", 0, 10) == []
+
+
+def test_a_receipt_for_a_long_backlog_holds_no_reading_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer, appended = open_buffer(tmp_path), list[int]()
+    for _ in range(11):
+        buffer.append([draft([1.0]) for _ in range(100)], [], NOW)
+
+    def append() -> None:
+        appended.extend(s.sequence for s in buffer.append([draft([2.0])], [], NOW))
+
+    def meanwhile(_: float) -> None:
+        thread = threading.Thread(target=append)
+        thread.start()
+        thread.join(10)
+
+    monkeypatch.setattr("edge_agent.settling.time.sleep", meanwhile)
+    assert buffer.settle(receipt(buffer, 1_100)) == 1_100
+    assert appended == [1_101, 1_102]
+    assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1_101, 1_102]

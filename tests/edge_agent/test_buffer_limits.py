@@ -18,7 +18,7 @@ from edge_agent.contract.stream import LOSSES
 from edge_agent.core.ledger import Loss, read_losses
 from edge_agent.draft import Sealed
 from edge_agent.owned_file import OwnedFile
-from edge_agent.settling import SKIPPED_MAX
+from edge_agent.settling import LANES_MAX, SKIPPED_MAX
 from edge_agent.store import DiskError, bytes_on_disk
 
 WALL_US = 1_700_000_000_000_000
@@ -313,3 +313,20 @@ def test_what_is_given_up_is_counted_when_it_is_on_the_disk(tmp_path: Path, monk
     rows = ledger(buffer)
     assert failed and buffer.lost_blocks == {"evicted_full": sum(row.blocks for row in rows)}
     assert buffer.lost_readings == {"evicted_full": sum(row.readings for row in rows)}
+
+
+def test_receipts_for_lanes_that_never_were_do_not_fill_the_buffer(tmp_path: Path) -> None:
+    """A region may name all lanes that allow it, and of 20 zones there are a million."""
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft(1)], [], at(1))
+    for start, cumulative in ((0, 5), (200, 5), (400, 0)):
+        lanes = [LaneReceipt(lane=f"zone-{n}", cumulative=cumulative) for n in range(start, start + 200)]
+        buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=lanes))
+    catalogue = buffer._file.catalogue
+    assert len(catalogue.sequences) == LANES_MAX
+    assert catalogue.receipts.keys() <= catalogue.sequences.keys()
+    assert len(buffer.lanes()) == LANES_MAX, "each with the row that says so"
+    (stored,) = buffer.append([draft(2, "asia")], [], at(2))
+    assert stored.sequence == 1, "the device itself may come anywhere"
+    buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="asia", cumulative=1)]))
+    assert "asia" not in {s.lane for s in buffer.lanes()}

@@ -128,3 +128,14 @@ def test_a_clock_that_went_back_does_not_make_the_newest_damaged_file_the_oldest
         open_buffer(tmp_path).close()
     left = [path.read_bytes() for path in tmp_path.glob("buffer.db.damaged-*") if path.read_bytes().endswith(b"database")]
     assert sorted(left) == [b"1 is no database", b"2 is no database"]
+
+
+def test_a_new_file_that_no_salvage_has_finished_is_not_taken_when_somebody_has_removed_the_old_one(tmp_path: Path) -> None:
+    buffer = open_buffer(tmp_path)
+    append(buffer, 1, 3)
+    buffer.close()
+    (tmp_path / "buffer.db").rename(tmp_path / "buffer.db.new")  # it is as good as half of one: nothing says that it is whole
+    buffer = open_buffer(tmp_path)
+    assert [(loss.first_sequence, loss.last_sequence) for loss in ledger(buffer)] == [(1, 3)]
+    buffer.close()
+    assert not (tmp_path / "buffer.db.new").exists()

@@ -278,3 +278,13 @@ def test_check_exits_0_on_a_good_config_and_2_with_the_hint_on_a_bad_one(tmp_pat
     path.write_text(path.read_text().replace("state_dir", "state_dirr"))
     assert main(["check", "--config", str(path)]) == 2
     assert "did you mean 'state_dir'?" in capsys.readouterr().err
+
+
+def test_without_its_config_every_command_says_how_to_give_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["check"], ["run"], ["status"], ["fsck"], ["export", "--csv"]):
+        assert main(command) == 2
+        hint = "edge-agent: cannot read agent.toml: No such file or directory; give the agent's settings with --config FILE\n"
+        assert capsys.readouterr() == ("", hint)

@@ -267,6 +267,14 @@ def test_export_to_a_place_that_is_none_is_said_without_a_traceback(tmp_path: Pa
     assert f"export cannot write {none}: No such file or directory; name another file" in capsys.readouterr().err
 
 
+def test_export_of_what_is_no_buffer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "zones.geojson", tmp_path / "out.csv"
+    path.write_text("{}")
+    for form in (["--jsonl"], ["--csv", "-o", str(out)]):
+        assert main(["export", str(path), *form, "--config", str(tmp_path / "none.toml")]) == 2
+        assert f"edge-agent: {path} holds no block; it is no buffer" in capsys.readouterr().err and not out.exists()
+
+
 def test_export_as_csv_holds_one_stream_and_the_columns_of_all_its_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "buffer.db"
     buffer = open_buffer(path)
@@ -289,3 +297,36 @@ def test_export_gives_what_is_whole_of_a_damaged_buffer_and_says_so(tmp_path: Pa
     assert main(["export", str(path), "--jsonl", "--config", str(tmp_path / "none.toml")]) == 1
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 16 and "1 blocks are damaged" in captured.err
+
+
+@pytest.mark.parametrize("value", ["id = x''", "id = 'text'", "bytes = x''"])
+def test_a_place_that_says_something_else_than_numbers_is_a_problem_and_no_crash(tmp_path: Path, value: str) -> None:
+    path = made(tmp_path / "buffer.db")
+    db = apsw.Connection(str(path))
+    db.execute(f"UPDATE places SET {value} WHERE sequence = 4")
+    db.close()
+    found = inspect(path, None)
+    assert not found.clean and found.blocks == 12
+    assert len(lines(path)) == 18
+
+
+def test_an_export_that_nobody_reads_on_does_not_make_the_log_grow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    buffer = Buffer(tmp_path / "buffer.db", "plane-01", "boot", bytes_max=1_000_000, history_rows={})
+    noise = np.random.default_rng(1)
+    for _ in range(30):
+        buffer.append([draft(noise.random(2_000).tolist())], [], NOW)
+    reading = BufferFile(tmp_path / "buffer.db").blocks()
+    found = [next(reading).header.sequence]
+    largest = 0
+    for number in range(31, 300):
+        buffer.append([draft(noise.random(2_000).tolist())], [], NOW)
+        settle(buffer, number - 20)
+        largest = max(largest, buffer._file.store.log_bytes())
+    assert largest < 4 * buffer._file.log_bytes_max
+    found.append(next(reading).header.sequence)
+    assert found == [1, 2]
+    rest = [block.header.sequence for block in reading]
+    assert rest == sorted(rest) and (not rest or rest[-1] <= 30), "what came later is not in it"
+    reading.close()
+    assert "carved" not in caplog.text
+    buffer.close()

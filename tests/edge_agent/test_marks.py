@@ -60,3 +60,10 @@ def test_a_disk_without_room_for_marks_is_no_error(tmp_path: Path, caplog: pytes
         marks.close()
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_the_mark_of_a_new_epoch_is_written_though_its_numbers_are_the_same(tmp_path: Path) -> None:
+    marks = Marks(tmp_path / "buffer.db")
+    for epoch in ("e1", "e2"):
+        marks.write(epoch, {}, {"europe": 1})
+    assert Marks(tmp_path / "buffer.db").read() == Marked(2, "e2", {"europe": (2, 1)})

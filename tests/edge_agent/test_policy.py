@@ -241,3 +241,28 @@ def test_refused_positions_are_told_once_in_a_while_and_counted() -> None:
         assert fix is None and refused is not None and refused[0] is Reason.OUT_OF_RANGE
     assert told == ["out_of_range"]
     assert metrics.registry.get_sample_value("fenceline_positions_refused_total", {"reason": "out_of_range"}) == 10
+
+
+def test_a_policy_that_cannot_be_had_holds_no_bundle_up(device: Device) -> None:
+    ref = device.repository.add_zones(SECOND, 1)
+    device.repository.target_path(ref.target, ref.sha256).unlink()
+    bundle = device.repository.add(models.bundle())
+    device.desire(ref, bundle)
+    until(lambda: device.updater.status().active == bundle)
+    assert not device.taken and not device.told
+
+
+def test_a_policy_that_was_withdrawn_before_it_could_be_fetched_is_not_taken_later(device: Device) -> None:
+    device.desire(first := device.repository.add_zones(SECOND, 1))
+    device.accepted(first)
+    second = device.repository.add_zones(THIRD, 2)
+    path = device.repository.target_path(second.target, second.sha256)
+    document = path.read_bytes()
+    path.unlink()
+    device.desire(second)
+    until(lambda: sum(second.sha256 in request for request in device.repository.requests) > 1)
+    device.desire(first)
+    until(lambda: device.updater.status().desired_version == device.version)
+    path.write_bytes(document)
+    time.sleep(0.5)
+    assert device.store.ref == first and [z.digest for z in device.taken] == [first.sha256]

@@ -326,3 +326,20 @@ def test_a_full_disk_gets_free_slots_back_as_pages(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Store, "free_bytes", lambda _: RESERVE_BYTES + 3 * size)  # enough, if the file need not grow
     kept = store(buffer, range(101, 102), rows=4_000)
     assert slots.bytes == 0 and check(buffer, kept).blocks == kept
+
+
+def test_slots_are_made_over_for_larger_blocks_when_their_share_is_used_up(tmp_path: Path) -> None:
+    limit = 64_000
+    buffer = open_buffer(tmp_path / "a", bytes_max=limit)
+    kept = store(buffer, range(1, 11), rows=1)
+    slots = buffer._file.catalogue.slots
+    assert slots.bytes + PAGE_BYTES > limit // 16
+    leave(buffer, 10)
+    (name, block), *_ = store(buffer, range(11, 12), rows=60).items()
+    assert len(block) > PAGE_BYTES
+    assert ask(tmp_path / "a", "SELECT count(*) FROM blocks") == 0 and slots.bytes <= limit // 16
+    again = open_buffer(killed(tmp_path / "a", "b"), bytes_max=limit)
+    assert check(again, {name: block}).blocks == {name: block}
+    assert again._file.catalogue.slots.bytes == slots.bytes
+    assert inspect(tmp_path / "b" / "buffer.db", None).clean
+    assert not kept.keys() & store(again, range(12, 14)).keys()

@@ -471,7 +471,16 @@ def test_answer_that_breaks_off_in_its_head_is_tried_again_not_rejected(tmp_path
             fetch(made, tmp_path, ref)
 
 
-@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-"], ids=["body", "head"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX-",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-",
+    ],
+    ids=["body", "head", "size of a chunk", "trailer"],
+)
 def test_server_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
     monkeypatch.setattr(releases, "HEAD_S_MAX", 0.5)
     made = TufRepository(tmp_path / "repository")

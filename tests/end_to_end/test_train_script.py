@@ -29,5 +29,12 @@ def test_script_trains_a_model_and_leaves_the_checkout_as_it_was() -> None:
     assert checkout() == before
 
 
+def test_script_names_a_file_that_is_not_there() -> None:
+    env = {**os.environ, "DATA": "data/train_FD009.txt"}
+    run = subprocess.run(["bash", str(SCRIPTS / "train.sh")], env=env, capture_output=True, text=True, timeout=30, check=False)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == f"train.sh: no file data/train_FD009.txt in {ROOT}; leave DATA empty for simulated engines\n"
+
+
 def checkout() -> str:
     return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=30).stdout

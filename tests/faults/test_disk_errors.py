@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import apsw
 import pytest
 
 from edge_agent.buffer import Buffer
+from edge_agent.clock import Moment
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
+from edge_agent.slots import HEAD_BYTES
 from tests.faults.disk import DiskError, faulty_disk
 from tests.faults.oracle import Name, check, draft, is_skip, moment, open_buffer
 
@@ -182,3 +185,69 @@ def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tm
             for times in TIMES:
                 break_at(tmp_path, operation, error, chance, times)
         cut_at(tmp_path, operation, chance)
+
+
+def test_a_commit_that_landed_in_a_damaged_file_is_not_stored_twice(tmp_path: Path) -> None:
+    path, sync = tmp_path / "buffer.db", last_of_append(tmp_path)
+    with faulty_disk() as disk:
+        buffer, known = open_buffer(path), dict[Name, bytes]()
+        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(1)], [], moment(1))}
+        other = apsw.Connection(str(path))
+        other.execute("UPDATE meta SET value = 'none' WHERE key = 'epoch'")  # the file is salvaged when it is opened again
+        other.close()
+        disk.fail_at(sync, DiskError.IO)
+        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(2)], [], moment(2))}
+        assert disk.failed == ["sync db-wal"] and list(tmp_path.glob("buffer.db.damaged-*"))
+        assert check(buffer, known).blocks.keys() >= known.keys()
+        buffer.close()
+
+
+def test_a_damaged_block_on_a_full_disk_keeps_back_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "buffer.db"
+    buffer = open_buffer(path, history_rows=1_000)
+    for number in range(1, 7):
+        buffer.append([draft(2 * number)], [], moment(number))
+    buffer.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="europe", cumulative=2)]))
+    buffer.close()
+    db = apsw.Connection(str(path))
+    for slot in (2, 4):
+        blob = bytearray(db.execute("SELECT block FROM slots WHERE slot = ?", (slot,)).get)
+        blob[HEAD_BYTES + 60] ^= 1
+        db.execute("UPDATE slots SET block = ? WHERE slot = ?", (bytes(blob), slot))
+    db.close()
+    with faulty_disk() as disk:
+        buffer = open_buffer(path, history_rows=1_000)
+        disk.fail_at(0, DiskError.FULL, times=1_000_000)
+        history = buffer.history("pump", "1.0.0")
+        assert history is not None and len(history["t"]) == 4 * 3
+        assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [3, 5, 6]
+        disk.fail_at(0, DiskError.FULL, times=0)
+        assert [(b.sequence, b.stream) for b in buffer.pending("europe", 0, 10)] == [(3, "pump"), (5, "pump"), (6, "pump"), (7, "losses")]
+        buffer.close()
+
+
+def test_a_start_without_room_adds_no_ledger_to_what_a_dead_process_could_not_sync(tmp_path: Path) -> None:
+    """Its block would be sent, be gone after a power cut, and its name given to another."""
+    (tmp_path / "run").mkdir()
+    path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
+    with faulty_disk() as disk:
+        dies = open_buffer(path)
+        dies.append([draft(1)], [], moment(1))
+        disk.fail_at(sync, DiskError.IO, times=1_000)
+        with pytest.raises(UnavailableError):
+            dies.append([draft(2)], [], moment(2))
+        dies.close()
+        disk.fail_at(0, DiskError.FULL, times=2)
+        buffer = Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={}, age_s_max=10.0)
+        late = Moment(1_700_000_000_000_000, 60_000_000, True)
+        with pytest.raises(UnavailableError):
+            buffer.tidy(late)
+        later = Moment(1_700_000_000_000_000, 80_000_000, True)
+        known = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.tidy(later)}
+        assert len(known) == 2
+        disk.power_cut(path.parent, tmp_path / "cut")
+        buffer.close()
+    (tmp_path / "cut/buffer.db.marks").unlink()  # never synced
+    left = open_buffer(tmp_path / "cut/buffer.db")
+    assert check(left, known).blocks == known
+    left.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -732,6 +733,25 @@ def test_sensors_are_taken_in_when_the_address_has_come(monkeypatch: pytest.Monk
     with listening() as bench:
         until(lambda: bench.listener.status.connected, lambda: bench.listener.status)
         assert (len(tries), bench.listener.status.error) == (3, "")
+        bench.sensor().publish(b"1")
+        until(lambda: bench.messages == [("sensors/a/t", b"1")], lambda: bench.messages)
+
+
+def test_an_address_that_is_somebody_elses_when_it_has_come_ends_no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refused = socket.create_server, [errno.EADDRNOTAVAIL]
+
+    def create_server(address: tuple[str, int], **more: Any) -> socket.socket:
+        if refused:
+            raise OSError(refused[0], os.strerror(refused[0]))
+        return real(address, **more)
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    monkeypatch.setattr("edge_agent.mqtt.listener.LISTEN_RETRY_S", 0.01)
+    with listening() as bench:
+        refused[0] = errno.EADDRINUSE
+        until(lambda: bench.listener.status.error.endswith("Address already in use; choose another address"), lambda: bench.listener.status)
+        refused.clear()
+        until(lambda: bench.listener.status.connected, lambda: bench.listener.status)
         bench.sensor().publish(b"1")
         until(lambda: bench.messages == [("sensors/a/t", b"1")], lambda: bench.messages)
 
