@@ -121,6 +121,7 @@ class Buffer:
         """
         with self._file.lock:
             if not drafts and not fixes:  # all of it was stored before, as the file says: what it says must be on the disk
+                self._file.recover()
                 self._file.begin_log()
                 return []
             try:
