@@ -137,7 +137,7 @@ class ActiveModel:
             return
         self._restarts.append(now)
         log.warning("model worker lost sha256=%s reason=%s restart=%d detail=%s", scoring.sha256, error.reason, len(self._restarts), error)
-        self._tell("model_restarted", sha256=scoring.sha256, reason=error.reason.value, detail=str(error))
+        self._tell("model_restarted", sha256=scoring.sha256, reason=error.reason.value, detail=error.said)
         self._metrics.model_failures.labels(error.reason.value).inc()
         scoring.use(None)
         threading.Thread(target=self._start_worker, args=(scoring,), name="model-restart", daemon=True).start()
@@ -161,9 +161,9 @@ class ActiveModel:
 
     def _drop(self, scoring: Scoring, error: WorkerError) -> None:
         log.error("model failed sha256=%s reason=%s detail=%s", scoring.sha256, error.reason, error)
-        self._tell("model_failed", sha256=scoring.sha256, reason=error.reason.value, detail=str(error))
+        self._tell("model_failed", sha256=scoring.sha256, reason=error.reason.value, detail=error.said)
         self._metrics.model_failures.labels(error.reason.value).inc()
         self._scoring = None
         scoring.close()
         if self.updater is not None:
-            self.updater.rollback(scoring.sha256, error.reason, str(error))
+            self.updater.rollback(scoring.sha256, error.reason, error.said)

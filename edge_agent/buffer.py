@@ -119,9 +119,11 @@ class Buffer:
             BufferFullError: the buffer has reached its limit, or the disk has no room. Nothing was stored.
             UnavailableError: the disk failed. Nothing of this call may be acknowledged; call again, with the same drafts.
         """
-        if not drafts and not fixes:
-            return []
         with self._file.lock:
+            if not drafts and not fixes:  # all of it was stored before, as the file says: what it says must be on the disk
+                self._file.recover()
+                self._file.begin_log()
+                return []
             try:
                 return self._appender.append(drafts, fixes, now)
             except (DiskError, DamagedError) as e:

@@ -46,11 +46,14 @@ RECV_BYTES = 256 * 1024
 
 
 class WorkerError(FencelineError):
-    """The worker failed and is ended; `reason` says how. The bundle that it runs should be rolled back."""
+    """The worker failed and is ended; `reason` says how. The bundle that it runs should be rolled back.
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    `said` is what the cloud may be told, at any endpoint. The error's own words, for the device's log, may hold values of readings.
+    """
+
+    def __init__(self, reason: Reason, detail: str, said: str = "") -> None:
         super().__init__(detail)
-        self.reason = reason
+        self.reason, self.said = reason, said or detail
 
 
 class ModelWorker:
@@ -173,7 +176,8 @@ class ModelWorker:
         self._asked = None
         kind, payload = reply
         if kind == b"E":
-            self._fail(*_sort_out(payload.decode(errors="replace")))
+            message = payload.decode(errors="replace")
+            self._fail(_reason(message), message, "the model does not load or score: the device's log says why")
         if kind != request.expected or len(payload) != request.reply_bytes:
             want = f"want {request.expected!r} with {request.reply_bytes}"
             self._fail(Reason.BAD_SCORES, f"worker answered {kind!r} with {len(payload)} bytes; {want}")
@@ -207,9 +211,9 @@ class ModelWorker:
             code = self._process.wait(END_S)
         raise ConnectionResetError(f"it ended with code {code}")
 
-    def _fail(self, reason: Reason, detail: str) -> NoReturn:
+    def _fail(self, reason: Reason, detail: str, said: str = "") -> NoReturn:
         self.close()
-        raise WorkerError(reason, detail)
+        raise WorkerError(reason, detail, said)
 
 
 class _Request:
@@ -257,7 +261,7 @@ def self_test(bundle: Bundle, functions: Functions = NO_FUNCTIONS) -> None:
         raise BundleError(f"self-test: {e}") from e
 
 
-def _sort_out(message: str) -> tuple[Reason, str]:
+def _reason(message: str) -> Reason:
     """The reason behind a worker's message: no memory is a dead worker, everything else is a bad answer."""
     starved = any(word in message for word in ("bad_alloc", "Failed to allocate", "MemoryError", "Unable to allocate", "std::length_error"))
-    return (Reason.WORKER_DIED if starved else Reason.BAD_SCORES), message
+    return Reason.WORKER_DIED if starved else Reason.BAD_SCORES

@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_agent.catalogue import Catalogue, Shelf
 from edge_agent.contract.block import ORDINAL, BlockHeader, decode_block
-from edge_agent.contract.errors import ContractError
+from edge_agent.contract.errors import UNREADABLE, ContractError
 from edge_agent.contract.topics import check_lane, check_name
 from edge_agent.core.retention import Age, Place
 from edge_agent.sealed import KEY_ID_BYTES, SEALED_MAGIC, Keys, missing_key, open_stored, sealed_under, stored_header
@@ -89,7 +89,7 @@ def _gaps(store: Store) -> dict[str, tuple[int, int]]:
     found = store.execute("SELECT value FROM meta WHERE key = ?", (GAPS,))
     try:
         return msgspec.msgpack.decode(found[0][0], type=dict[str, tuple[int, int]]) if found else {}
-    except (msgspec.MsgspecError, TypeError):  # only history depends on it
+    except (*UNREADABLE, TypeError):  # only history depends on it
         return {}
 
 

@@ -22,7 +22,7 @@ import msgspec
 
 from edge_agent.catalogue import Catalogue
 from edge_agent.clock import Moment
-from edge_agent.contract.errors import Reason, UnavailableError
+from edge_agent.contract.errors import UNREADABLE, Reason, UnavailableError
 from edge_agent.core.ledger import Loss
 from edge_agent.draft import Sealed
 from edge_agent.loss_ledger import LossLedger
@@ -221,21 +221,21 @@ class OwnedFile:
         """Open the file, salvage it if it is damaged, and settle what a salvage owes to the ledger."""
         now = self._clock()
         try:
-            self._open_and_load(suspect, now)
+            owed = self._open_and_load(suspect, now)
         except DamagedError as e:
             self._salvage(e)
-            self._open_and_load(suspect, now)
+            owed = self._open_and_load(suspect, now)
         self.fault = None
-        owed = self.store.execute("SELECT value FROM meta WHERE key = ?", (OWED,))
         if owed:
             with self.adding():
-                self._name(msgspec.msgpack.decode(owed[0][0], type=list[Loss]), now)
+                self._name(owed, now)
                 self.store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
         mark = self._marks.read()
         if mark is not None:
             self._name_cut_off(mark, now)
 
-    def _open_and_load(self, suspect: bool, now: Moment) -> None:
+    def _open_and_load(self, suspect: bool, now: Moment) -> list[Loss]:
+        """What is owed to the ledger."""
         mark = self._marks.read()
         known = mark is not None  # a commit that was under way at the end looks like damage to the log; the mark knows
         self.store = open_store(self.path, log_bytes_max=self.log_bytes_max, vfs=self._vfs, suspect=suspect, check_log=not known)
@@ -245,6 +245,7 @@ class OwnedFile:
             for lane, (_, last) in mark.lanes.items():
                 if last > self.catalogue.sequences.get(lane, 0):
                     raise DamagedError(f"the file ends at {self.catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
+        owed = self._owed()
         self._log_begun = False
         try:
             self.begin_log()
@@ -252,6 +253,14 @@ class OwnedFile:
             if suspect:
                 raise
             log.warning("buffer log not begun anew, no room error=%s", e)  # no reason not to start: receipts make room
+        return owed
+
+    def _owed(self) -> list[Loss]:
+        found = self.store.execute("SELECT value FROM meta WHERE key = ?", (OWED,))
+        try:
+            return msgspec.msgpack.decode(found[0][0], type=list[Loss]) if found else []
+        except (*UNREADABLE, TypeError) as e:
+            raise DamagedError(f"what is owed to the ledger cannot be read: {e}") from e
 
     def _load(self, now: Moment) -> None:
         self.catalogue = load(self.store, self._keys, self._boot, now.monotonic_us, self._slots_bytes_max)

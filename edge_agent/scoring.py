@@ -25,7 +25,7 @@ from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.errors import ContractError, Reason
 from edge_agent.contract.stream import StreamContract
 from edge_agent.core.features import Windows
-from edge_agent.core.functions import NO_FUNCTIONS, Functions
+from edge_agent.core.functions import NO_FUNCTIONS, FunctionError, Functions
 from edge_agent.inference import ModelWorker, WorkerError
 from edge_agent.updater import Activation
 
@@ -73,6 +73,8 @@ class Scoring:
         """
         try:
             made = self._windows.push(*self._columns(table), table)
+        except FunctionError as e:
+            raise WorkerError(Reason.BAD_SCORES, str(e), f"function {e.name!r} failed: the device's log says why") from e
         except ContractError as e:
             raise WorkerError(Reason.BAD_SCORES, str(e)) from e
         scores = None if self._worker is None else self._ask(self._worker, made.features)
@@ -103,7 +105,8 @@ class Scoring:
         if bad.any():
             value = scores[np.argmax(bad)]
             reason = Reason.BAD_SCORES if self.proved else Reason.PROBATION
-            raise WorkerError(reason, f"score {value} is not within [{low}, {high}] of the manifest")
+            wanted = f"within [{low}, {high}] of the manifest"
+            raise WorkerError(reason, f"score {value} is not {wanted}", f"{np.count_nonzero(bad)} of {len(bad)} scores are not {wanted}")
 
     def start_worker(self) -> ModelWorker:
         """Another worker for the same model, not yet at work; takes as long as the model needs to load.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_agent.contract.errors import UNREADABLE
 from edge_agent.whole_file import replace_whole
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,6 @@ class Subscriptions:
             return _decode(self._path.read_bytes())
         except FileNotFoundError:
             return {}
-        except (OSError, msgspec.MsgspecError) as e:
+        except (OSError, *UNREADABLE) as e:
             log.warning("subscriptions unreadable path=%s error=%s", self._path, e)
             return {}

@@ -23,6 +23,14 @@ from edge_agent.contract.errors import BundleError, ContractError
 from edge_agent.contract.feature_spec import FeatureSpec
 
 
+class FunctionError(ContractError):
+    """The function `name` failed. Its words may hold values that it was given."""
+
+    def __init__(self, name: str, detail: str) -> None:
+        super().__init__(detail)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class Function:
     """One function; `digest` is the SHA-256 of the module that it comes from."""
@@ -35,13 +43,14 @@ class Function:
         """Its result for windows of equally many values, (windows, n): float64 (windows,).
 
         Raises:
-            ContractError: it failed, or did not give one number per window.
+            FunctionError: it failed.
+            ContractError: it did not give one number per window.
         """
         given = np.repeat(values, 2, axis=0) if len(values) == 1 else values.copy()  # one row alone might be added up in another order
         try:
             result = np.asarray(self.call(given), np.float64)
         except Exception as e:
-            raise ContractError(f"function {self.name!r} failed on windows of shape {values.shape}: {e!r}") from e
+            raise FunctionError(self.name, f"function {self.name!r} failed on windows of shape {values.shape}: {e!r}") from e
         if result.shape != (len(given),):
             raise ContractError(f"function {self.name!r} gave shape {result.shape} for windows {given.shape}; want one number per row")
         return result[: len(values)]

@@ -364,3 +364,16 @@ def test_a_receipt_for_a_long_backlog_holds_no_reading_up(tmp_path: Path, monkey
     assert buffer.settle(receipt(buffer, 1_100)) == 1_100
     assert appended == [1_101, 1_102]
     assert [b.sequence for b in buffer.pending("europe", 0, 10)] == [1_101, 1_102]
+
+
+@pytest.mark.parametrize("owed", [b"\xff", b"\x91\xa1\xff", "text"])
+def test_a_damaged_note_of_what_is_owed_to_the_ledger_keeps_no_agent_from_starting(tmp_path: Path, owed: object) -> None:
+    buffer = open_buffer(tmp_path)
+    buffer.append([draft([1.0])], [], NOW)
+    buffer.close()
+    with closing(sqlite3.connect(tmp_path / "buffer.db")) as db, db:
+        db.execute("INSERT INTO meta VALUES ('owed', ?)", (owed,))
+    buffer = open_buffer(tmp_path)
+    assert [b.sequence for b in buffer.pending("europe", 0, 10) if b.stream == "pump"] == [1]
+    assert list(tmp_path.glob("*.damaged-*"))
+    buffer.close()

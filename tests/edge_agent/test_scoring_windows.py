@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ import pytest
 from edge_agent import scoring
 from edge_agent.active_model import ActiveModel
 from edge_agent.contract.bundle import Bundle, Golden, Limits, pack_bundle, read_bundle
-from edge_agent.contract.columns import Strings, Table
+from edge_agent.contract.columns import Floats, Strings, Table
 from edge_agent.contract.errors import BundleError, ConfigError, Reason
 from edge_agent.contract.feature_spec import Feature, FeatureSpec, WindowKind
 from edge_agent.contract.state import BundleRef
@@ -180,6 +181,23 @@ def test_a_function_that_fails_at_work_takes_the_model_along_but_no_reading(agen
     assert agent.score(table([0.0, 0.5, 1.3], [2.0, 2.0, 0.0])) is None
     assert "function 'crest' failed" in agent.events[0]
     assert agent.score(table([2.0], [2.0])) is None
+
+
+def test_what_is_told_of_a_model_that_fails_holds_no_value_of_a_reading(agents: list[Agent], installed: Functions) -> None:
+    """It goes to any endpoint, also to one that may not have the reading."""
+
+    def telling(values: Floats) -> Floats:
+        raise ValueError(f"cannot take {values.max()}")
+
+    failing = {"crest": Function("crest", installed["crest"].digest, telling)}
+    out_of_bounds = bundle(SECONDS)
+    out_of_bounds = replace(out_of_bounds, manifest=msgspec.structs.replace(out_of_bounds.manifest, score_max=4_000.0))
+    for functions, made in ((failing, bundle(crest_spec(installed), installed)), (NO_FUNCTIONS, out_of_bounds)):
+        agents.append(agent := Agent(functions=functions))
+        agent.activate(made)
+        assert agent.score(table([0.0, 0.5, 1.3], [4_711.0, 4_711.0, 0.0])) is None
+        (told,) = agent.events
+        assert "471" not in told and ("function 'crest' failed" in told or "1 of 1 scores are not within" in told)
 
 
 def test_a_function_that_fails_on_history_ends_no_agent(agents: list[Agent], installed: Functions) -> None:

@@ -187,6 +187,33 @@ def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tm
         cut_at(tmp_path, operation, chance)
 
 
+def test_what_a_dead_process_could_not_sync_is_not_taken_for_stored_before_it_is(tmp_path: Path) -> None:
+    """The sensors send it again, it is known from history, and nothing is left to store: that alone must not acknowledge it."""
+    (tmp_path / "run").mkdir()
+    path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
+    with faulty_disk() as disk:
+        dies = open_buffer(path)
+        dies.append([draft(1)], [], moment(1))
+        disk.fail_at(sync, DiskError.IO, times=1_000)
+        with pytest.raises(UnavailableError):
+            dies.append([draft(2)], [], moment(2))
+        dies.close()
+        disk.fail_at(0, DiskError.FULL, times=2)
+        buffer = open_buffer(path, history_rows=1_000)
+        history = buffer.history("pump", "1.0.0")
+        assert history is not None and len(history["t"]) == 6
+        with pytest.raises(UnavailableError):
+            buffer.append([], [], moment(3))
+        assert buffer.append([], [], moment(3)) == []
+        disk.power_cut(path.parent, tmp_path / "cut")
+        buffer.close()
+    (tmp_path / "cut/buffer.db.marks").unlink()  # never synced
+    left = open_buffer(tmp_path / "cut/buffer.db", history_rows=1_000)
+    found = left.history("pump", "1.0.0")
+    assert found is not None and len(found["t"]) == 6
+    left.close()
+
+
 def test_a_commit_that_landed_in_a_damaged_file_is_not_stored_twice(tmp_path: Path) -> None:
     path, sync = tmp_path / "buffer.db", last_of_append(tmp_path)
     with faulty_disk() as disk:

@@ -270,9 +270,9 @@ def test_a_filter_that_is_not_wanted_any_more_is_given_up(version: frames.Versio
 
 
 @pytest.mark.needs_mosquitto
-@pytest.mark.parametrize("text", ["", "[1]", '{"agent": "#"}'])
-def test_a_note_of_filters_that_cannot_be_read_is_written_anew(text: str, tmp_path: Path) -> None:
-    (tmp_path / "subscriptions.json").write_text(text)
+@pytest.mark.parametrize("text", [b"", b"[1]", b'{"agent": "#"}', b'{"\xff": []}'])
+def test_a_note_of_filters_that_cannot_be_read_is_written_anew(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "subscriptions.json").write_bytes(text)
     subscriptions = Subscriptions(tmp_path / "subscriptions.json")
     with mosquitto_broker(tmp_path) as broker, running(config(broker, subscribe="#"), subscriptions=subscriptions):
         assert subscriptions.held(f"agent at 127.0.0.1:{broker.port}") == ["#"]
