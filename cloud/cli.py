@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 STOPPED = 128
 """With the number of a signal: what a shell says of a command that it ended."""
+OURS = ("cloud", "edge_agent", "pipelines")
 A_PERSONS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 """What the operating system says of a name that a person gave, or of rights that he lacks."""
 
@@ -48,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     except FencelineError as e:
         _tell(str(e), e)
         return 2 if isinstance(e, (ConfigError, ContractError)) else 1
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.partition(".")[0] in OURS:
+            raise
+        _tell(f"the Python package {e.name!r} is not installed here; fenceline needs more than the edge agent: pip install '.[cloud]'", e)
+        return 2
     except OSError as e:
         if e.errno is None or e.filename is None:
             raise

@@ -55,6 +55,8 @@ log = logging.getLogger(__name__)
 
 ARTIFACT_DIR = "bundle"
 ZONES_TARGET = "zones/zones.geojson"
+SERVED = "mlflow-artifacts:"
+"""How the place of a run's files begins that only the MLflow server gives out."""
 SHA256_TAG = "release.sha256"
 REFRESH_SHARE = 0.5
 """Metadata is signed again when less than this share of its lifetime is left."""
@@ -93,7 +95,7 @@ def release(
         client = _client(mlflow_url)
         version = _find_version(client, model, alias_or_version)
     progress(f"downloading version {version.version}")
-    bundle = _download(version, mlflow_url)
+    bundle = _download(client, version, mlflow_url)
     ref = publish(bundle, keys_dir=keys_dir, releases_dir=releases_dir, now=now, progress=progress, functions=functions)
     with errors_told(mlflow_url):
         client.set_model_version_tag(model, version.version, SHA256_TAG, ref.sha256)
@@ -342,20 +344,23 @@ def _find_version(client: MlflowClient, model: str, alias_or_version: str) -> Mo
     return versions[wanted]
 
 
-def _download(version: ModelVersion, mlflow_url: str) -> Bundle:
+def _download(client: MlflowClient, version: ModelVersion, mlflow_url: str) -> Bundle:
     """The bundle's two parts as the pipeline's run logged them, with the model version filled in."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # `progress` tells the steps
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
 
+    origin = f"run {version.run_id} of {version.name} version {version.version}"
     with tempfile.TemporaryDirectory() as temporary:
         try:
+            served = version.run_id and client.get_run(version.run_id).info.artifact_uri.startswith(SERVED)
+            if served and not mlflow_url.startswith("http"):
+                raise UnavailableError(f"{origin} has its files at the stack's MLflow, which does not run; start it with: fenceline up")
             parts = {"run_id": version.run_id, "artifact_path": ARTIFACT_DIR}
             folder = Path(download_artifacts(**parts, dst_path=temporary, tracking_uri=mlflow_url))
             manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
             onnx = (folder / "model.onnx").read_bytes()
         except (MlflowException, OSError, msgspec.MsgspecError) as e:
-            origin = f"run {version.run_id} of {version.name} version {version.version}"
             raise BundleError(f"{origin} has no usable {ARTIFACT_DIR}/manifest.json and {ARTIFACT_DIR}/model.onnx: {e}") from e
     if manifest.model != version.name:
         raise BundleError(f"run {version.run_id} made a bundle for model {manifest.model!r}, not {version.name!r}")

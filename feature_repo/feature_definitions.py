@@ -73,7 +73,7 @@ view = FeatureView(
     schema=[_field(feature) for feature in _params.spec.features],
     source=push_source,
     online=True,
-    description=f"windows of the last {_params.spec.window_rows} readings of each {_contract.entity}, at most {_params.spec.window_s:g} s",
+    description=f"{_params.spec.kind} windows of {_params.spec.window_s:g} s, of at most {_params.spec.window_rows} readings",
     tags=_tags,
     owner=_owner,
 )

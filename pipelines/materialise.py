@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--until", type=datetime.fromisoformat, metavar="ISO_TIME", help="leave later event times for a later run")
     parser.add_argument("--full", action="store_true", help="take all rows, not only those that are new")
     parser.add_argument("--rebuild", action="store_true", help="take all values away first, also those of entities that are gone")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON; progress goes to stderr")
+    parser.add_argument("--json", action="store_true", help="print what was done with each view as a JSON list; progress goes to stderr")
     args = parser.parse_args(argv)
     try:
         repo = open_repo(args.project.absolute())
@@ -170,8 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     except FencelineError as e:
         cli.err(f"materialise: {e}")
         return 2 if isinstance(e, ConfigError) else 1
-    for result in done:
-        cli.out(json.dumps(asdict(result)) if args.json else _report(result))
+    cli.out(json.dumps([asdict(result) for result in done]) if args.json else "\n".join(map(_report, done)))
     return 0
 
 

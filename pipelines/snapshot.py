@@ -6,7 +6,7 @@
   does not know is forgotten, so that register runs again.
 - `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
-  (7 days, 30 at most; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table
+  (30 days; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table
   a new version without changing a row.
 """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cloud import config
-from cloud.commands.output import add_command, add_group
+from cloud.commands.output import add_command, add_group, iso_time
 
 
 def declare(commands: Any) -> None:
@@ -17,7 +17,7 @@ def declare(commands: Any) -> None:
     features = add_group(commands, "features", "online features: what a service reads about an entity right now")
     bring = add_command(features, "materialise", _materialise, "bring the newest features of each entity into the online store")
     bring.add_argument("--view", metavar="NAME", help="a feature view (default: all that go online)")
-    bring.add_argument("--until", metavar="ISO_TIME", help="leave later event times for a later run")
+    bring.add_argument("--until", type=iso_time, metavar="ISO_TIME", help="leave later event times for a later run")
     bring.add_argument("--full", action="store_true", help="take all rows, not only those that are new")
     bring.add_argument("--rebuild", action="store_true", help="take all values away first, also those of entities that are gone")
     live = add_command(features, "live", _live, "push the windows of readings that have just reached the lake, until Ctrl-C")
@@ -27,7 +27,8 @@ def declare(commands: Any) -> None:
 
 def _materialise(args: argparse.Namespace) -> int:
     settings = config.load(args.project, args.state)
-    words = [word for name in ("view", "until") if getattr(args, name) for word in (f"--{name}", getattr(args, name))]
+    words = ["--view", args.view] if args.view else []
+    words += ["--until", args.until.isoformat()] if args.until else []
     flags = [f"--{name}" for name in ("full", "rebuild", "json") if getattr(args, name)]
     _run(["pipelines.materialise", "--project", str(settings.project), *words, *flags])
 

@@ -66,6 +66,9 @@ def check_functions(spec: FeatureSpec, functions: Functions) -> None:
         found = functions.get(name)
         if found is None:
             have = ", ".join(functions) or "none"
-            raise BundleError(f"function {name!r} is not installed here (there are: {have}); install its module, name it in the settings")
+            raise BundleError(
+                f"function {name!r} is not installed here (there are: {have}); install its module and name it: `functions` in agent.toml, "
+                "`fenceline release --functions`"
+            )
         if found.digest != digest:
             raise BundleError(f"function {name!r} is another version here: module {found.digest[:12]}, the bundle wants {digest[:12]}")

@@ -124,6 +124,14 @@ def test_what_a_person_must_change_exits_2_and_says_so(run: Run, words: list[str
     assert code == 2 and message in err, err
 
 
+def test_where_only_the_edge_agent_is_installed_it_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['sqlalchemy'] = None; from cloud import cli; sys.exit(cli.main(['status']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("fenceline: the Python package 'sqlalchemy' is not installed here")
+    assert "pip install '.[cloud]'" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_recorded_data_that_does_not_fit_is_one_line(run: Run, tmp_path: Path) -> None:
     run("keys", "init")
     run("device", "add", "plane-01")

@@ -363,6 +363,10 @@ def test_registered_model_version_becomes_a_release(house: House, device: Device
     empty = client.create_model_version("turbofan-rul", "file:///nowhere", client.create_run(experiment).info.run_id)
     with pytest.raises(BundleError, match=r"no usable bundle/manifest\.json"):
         released_as(str(empty.version))
+    with_a_server = client.create_run(client.create_experiment("served", artifact_location="mlflow-artifacts:/2"))
+    served = client.create_model_version("turbofan-rul", "mlflow-artifacts:/2/model", with_a_server.info.run_id)
+    with pytest.raises(UnavailableError, match="at the stack's MLflow, which does not run; start it with: fenceline up"):
+        released_as(str(served.version))
 
 
 @pytest.mark.parametrize("url", ["http://ml:s3cret@127.0.0.1:{port}", "sqlite:///{folder}/damaged.db", "nowhere://ml:s3cret@127.0.0.1/db"])

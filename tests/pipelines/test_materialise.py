@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sqlite3
 import subprocess
@@ -22,7 +23,7 @@ from edge_agent.contract.errors import ConfigError, UnavailableError
 from pipelines import newest, online_writer
 from pipelines.feature_sources import Source, storage_of
 from pipelines.feature_store import Repo, open_repo
-from pipelines.materialise import OVERLAP_S, Materialised, materialise
+from pipelines.materialise import OVERLAP_S, Materialised, main, materialise
 from pipelines.online_writer import TIMES_US
 from tests.object_store import BUCKET, WRITER, ObjectStore, object_store  # noqa: F401
 from tests.pipelines.lakes import ROOT
@@ -48,6 +49,14 @@ def test_newest_row_of_each_entity_goes_online(repo: Repo, tmp_path: Path) -> No
     assert (done.entities, done.written, done.older, done.without_key) == (2, 2, 0, 1)
     assert served(repo, ["a", "b"]) == [3.0, 4.0]
     assert served(repo, ["a"], "pressure_count") == [3]
+
+
+def test_command_prints_one_document_for_all_views(repo: Repo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_source(tmp_path, "one", rows(("a", 1, 1, 1.0)))
+    second = 'second = FeatureView(name="seconds", entities=[pump], schema=fields, source=source)'
+    redefine(tmp_path, ("service =", f"{second}\nservice ="))
+    assert main(["--project", str(tmp_path), "--json"]) == 0
+    assert {done["view"]: done["written"] for done in json.loads(capsys.readouterr().out)} == {"pumps": 1, "seconds": 1}
 
 
 def test_next_run_takes_only_what_is_new(repo: Repo, tmp_path: Path) -> None:
