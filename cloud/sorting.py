@@ -1,11 +1,12 @@
-"""The rows of a stream in the order in which each device saw them, in memory that does not grow with their number.
+"""The rows of a stream in the order in which each device saw them, however many: they need not fit into memory.
 
 - Rows, order, columns and types are those of `Lake.read`; they come some at a time. Equal rows give equal parts, however they lie in files.
-- DuckDB sorts. Each data file is read once, in batches; what has no room in memory lies in a directory until its turn has come.
-- A read for each device would need no such room, but a file has rows of all devices that sent meanwhile, and a device has rows in files of
-  all dates: every file would be read once for each device. The sorts of Polars and Arrow hold all rows in memory.
+- DuckDB sorts. Each data file is read once, a few rows at a time; what has no room in memory lies in a directory until its turn has come.
+- What it must hold while it merges grows with the square root of the number of rows, slowly: see `memory_mb`.
+- A read for each device would need no such directory, but a file has rows of all devices that sent meanwhile, and a device has rows in
+  files of all dates: every file would be read once for each device. The sorts of Polars and Arrow hold all rows in memory.
 
-    for rows in sorted_rows(lake, "turbofan", lake.versions("turbofan"), ["engine", "ts"], 65_536, Path("build/.sort")): ...
+    for rows in sorted_rows(lake, "turbofan", lake.versions("turbofan"), ["engine", "ts"], 65_536, 1_024, Path("build/.sort")): ...
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ def sorted_rows(
 
     Args:
         versions: table version by lane.
-        memory_mb: how much of the rows DuckDB holds; 256 do for rows of some hundred bytes, however many.
+        memory_mb: what DuckDB may hold; reading and writing take some 700 MB beside it. With rows of 400 bytes, 256 do for 20 million of
+            them, twice as much for four times as many. Rows twice as long need twice as much.
         scratch: a directory on a disk that has room for the rows; what lies there meanwhile is gone afterwards.
 
     Raises:
         ConfigError: the rows are too long for so little memory.
         UnavailableError: files cannot be read, or the disk is full.
     """
-    wanted = list(dict.fromkeys([*columns, *ORDER]))
     tables = [lake.table(stream, lane, version) for lane, version in sorted(versions.items())]
+    wanted = list(dict.fromkeys([*columns, *ORDER]))
     whole = pa.unify_schemas([schema_with(table, wanted) for table in tables])
-    schema = pa.schema([whole.field(name) for name in wanted])
+    schema, asked = (pa.schema([whole.field(name) for name in names]) for names in (wanted, columns))
+    numbered = pa.schema([field.with_name(f"c{i}") for i, field in enumerate(schema)])  # to SQL, names that differ in case are one
+    picked, keys = (", ".join(f"c{wanted.index(name)}" for name in names) for names in (columns, ORDER))
     settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": f"{memory_mb}MB",
         "threads": THREADS,
@@ -57,15 +61,16 @@ def sorted_rows(
     try:
         with duckdb.connect(":memory:", config=settings) as db:
             db.execute(f"{UTC}; SET enable_progress_bar = false")
-            db.register("lake", pa.RecordBatchReader.from_batches(schema, _read(tables, schema)))
-            found = db.sql(f"SELECT {', '.join(map(_quoted, columns))} FROM lake ORDER BY {', '.join(ORDER)}")
-            with found.to_arrow_reader(rows) as batches:
-                for part in _cut(batches, rows):
-                    yield pa.concat_tables(narrowed(part, pa.schema([schema.field(name) for name in columns])))
+            batches = (batch.rename_columns(numbered.names) for batch in _read(tables, schema))
+            db.register("lake", pa.RecordBatchReader.from_batches(numbered, batches))
+            with db.sql(f"SELECT {picked} FROM lake ORDER BY {keys}").to_arrow_reader(rows) as found:
+                for part in _cut(found, rows):
+                    yield pa.concat_tables(narrowed(part.rename_columns(columns), asked))
     except (duckdb.Error, DeltaError, OSError) as e:
-        what = f"the lake's stream {stream!r} ({', '.join(versions)}) does not sort: {str(e).splitlines()[0]}"
-        if "Out of Memory" in what and "max_temp_directory_size" not in str(e):
-            raise ConfigError(f"{what}; its rows are long, raise snapshot.memory_mb (now {memory_mb})") from e
+        reason = str(e).partition("\n")[0]
+        what = f"the lake's stream {stream!r} ({', '.join(versions)}) does not sort: {reason}"
+        if "Out of Memory" in reason and "max_temp_directory_size" not in str(e):
+            raise ConfigError(f"{what}; raise snapshot.memory_mb (now {memory_mb})") from e
         raise UnavailableError(what) from e
 
 
@@ -90,7 +95,3 @@ def _cut(batches: Iterable[pa.RecordBatch], rows: int) -> Iterator[pa.Table]:
             held = held.slice(rows)
     if held.num_rows:
         yield held.combine_chunks()
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

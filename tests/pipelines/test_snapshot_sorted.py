@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,16 @@ from cloud.lake import Lake
 from cloud.rows import DAY_US, Contracts
 from edge_agent.contract.block import ORDINAL, BlockHeader
 from edge_agent.contract.columns import Strings, Table
-from edge_agent.contract.errors import UnavailableError
+from edge_agent.contract.errors import ConfigError, UnavailableError
 from edge_agent.contract.stream import Field, FieldType
 from pipelines import snapshot
 from pipelines.snapshot import ORIGIN, write_readings
 from tests.cloud.blocks import block, contract
 from tests.pipelines.lakes import ROOT
 
-NEWER = replace(contract(), version="1.1.0", fields=(*contract().fields, Field("heat", FieldType.NUMBER, required=False)))
-NEWEST = replace(NEWER, version="1.2.0", fields=(*NEWER.fields, Field("flow", FieldType.NUMBER, required=False)))
+NEWER = replace(contract(), version="1.1.0", fields=(*contract().fields, Field("Heat", FieldType.NUMBER, required=False)))
+NEWEST = replace(NEWER, version="1.2.0", fields=(*NEWER.fields, Field("Row", FieldType.NUMBER, required=False)))
+"""A name that is another's but for its case: to SQL they are one."""
 COLUMNS = [f.name for f in NEWEST.fields] + list(ORIGIN)
 LANES = {"europe": contract(), "canada": NEWER, "canada_europe": contract()}
 TEXTS = ("p1", "", "Pumpe ä", "\U0001f600", "p\0x", "p" * 40)
@@ -46,7 +48,7 @@ def history(seed: int) -> list[list[tuple[BlockHeader, Table]]]:
             table["pump"] = Strings(random.integers(0, len(TEXTS), rows).astype(np.int32), TEXTS)
             table[ORDINAL] = np.arange(ordinal, ordinal + rows)
             if lane == "canada":
-                table["heat"] = np.where(random.random(rows) < 0.5, np.nan, random.choice([0.0, -0.0, 0.1, 1e300], rows))
+                table["Heat"] = np.where(random.random(rows) < 0.5, np.nan, random.choice([0.0, -0.0, 0.1, 1e300], rows))
             ordinal += rows
             blocks.append((header, table))
     order = random.permutation(len(blocks))
@@ -94,7 +96,7 @@ def test_the_file_has_the_bytes_that_it_has_from_memory(tmp_path: Path, seed: in
     assert written(lake, tmp_path) == from_memory(lake, tmp_path)
 
     table = pq.read_table(tmp_path / "readings.parquet")
-    assert table["flow"].null_count == table.num_rows > table["heat"].null_count > 0
+    assert table["Row"].null_count == table.num_rows > table["Heat"].null_count > 0
 
 
 def test_the_file_has_the_same_bytes_however_the_rows_lie(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,15 +137,23 @@ def test_without_rows_there_is_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "readings.parquet").exists()
 
 
-def test_a_file_that_is_gone_leaves_nothing_half_done(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-100])], ids=["gone", "torn"])
+def test_a_file_that_does_not_read_leaves_nothing_half_done(tmp_path: Path, seed: int, damage: Callable[[Path], object]) -> None:
     lake = fill(tmp_path / "lake", seed)
     before, versions = written(lake, tmp_path), lake.versions("pump")
-    for gone in (tmp_path / "lake/europe/pump").glob("event_date=*/*.parquet"):
-        gone.unlink()
+    for file in (tmp_path / "lake/europe/pump").glob("event_date=*/*.parquet"):
+        damage(file)
     with pytest.raises(UnavailableError, match="does not sort"):
         write_readings(lake, "pump", versions, COLUMNS, 256, tmp_path / "readings.parquet")
     assert (tmp_path / "readings.parquet").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["lake", "readings.parquet"]
+
+
+def test_too_little_memory_is_said_with_what_to_change(tmp_path: Path) -> None:
+    lake = many(tmp_path / "lake", 3)
+    with pytest.raises(ConfigError, match=r"does not sort: Out of Memory Error.* raise snapshot\.memory_mb \(now 8\)"):
+        write_readings(Lake(lake), "pump", Lake(lake).versions("pump"), COLUMNS, 8, tmp_path / "readings.parquet")
+    assert [p.name for p in tmp_path.iterdir()] == ["lake"]
 
 
 PEAK = """
