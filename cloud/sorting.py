@@ -40,7 +40,7 @@ def sorted_rows(
         versions: table version by lane.
         memory_mb: what DuckDB may hold; reading and writing take some 700 MB beside it. With rows of 400 bytes, 256 do for 20 million of
             them, twice as much for four times as many. Rows twice as long need twice as much.
-        scratch: a directory on a disk that has room for the rows; what lies there meanwhile is gone afterwards.
+        scratch: a directory, made if need be, on a disk that has room for the rows; what lies there meanwhile is gone afterwards.
 
     Raises:
         ConfigError: the rows are too long for so little memory.
@@ -78,7 +78,7 @@ def _read(tables: Sequence[DeltaTable], schema: pa.Schema) -> Iterator[pa.Record
     """The rows of all files, one file after the other, a few at a time: Arrow's datasets decode whole row groups, of a million rows."""
     for table in tables:
         for fragment in table.to_pyarrow_dataset().get_fragments():
-            file = pq.ParquetFile(fragment.open())
+            file = pq.ParquetFile(fragment.open(), pre_buffer=True)
             there = [name for name in schema.names if name in file.schema_arrow.names]
             for batch in file.iter_batches(SCAN_ROWS, columns=there):
                 columns = [batch[f.name].cast(f.type) if f.name in there else pa.nulls(len(batch), f.type) for f in schema]

@@ -125,7 +125,7 @@ def write_readings(lake: Lake, stream: str, versions: dict[str, int], columns: S
     try:
         with ExitStack() as stack:
             writer: pq.ParquetWriter | None = None
-            for group in sorted_rows(lake, stream, versions, columns, ROW_GROUP, memory_mb, beside):
+            for group in sorted_rows(lake, stream, versions, columns, ROW_GROUP, memory_mb, beside / "sort"):
                 writer = writer or stack.enter_context(pq.ParquetWriter(beside / path.name, group.schema, compression="zstd"))
                 writer.write_table(group, ROW_GROUP)
                 rows += group.num_rows
