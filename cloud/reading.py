@@ -69,15 +69,15 @@ def _ordered(table: pa.Table) -> pa.Table:
     if max(map(_text_bytes, table.columns)) <= TAKE_BYTES_MAX:
         return table.take(index)
     wide = pa.schema([f.with_type(pa.large_string()) if pa.types.is_string(f.type) else f for f in table.schema])
-    return pa.concat_tables(_narrowed(table.cast(wide).take(index), table.schema))
+    return pa.concat_tables(narrowed(table.cast(wide).take(index), table.schema))
 
 
-def _narrowed(wide: pa.Table, narrow: pa.Schema) -> Iterator[pa.Table]:
+def narrowed(wide: pa.Table, narrow: pa.Schema) -> Iterator[pa.Table]:
     """The table in parts whose texts fit usual columns."""
     if wide.num_rows > 1 and max(map(_text_bytes, wide.columns)) > TAKE_BYTES_MAX:
         half = wide.num_rows // 2
-        yield from _narrowed(wide.slice(0, half), narrow)
-        yield from _narrowed(wide.slice(half), narrow)
+        yield from narrowed(wide.slice(0, half), narrow)
+        yield from narrowed(wide.slice(half), narrow)
     else:
         yield wide.cast(narrow)
 

@@ -47,7 +47,8 @@ DAYS = range((date.min - date(1970, 1, 1)).days, (date.max - date(1970, 1, 1)).d
 """The days since 1970 that have a date."""
 DATED_US = range(DAYS.start * DAY_US, DAYS.stop * DAY_US)
 """The times that have one."""
-ORDER = ("device", "epoch", "ordinal", "row")
+ORDER = ("device", "epoch", "ordinal", "row", "lane", "sequence")
+"""How rows are sorted: as the device saw them. The rest, with which no two rows are alike, counts where a device numbered two as one."""
 
 _ARROW = {FieldType.STRING: pa.string(), FieldType.INTEGER: pa.int64(), FieldType.NUMBER: pa.float64(), FieldType.TIMESTAMP: TIME}
 _META = pa.schema(

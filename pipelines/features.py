@@ -199,7 +199,7 @@ def write_part(readings: Path, devices: list[str], contract: StreamContract, spe
         for batch in read_devices(readings, devices, contract.entity, windows.columns):
             made, more = windows.push(batch)
             counts += more
-            waiting.append(_plain(made))
+            waiting.append(plain(made))
             writer = writer or pq.ParquetWriter(out, waiting[0].schema, compression="zstd")
             if sum(t.num_rows for t in waiting) >= BATCH_ROWS:
                 writer.write_table(pa.concat_tables(waiting))
@@ -283,7 +283,7 @@ def _floats(column: pa.ChunkedArray) -> Floats:
     return values
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def plain(table: pa.Table) -> pa.Table:
     """The table with plain text columns: readers of Parquet need not know of dictionaries."""
     fields = [pa.field(f.name, pa.string()) if pa.types.is_dictionary(f.type) else f for f in table.schema]
     return table.cast(pa.schema(fields))

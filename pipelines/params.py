@@ -34,7 +34,10 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class Snapshot(_Section, frozen=True):
+    """`memory_mb`: how much of the readings is held while they are sorted; `score` sorts with it too. See `cloud.sorting`."""
+
     lanes: list[str] = []
+    memory_mb: Annotated[int, Meta(ge=256)] = 1_024
 
 
 class Features(_Section, frozen=True):

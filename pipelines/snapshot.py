@@ -4,7 +4,8 @@
 - `spec.json`, `code.json` and `champion.json` say what else the later stages rest on that DVC cannot see: code of own functions, the
   contract, the code of Fenceline and of libraries (outside the project), and who is champion in MLflow. A registration that this MLflow
   does not know is forgotten, so that register runs again.
-- `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings.
+- `readings.parquet` is sorted by device, epoch and the order in which the device saw the readings. Equal rows give an equal file, however
+  they lie in the lake's. It is written as it is read, in memory that does not grow with the readings (`cloud.sorting`).
 - `lake_version.json` says which Delta versions were read: with them anyone can read the same rows again while the lake keeps those versions
   (30 days; see docs/lake.md), and after that from this snapshot. It is no dependency of a later stage: compaction gives a table
   a new version without changing a row.
@@ -16,16 +17,18 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cloud.lake import Lake
 from cloud.roots import Roots
+from cloud.sorting import sorted_rows
 from cloud.tracking_server import errors_told
 from edge_agent.contract.errors import ConfigError
 from edge_agent.contract.stream import StreamContract
@@ -88,8 +91,8 @@ def write_snapshot(roots: Roots, out: Path, params: Params, contract: StreamCont
     """Read the lake at `versions` and write both files; what lake_version.json will say."""
     lake = Lake(roots)
     columns = [f.name for f in contract.fields] + list(ORIGIN)
-    readings = lake.read(params.stream, versions=versions, columns=columns)
-    if not readings.num_rows:
+    rows = write_readings(lake, params.stream, versions, columns, params.snapshot.memory_mb, out / "readings.parquet")
+    if not rows:
         raise ConfigError(
             f"the lake {roots} has only empty tables of stream {params.stream!r} ({', '.join(versions)}); send readings first"
         )
@@ -97,16 +100,40 @@ def write_snapshot(roots: Roots, out: Path, params: Params, contract: StreamCont
     labels = lake.labels(params.stream, version)
     assert labels is not None  # pick_versions saw them, and labels are never taken away
     labels = labels.select(["entity", "event_time", "label"]).sort_by([("entity", "ascending"), ("event_time", "ascending")])
-    _write(readings, out / "readings.parquet")
-    _write(labels, out / "labels.parquet")
+    pq.write_table(labels, out / "labels.parquet", compression="zstd", row_group_size=ROW_GROUP)
     return {
         "stream": params.stream,
         "lanes": versions,
         "labels_version": version,
-        "rows": readings.num_rows,
+        "rows": rows,
         "labels": labels.num_rows,
         "contract_version": contract.version,
     }
+
+
+def write_readings(lake: Lake, stream: str, versions: dict[str, int], columns: Sequence[str], memory_mb: int, path: Path) -> int:
+    """Write columns of a stream's readings, sorted by device, epoch and the order seen; how many there are, and no file if none.
+
+    Beside the file there must be room for the rows a second time, not compressed as well, while they are sorted.
+
+    Raises:
+        UnavailableError: the lake does not read, or there is no room.
+    """
+    beside, rows = path.with_name(f".{path.name}"), 0
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        with ExitStack() as stack:
+            writer: pq.ParquetWriter | None = None
+            for group in sorted_rows(lake, stream, versions, columns, ROW_GROUP, memory_mb, beside / "sort"):
+                writer = writer or stack.enter_context(pq.ParquetWriter(beside / path.name, group.schema, compression="zstd"))
+                writer.write_table(group, ROW_GROUP)
+                rows += group.num_rows
+        if rows:
+            (beside / path.name).replace(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return rows
 
 
 def write_spec(context: Context) -> None:
@@ -145,10 +172,6 @@ def forget_foreign_registration(context: Context, store: Any) -> None:
     last = json.loads(path.read_text())
     if tracking.registered(store, last["model"], last["version"]) != {"version": last["version"], "run_id": last["run_id"]}:
         shutil.rmtree(path.parent)
-
-
-def _write(table: pa.Table, path: Path) -> None:
-    pq.write_table(table, path, compression="zstd", row_group_size=ROW_GROUP)
 
 
 def _empty(context: Context, what: str) -> ConfigError:

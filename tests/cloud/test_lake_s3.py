@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
@@ -16,6 +17,7 @@ from deltalake.exceptions import CommitFailedError
 from cloud.lake import Lake
 from cloud.roots import Roots
 from cloud.rows import Contracts
+from cloud.sorting import sorted_rows
 from edge_agent.contract.errors import ConfigError, UnavailableError
 from tests.cloud.blocks import block, contract
 from tests.cloud.test_lake import counts
@@ -33,7 +35,7 @@ def open_lake(roots: Roots) -> Lake:
     return Lake(roots, Contracts([contract()]))
 
 
-def test_a_lake_on_s3_stores_reads_compacts_and_pins_versions(roots: Roots) -> None:
+def test_a_lake_on_s3_stores_reads_compacts_and_pins_versions(roots: Roots, tmp_path: Path) -> None:
     lake = open_lake(roots)
     assert lake.streams() == [] and lake.read("pump").num_rows == 0
     for sequence in range(1, 5):
@@ -47,6 +49,9 @@ def test_a_lake_on_s3_stores_reads_compacts_and_pins_versions(roots: Roots) -> N
     assert (again.streams(), again.lanes("pump")) == (["pump"], ["europe"])
     assert again.read("pump", versions=before).num_rows == 12
     assert set(counts(again).values()) == {1} and len(counts(again)) == 15
+    columns = ["ts", "lane", "ordinal"]
+    parts = list(sorted_rows(again, "pump", again.versions("pump"), columns, 4, 256, tmp_path))
+    assert [part.num_rows for part in parts] == [4, 4, 4, 3] and pa.concat_tables(parts).equals(again.read("pump", columns=columns))
 
 
 def test_writers_that_race_for_a_version_on_s3_store_each_block_once(roots: Roots) -> None:

@@ -31,6 +31,7 @@ from edge_agent.contract.bundle import Limits
 from edge_agent.contract.columns import Floats, Table, concat
 from edge_agent.contract.feature_spec import AGGREGATES, Feature, FeatureSpec, WindowKind
 from edge_agent.contract.state import BundleRef
+from edge_agent.core.features import Windows
 from edge_agent.core.fix import Precision, Rules
 from edge_agent.core.track import Track
 from edge_agent.fence import Fence
@@ -39,8 +40,9 @@ from edge_agent.intake import Intake, Readings
 from edge_agent.metrics import Metrics
 from edge_agent.updater import Activation
 from pipelines import cluster
-from pipelines.features import EVENT_TIME, count_by_device, deal, windows_of, write_part
-from pipelines.score import score_devices
+from pipelines.features import EVENT_TIME, count_by_device, deal, runs, windows_of, write_part
+from pipelines.score import score_rows
+from pipelines.scoring import scorer
 from pipelines.snapshot import ORIGIN
 from tests.edge_agent import models
 from tests.edge_agent.test_config import write
@@ -125,7 +127,9 @@ def test_device_ray_and_feast_have_the_same_bits(
     files = on_ray(readings, spec, tmp_path)
     assert bits(files, spec) == sorted(row.tobytes() for row in device_bits), "device and Ray"
     check_feast(files, spec, tmp_path)
-    again = score_devices(readings, turbofan(), spec, {}, models.linear(WEIGHTS))["score"].to_numpy()
+    score = scorer(models.linear(WEIGHTS))
+    parts = [score_rows(readings.slice(start, end - start), turbofan(), Windows(spec), score) for start, end in runs(readings)]
+    again = pa.concat_tables(parts)["score"].to_numpy()
     np.testing.assert_array_equal(again, np.concatenate([scored[device] for device in DEVICES]), "scores")
     assert np.isnan(again).any() == (kind != "trailing")
 
