@@ -67,11 +67,12 @@ def sorted_rows(
                 for part in _cut(found, rows):
                     yield pa.concat_tables(narrowed(part.rename_columns(columns), asked))
     except (duckdb.Error, DeltaError, OSError) as e:
-        reason = str(e).partition("\n")[0]
-        what = f"the lake's stream {stream!r} ({', '.join(versions)}) does not sort: {reason}"
-        if "Out of Memory" in reason and "max_temp_directory_size" not in str(e):
-            raise ConfigError(f"{what}; raise snapshot.memory_mb (now {memory_mb})") from e
-        raise UnavailableError(what) from e
+        what, reason = f"the lake's stream {stream!r} ({', '.join(versions)}) does not sort", str(e).partition("\n")[0]
+        if "max_temp_directory_size" in str(e):
+            raise UnavailableError(f"{what}: the disk of {scratch} has no room for it ({reason})") from e
+        if "Out of Memory" in reason:
+            raise ConfigError(f"{what}: {reason}; raise snapshot.memory_mb (now {memory_mb})") from e
+        raise UnavailableError(f"{what}: {reason}") from e
 
 
 def _read(tables: Sequence[DeltaTable], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -23,6 +23,7 @@ from edge_agent.contract.stream import Field, FieldType
 from pipelines import snapshot
 from pipelines.snapshot import ORIGIN, write_readings
 from tests.cloud.blocks import block, contract
+from tests.faults.mounts import tmpfs
 from tests.pipelines.lakes import ROOT
 
 NEWER = replace(contract(), version="1.1.0", fields=(*contract().fields, Field("Heat", FieldType.NUMBER, required=False)))
@@ -156,13 +157,22 @@ def test_too_little_memory_is_said_with_what_to_change(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["lake"]
 
 
+@pytest.mark.needs_root
+def test_a_disk_without_room_is_said_and_left_empty(tmp_path: Path) -> None:
+    lake = Lake(many(tmp_path / "lake", 6))
+    with tmpfs(tmp_path / "small", "8m") as small:
+        with pytest.raises(UnavailableError, match=r"does not sort: the disk of .*/small/\.readings\.parquet/sort has no room for it"):
+            write_readings(lake, "pump", lake.versions("pump"), COLUMNS, 64, small / "readings.parquet")
+        assert list(small.iterdir()) == []
+
+
 PEAK = """
 import sys
 from pathlib import Path
 from cloud.lake import Lake
 from pipelines.snapshot import ORIGIN, write_readings
 lake, columns = Lake(sys.argv[1]), ["pump", "ts", "count", "pressure", *ORIGIN]
-print(write_readings(lake, "pump", lake.versions("pump"), columns, 64, Path(sys.argv[1]) / "readings.parquet"))
+print(write_readings(lake, "pump", lake.versions("pump"), columns, 96, Path(sys.argv[1]) / "readings.parquet"))
 (peak,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM:"))
 print(int(peak.split()[1]) // 1024)
 """
