@@ -6,7 +6,7 @@
   buffer that had to be made new meanwhile gives the same numbers to other blocks.
 - A read has READ_BYTES at most, judged by the size of the lane's last blocks.
 - While the buffer is unavailable, the work is kept and tried again. A receipt that cannot be written, as on a full disk, holds up no
-  reading: what waits there can still go to the lake.
+  reading: what waits there can still go to the lake. Nor does what cannot be read, as on a bad sector, hold up receipts and other lanes.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Backlog:
         self._jobs: SimpleQueue[Job | Receipt | None] = SimpleQueue()
         self._read_blocks: dict[str, int] = {}
         self._unsettled: dict[str, dict[str, list[LaneReceipt]]] = {}  # by epoch and lane
-        self._settle_at = 0.0  # not sooner again
+        self._held: list[Job] = []  # those that failed
+        self._settle_at = self._held_until = 0.0  # not sooner again
         self._thread: threading.Thread | None = None
-        self._closing = threading.Event()
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="backlog", daemon=True)
@@ -90,7 +90,6 @@ class Backlog:
 
     def close(self, timeout_s: float) -> None:
         """Finish what was asked for, if it takes no longer."""
-        self._closing.set()
         self._jobs.put(None)
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -113,7 +112,7 @@ class Backlog:
 
     def work(self) -> None:
         """Do what was asked for, if no thread does."""
-        if self._thread is None and ((jobs := self._take()) or self._unsettled):
+        if self._thread is None and ((jobs := self._take()) or self._unsettled or self._held):
             self._work(jobs)
 
     def _ask(self, job: Job | Receipt) -> None:
@@ -130,9 +129,9 @@ class Backlog:
             self._put(Failed(e))
 
     def _wait(self) -> list[Job | Receipt | None]:
-        """The next job; none if a receipt is to be tried again before one comes."""
+        """The next job; none if something is to be tried again before one comes."""
         try:
-            return [self._jobs.get(timeout=PAUSE_S if self._unsettled else None)]
+            return [self._jobs.get(timeout=PAUSE_S if self._unsettled or self._held else None)]
         except Empty:
             return []
 
@@ -154,22 +153,23 @@ class Backlog:
                     of_epoch.setdefault(lane.lane, []).append(lane)
         if self._unsettled and (self._thread is None or time.monotonic() >= self._settle_at):
             self._settle()
-        for job in jobs:
+        for job in [*self._release_held(), *jobs]:
             if job is not None and not isinstance(job, Receipt):
                 self._try(job)
 
+    def _release_held(self) -> list[Job]:
+        held: list[Job] = []
+        if self._thread is None or time.monotonic() >= self._held_until:
+            held, self._held = self._held, []
+        return held
+
     def _try(self, job: Job) -> None:
-        while True:
-            try:
-                self._put(job())
-                return
-            except UnavailableError as e:
-                log.warning("buffer unavailable error=%s retry_s=%s", e, PAUSE_S)
-                if self._thread is None:
-                    self._jobs.put(job)  # the next `work` tries again
-                if self._thread is None or self._closing.is_set():
-                    return
-                time.sleep(PAUSE_S)
+        try:
+            self._put(job())
+        except UnavailableError as e:
+            log.warning("buffer unavailable error=%s retry_s=%s", e, PAUSE_S)
+            self._held.append(job)
+            self._held_until = time.monotonic() + PAUSE_S
 
     def _read(self, lane: str, after: int) -> Loaded:
         limit = self._read_blocks.get(lane, READ_BLOCKS_FIRST)

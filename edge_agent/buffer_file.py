@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import logging
 import shutil
@@ -25,7 +26,7 @@ import apsw
 
 from edge_agent.contract.block import BLOCK_BYTES_MAX, BlockHeader, decode_block
 from edge_agent.contract.columns import Table
-from edge_agent.contract.errors import ConfigError, ContractError
+from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.core.carve import carve, page_bytes_of
 from edge_agent.sealed import Keys, open_stored
 from edge_agent.slots import blocks_in_slots, carved_block
@@ -124,19 +125,29 @@ def connect(path: Path) -> Iterator[apsw.Connection]:
     """A read-only connection to a buffer file, which sees one state of it, whatever a running agent does.
 
     Raises:
-        apsw.Error: it is no database, or is damaged where SQLite looks first.
+        apsw.Error: it is no database, or is damaged where SQLite looks first, or the disk does not give it back.
+        UnavailableError: it has to be copied, and there is no room.
     """
     with contextlib.ExitStack() as stack:
         try:
             db = _read_only(path)
         except (apsw.CantOpenError, apsw.ReadOnlyError, apsw.PermissionsError):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fenceline-")))
-            for part in parts(path):
-                shutil.copyfile(part, folder / part.name)
+            _copy(path, folder)
             db = apsw.Connection(str(folder / path.name))
             _look(db)
         stack.callback(db.close)
         yield db
+
+
+def _copy(path: Path, folder: Path) -> None:
+    try:
+        for part in parts(path):
+            shutil.copyfile(part, folder / part.name)
+    except OSError as e:
+        if e.errno == errno.EIO:
+            raise apsw.IOError(f"{path}: {e.strerror}") from e
+        raise UnavailableError(f"cannot copy {path} to {folder.parent}: {e.strerror}; let TMPDIR name a directory with room") from e
 
 
 def _read_only(path: Path) -> apsw.Connection:

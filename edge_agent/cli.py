@@ -184,8 +184,10 @@ def _export(args: argparse.Namespace) -> int:
             raise UnavailableError(f"export ended early: cannot write {args.output}: {e.strerror}") from e
     else:
         readings = export(file, sys.stdout, as_csv=args.csv, stream=args.stream, contracts=contracts)
-    print(f"{readings} readings" + (f"; {file.damaged} blocks are damaged" if file.damaged else ""), file=sys.stderr)
-    return 1 if file.damaged else 0
+    damaged = f"; {file.damaged} blocks are damaged" if file.damaged else ""
+    carved = "; its tables could not be followed to the end: more may be missing" if file.carved else ""
+    print(f"{readings} readings{damaged}{carved}", file=sys.stderr)
+    return 1 if damaged or carved else 0
 
 
 def _buffer(args: argparse.Namespace) -> tuple[Path, Any, tuple[Any, ...]]:

@@ -8,10 +8,15 @@ with mapped(path) as view: ...
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from edge_agent.core.carve import Patched
+
+LOOK_BYTES = 1 << 20
 
 
 def replace_whole(path: Path, data: bytes) -> None:
@@ -65,8 +70,10 @@ def keep_owner(made: Path, before: Path) -> None:
 
 
 @contextlib.contextmanager
-def mapped(path: Path) -> Iterator[bytes | memoryview]:
+def mapped(path: Path) -> Iterator[bytes | memoryview | Patched]:
     """The bytes of a file, read as they are needed; none if it is not there.
+
+    What the disk does not give back (a bad sector) is zeros: to touch it in a mapping would end the process.
 
     Raises:
         OSError: it cannot be read.
@@ -75,4 +82,26 @@ def mapped(path: Path) -> Iterator[bytes | memoryview]:
         yield b""
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapping, memoryview(mapping) as view:
-        yield view
+        bad = _bad_pages(file.fileno(), len(view))
+        yield Patched(view, bad, mmap.PAGESIZE) if bad else view
+
+
+def _bad_pages(handle: int, size: int) -> set[int]:
+    """The pages of a file that the disk does not give back."""
+    bad = set[int]()
+    for start in range(0, size, LOOK_BYTES):
+        end = min(size, start + LOOK_BYTES)
+        if not _reads(handle, start, end):
+            pages = range(start, end, mmap.PAGESIZE)
+            bad |= {page // mmap.PAGESIZE for page in pages if not _reads(handle, page, min(end, page + mmap.PAGESIZE))}
+    return bad
+
+
+def _reads(handle: int, start: int, end: int) -> bool:
+    """Whether all bytes between are given; up to a bad one, those before it are."""
+    try:
+        return len(os.pread(handle, end - start, start)) == end - start
+    except OSError as e:
+        if e.errno != errno.EIO:
+            raise
+        return False

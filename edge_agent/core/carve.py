@@ -13,14 +13,42 @@ The format is that of https://sqlite.org/fileformat2.html, sections 1.5, 1.6, 2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from typing import overload
 
 _LEAF = 0x0D
 _HEADER_BYTES = 100
 _LOG_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
 
-Buffer = bytes | memoryview
+
+class Patched:
+    """The bytes of `view`, but for some of its blocks of `block_bytes`: those are zeros, and what lies under them is not touched."""
+
+    def __init__(self, view: memoryview, blocks: Set[int], block_bytes: int) -> None:
+        self._view, self._blocks, self._block_bytes = view, blocks, block_bytes
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    @overload
+    def __getitem__(self, key: int) -> int: ...
+    @overload
+    def __getitem__(self, key: slice) -> bytes: ...
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        if isinstance(key, int):
+            return 0 if key // self._block_bytes in self._blocks else self._view[key]
+        start, stop, _ = key.indices(len(self))
+        parts = []
+        while start < stop:
+            block = start // self._block_bytes
+            end = min(stop, (block + 1) * self._block_bytes)
+            parts.append(bytes(end - start) if block in self._blocks else bytes(self._view[start:end]))
+            start = end
+        return b"".join(parts)
+
+
+Buffer = bytes | memoryview | Patched
 
 
 def page_bytes_of(file: Buffer, default: int) -> int:
@@ -100,10 +128,10 @@ class _Pages:
         if from_log and (found := self._follow(payload, pointer, size, {})[0]) is not None:
             yield found
 
-    def _follow(self, payload: bytes, pointer: Buffer, size: int, logged: Mapping[int, int]) -> tuple[bytes | None, int]:
+    def _follow(self, payload: bytes, pointer: bytes | memoryview, size: int, logged: Mapping[int, int]) -> tuple[bytes | None, int]:
         """A whole record, None if its pages lead nowhere; and how many of them are from the log."""
         file, page_bytes, from_log = self._file, self._page_bytes, 0
-        parts: list[Buffer] = [payload]
+        parts: list[bytes | memoryview] = [payload]
         last, missing = len(file) - page_bytes, size - len(payload)
         while missing > 0:
             number = int.from_bytes(pointer, "big")

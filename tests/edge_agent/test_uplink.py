@@ -26,6 +26,7 @@ from edge_agent.contract.state import Phase, Reported, decode_reported
 from edge_agent.contract.topics import DeviceTopics, parse
 from edge_agent.core.outbox import OutboxLimits
 from edge_agent.mqtt.link import EndpointConfig
+from edge_agent.store import DiskError
 from edge_agent.uplink import DISCOVER_S, Uplink, UplinkConfig
 from tests.brokers import Broker, nats_broker
 
@@ -397,6 +398,33 @@ def test_receipts_that_a_full_disk_does_not_take_hold_up_no_reading(tmp_path: Pa
     assert [block.sequence for block in loaded.blocks] == [1, 2]
     full.clear()
     until(lambda: buffer.lanes() == [])
+    backlog.close(5.0)
+    buffer.close()
+
+
+def test_a_lane_that_cannot_be_read_holds_up_neither_receipts_nor_other_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = Buffer(tmp_path / "buffer.db", "plane-01", "boot", bytes_max=1 << 30, history_rows={})
+    for lane in ("europe", "switzerland"):
+        buffer.append([Draft(lane, "pump", "1.0.0", FixQuality.STATIC, "p", {"t": np.array([1.0])}, 1, 1, 2)], [], NOW)
+    bad, answers = threading.Event(), SimpleQueue[Any]()
+    bad.set()
+
+    def pending(lane: str, *more: int) -> list[StoredBlock]:
+        if lane == "europe" and bad.is_set():
+            raise DiskError("a bad sector")
+        return Buffer.pending(buffer, lane, *more)
+
+    monkeypatch.setattr("edge_agent.backlog.PAUSE_S", 0.05)
+    monkeypatch.setattr(buffer, "pending", pending)
+    backlog = Backlog(buffer, "plane-01", answers.put)
+    backlog.start()
+    backlog.read("europe", 0)
+    backlog.read("switzerland", 0)
+    assert answers.get(timeout=10).lane == "switzerland"
+    backlog.settle(Receipt(device="plane-01", epoch=buffer.epoch, lanes=[LaneReceipt(lane="switzerland", cumulative=1)]))
+    assert answers.get(timeout=10) == Settled(1)
+    bad.clear()
+    assert answers.get(timeout=10).lane == "europe"
     backlog.close(5.0)
     buffer.close()
 

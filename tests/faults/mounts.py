@@ -29,6 +29,7 @@ from tests.conftest import SYSTEM_PATH
 
 _FS_IOC_SHUTDOWN = (2 << 30) | (4 << 16) | (ord("X") << 8) | 125
 _NO_LOG_FLUSH = 2
+_FIBMAP, _FIGETBSZ = 1, 2
 _CLONE_NEWNS = 0x00020000
 PATIENCE_S = 30.0
 SIZES_MB = {"ext4": 64, "xfs": 320}  # XFS makes none below 300
@@ -84,6 +85,15 @@ class LoopDisk:
         _run("losetup", "-d", self._loops.pop())
         assert not _run("losetup", "-j", str(self._image)), f"{self._image} is still in use: somebody else holds its mount"
         self.mount()
+
+    def lose_half(self, file: Path) -> None:
+        """From the middle of a file on, the disk gives nothing back (EIO), as with bad sectors."""
+        with file.open("rb") as opened:
+            (size,) = struct.unpack("I", fcntl.ioctl(opened, _FIGETBSZ, struct.pack("I", 0)))
+            middle = file.stat().st_size // size // 2
+            (block,) = struct.unpack("I", fcntl.ioctl(opened, _FIBMAP, struct.pack("I", middle)))
+        self.restart()  # nothing of it is in memory any more
+        os.truncate(self._image, block * size)
 
     def turn_read_only(self) -> None:
         """What ext4 does at an error in its own structures (mount with errors=remount-ro)."""

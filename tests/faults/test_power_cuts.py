@@ -5,9 +5,12 @@ The writer is frozen (SIGSTOP), the file system shut down without a flush, the w
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -107,3 +110,28 @@ def test_a_few_power_cuts_lose_nothing(tmp_path: Path, kind: str, seed: int) -> 
 @pytest.mark.parametrize("kind", CUTS)
 def test_power_cuts_lose_nothing(tmp_path: Path, kind: str, seed: int) -> None:
     run(tmp_path, kind, int(os.environ.get("FENCELINE_RUNS") or CUTS[kind]), seed)
+
+
+def test_what_a_disk_with_bad_sectors_still_gives_is_exported_and_salvaged(tmp_path: Path) -> None:
+    """Looked at in a mapping, they would end the process without a word (SIGBUS)."""
+
+    def edge_agent(*command: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-m", "edge_agent.cli", "--log-level", "error", *command, str(disk.path / "buffer.db")]
+        return subprocess.run(arguments, capture_output=True, text=True)
+
+    with LoopDisk(tmp_path, "ext4", "noatime") as disk:
+        buffer = open_buffer(disk.path / "buffer.db")
+        for number in range(100):
+            buffer.append([draft(number, rows=2_000)], [], moment(number))
+        buffer.close()
+        disk.lose_half(disk.path / "buffer.db")
+        found = edge_agent("fsck", "--json")
+        assert found.returncode == 1 and 20 < json.loads(found.stdout)["blocks"] < 80, found
+        exported = edge_agent("export", "--jsonl")
+        assert exported.returncode == 1 and "more may be missing" in exported.stderr, exported.stderr
+        assert len(exported.stdout.splitlines()) == 2_000 * json.loads(found.stdout)["blocks"]
+        repaired = edge_agent("fsck", "--json", "--repair")
+        assert json.loads(repaired.stdout)["repaired"], repaired
+        buffer = open_buffer(disk.path / "buffer.db")
+        assert len(look(buffer).blocks) > 20 and look(buffer).losses
+        buffer.close()

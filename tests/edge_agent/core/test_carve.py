@@ -8,7 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from edge_agent.core.carve import carve, page_bytes_of
+from edge_agent.core.carve import Patched, carve, page_bytes_of
 
 SIZES = (1, 30, 400, 470, 480, 500, 900, 4_000, 70_000)
 
@@ -71,3 +71,12 @@ def test_noise_is_no_trouble(seed: int) -> None:
         for start in range(0, len(noise), 512):
             noise[start] = 0x0D
         assert all(len(blob) <= 10_000 for _, blob in carve(bytes(noise), bytes(noise), 512, 10_000))
+
+
+def test_patched_bytes_are_those_but_for_some_blocks(seed: int) -> None:
+    data = random.Random(seed).randbytes(50)
+    patched = Patched(memoryview(data), {1, 4}, 10)
+    wanted = data[:10] + bytes(10) + data[20:40] + bytes(10)
+    assert len(patched) == 50
+    assert bytes(patched[i] for i in range(50)) == wanted
+    assert all(patched[a:b] == wanted[a:b] for a in range(51) for b in range(55))
