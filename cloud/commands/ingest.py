@@ -47,8 +47,8 @@ def _ingest(args: argparse.Namespace) -> int:
     region = settings.region(args.region)
     if args.worker_name == STACKS_OWN and config.running_stack(settings) is not None:
         raise ConfigError(
-            f"the stack that runs on {settings.state_dir} ingests region {region.name} already, and sessions of one name cut each other off; "
-            "stop it, or give another --worker-name"
+            f"the stack that runs on {settings.state_dir} ingests region {region.name} already, and sessions of one name cut each other "
+            "off; stop it, or give another --worker-name"
         )
     count = args.workers or settings.ingest.workers
     workers = [Worker(number, count, args.worker_name) for number in args.only or range(1, count + 1)]
