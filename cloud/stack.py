@@ -31,6 +31,7 @@ from cloud import brokers
 from cloud.api import token
 from cloud.config import Settings, start_ticks
 from cloud.fleet import Fleet
+from cloud.gate import load_contracts
 from cloud.parts import Part, broker_part, check_ports, environment, parts
 from cloud.tether import tethered
 from edge_agent.contract.errors import ConfigError, UnavailableError
@@ -88,7 +89,7 @@ class Stack:
         """Write all configuration and start the children; does not wait for them.
 
         Raises:
-            ConfigError: a port is taken, another stack runs on this state directory, or a program is missing.
+            ConfigError: a port is taken, another stack runs on this state directory, a program is missing, or contracts or zones do not read.
         """
         settings = self.settings
         for directory in (settings.state_dir, settings.run_dir, settings.logs_dir, settings.mlflow_dir, settings.releases_dir):
@@ -96,6 +97,7 @@ class Stack:
         settings.state_dir.chmod(0o700)
         self._take_lock()
         check_ports(settings)
+        load_contracts(settings)  # each ingest would end over it, and be started again, for ever
         brokers.write_configs(settings, Fleet(settings.fleet_db).passwords)
         token(settings)
         self._started_s = time.time()

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from cloud import config
 from cloud.commands.output import add_command, positive, say
+from edge_agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from cloud.config import Region, Settings
+
+
+STACKS_OWN = "ingest"
 
 
 def declare(commands: Any) -> None:
@@ -23,7 +27,7 @@ def declare(commands: Any) -> None:
     ingest.add_argument("--workers", type=positive, metavar="N", help="processes that share the work (default: ingest.workers)")
     ingest.add_argument(
         "--worker-name",
-        default="ingest",
+        default=STACKS_OWN,
         metavar="NAME",
         help="sessions are NAME-1, NAME-2 …; another on each host (default: ingest)",
     )
@@ -41,6 +45,11 @@ def _ingest(args: argparse.Namespace) -> int:
 
     settings = config.load(args.project, args.state)
     region = settings.region(args.region)
+    if args.worker_name == STACKS_OWN and config.running_stack(settings) is not None:
+        raise ConfigError(
+            f"the stack that runs on {settings.state_dir} ingests region {region.name} already, and sessions of one name cut each other "
+            "off; stop it, or give another --worker-name"
+        )
     count = args.workers or settings.ingest.workers
     workers = [Worker(number, count, args.worker_name) for number in args.only or range(1, count + 1)]
     logging.getLogger().setLevel(logging.INFO)

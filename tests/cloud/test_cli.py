@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cloud import cli
+from cloud import cli, config
 from edge_agent.addresses import Subscription
 from edge_agent.config import load as load_agent
 
@@ -122,6 +122,14 @@ def test_what_a_person_must_change_exits_2_and_says_so(run: Run, words: list[str
     run("keys", "init")
     code, _, err = run(*words)
     assert code == 2 and message in err, err
+
+
+def test_ingest_beside_the_stack_that_does_it_already_is_refused(run: Run, tmp_path: Path) -> None:
+    stack = {"pid": os.getpid(), "start_ticks": config.start_ticks(os.getpid()), "ports": {}}
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/stack.json").write_text(json.dumps(stack))
+    code, out, err = run("ingest", "--region", "eu")
+    assert (code, out) == (2, "") and "ingests region eu already" in err and "--worker-name" in err
 
 
 def test_where_only_the_edge_agent_is_installed_it_says_what_is_missing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -381,6 +382,17 @@ def test_a_taken_port_is_named_before_anything_starts(tmp_path: Path) -> None:
         process = start(tmp_path / "state", "--free-ports", "--ports", f"eu={port}")
         said = process.communicate(timeout=WAIT_S)[1]
     assert process.returncode == 2 and f"port {port} of eu is taken; give another: --ports eu=PORT" in said
+
+
+def test_a_contract_that_does_not_read_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "contracts").mkdir()
+    shutil.copy(ROOT / "contracts/zones.geojson", tmp_path / "contracts")
+    (tmp_path / "fenceline.toml").write_text("contracts = ['contracts/turbofn.odcs.yaml']\n")
+    command = [sys.executable, "-m", "cloud.cli", "--project", str(tmp_path), "up", "--free-ports"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"fenceline: cannot read {tmp_path}/contracts/turbofn.odcs.yaml: No such file" in done.stderr
+    assert not list((tmp_path / ".fenceline/logs").iterdir())
 
 
 def test_when_up_is_killed_its_children_end_too(tmp_path: Path) -> None:
