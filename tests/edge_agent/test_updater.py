@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from edge_agent.contract.state import BundleRef, Desired, Phase
 from edge_agent.inference import WorkerError
 from edge_agent.releases import RefusedError, Repository, RepositoryConfig
 from edge_agent.updater import Activation, Updater, UpdaterConfig, UpdaterState
+from tests.certificates import Authority, Identity
 from tests.edge_agent import models
 from tests.edge_agent.tuf_repository import TufRepository
 
@@ -481,17 +483,27 @@ def test_answer_that_breaks_off_in_its_head_is_tried_again_not_rejected(tmp_path
     ],
     ids=["body", "head", "size of a chunk", "trailer"],
 )
-def test_server_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_server_that_drips_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, head: bytes) -> None:
     monkeypatch.setattr(releases, "HEAD_S_MAX", 0.5)
-    made = TufRepository(tmp_path / "repository")
+    made, identity = TufRepository(tmp_path / "repository"), Authority(tmp_path / "tls").issue("releases", address="127.0.0.1")
     ref = made.add(bundle_of(1))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        made.port = server.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = _with_tls(listening, identity) if scheme == "https" else listening
+        config = RepositoryConfig(
+            f"{scheme}://127.0.0.1:{server.getsockname()[1]}", made.root, identity.ca, silence_s_max=1.0, download_s_max=0.5
+        )
         threading.Thread(target=_drip, args=(server, head), daemon=True).start()
         began = time.monotonic()
         with pytest.raises(UnavailableError):
-            fetch(made, tmp_path, ref, silence_s_max=1.0, download_s_max=0.5)
+            Repository(config, tmp_path / "cache").fetch(ref, tmp_path / "out")
         assert time.monotonic() - began < 4.0
+
+
+def _with_tls(listening: socket.socket, identity: Identity) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(identity.certificate, identity.key)
+    return context.wrap_socket(listening, server_side=True)
 
 
 def _drip(server: socket.socket, head: bytes) -> None:
