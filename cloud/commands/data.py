@@ -84,9 +84,7 @@ def _replay(args: argparse.Namespace) -> int:
         if bar.live.is_started:
             bar.stop()
     for silent in sorted(set(devices).intersection(known) - set(fleet.all_reported())):
-        say(
-            f"device {silent!r} has never reported: if no agent has listened yet, the broker dropped its messages; start one, and replay again"
-        )
+        say(f"device {silent!r} has never reported: if no agent listens, the broker drops its messages; start one, and replay again")
     if args.json:
         print_json(done)
     else:
