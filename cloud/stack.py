@@ -89,7 +89,7 @@ class Stack:
         """Write all configuration and start the children; does not wait for them.
 
         Raises:
-            ConfigError: a port is taken, another stack runs on this state directory, a program is missing, or contracts or zones do not read.
+            ConfigError: a port is taken, another stack runs on this state directory, a program is missing, or contracts do not read.
         """
         settings = self.settings
         for directory in (settings.state_dir, settings.run_dir, settings.logs_dir, settings.mlflow_dir, settings.releases_dir):

@@ -60,9 +60,10 @@ def _replay(args: argparse.Namespace) -> int:
 
     settings = config.load(args.project, args.state)
     contract = _contract(settings, args.stream)
-    fleet = Fleet(settings.fleet_db).devices()
-    devices = args.device or fleet
-    for stranger in sorted(set(devices) - set(fleet)):
+    fleet = Fleet(settings.fleet_db)
+    known = fleet.devices()
+    devices = args.device or known
+    for stranger in sorted(set(devices) - set(known)):
         say(f"there is no device {stranger!r} in this fleet: without a gateway that listens, the broker drops its messages")
     if not devices:
         raise ConfigError("the fleet has no device to play the sensors of; add one with: fenceline device add NAME")
@@ -82,6 +83,8 @@ def _replay(args: argparse.Namespace) -> int:
     finally:
         if bar.live.is_started:
             bar.stop()
+    for silent in sorted(set(devices).intersection(known) - set(fleet.all_reported())):
+        say(f"device {silent!r} has never reported: if no agent listens, the broker drops its messages; start one, and replay again")
     if args.json:
         print_json(done)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,10 +18,13 @@ import pandas as pd
 import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
+from cloud import brokers, cli, config
+from cloud.fleet import Fleet
 from cloud.mapping import ColumnMapping, EntityRule, TimeRule, load_mapping, read_rows, same_names
 from cloud.replay import Assignment, SensorBroker, messages, replay
 from edge_agent.contract.errors import ConfigError, ContractError, UnavailableError
 from edge_agent.contract.odcs import parse_contract
+from edge_agent.contract.state import Phase, Reported
 from edge_agent.contract.stream import Encoding, StreamContract
 from tests.brokers import Broker, User, nats_broker
 from tests.cloud.blocks import CONTRACT_YAML, contract
@@ -193,3 +197,21 @@ def test_times_beside_the_event_time_go_out_in_seconds_and_what_no_message_holds
     path = parquet(tmp_path, pressure=[[1.0], [2.0]])
     with pytest.raises(ConfigError, match=r"field 'pressure', value array\(\[1\.\]\).*json"):
         sent(path, contract())
+
+
+def test_command_says_of_a_device_that_nobody_may_have_listened(broker: Broker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(PROJECT / "contracts", tmp_path / "contracts")
+    (tmp_path / "fenceline.toml").write_text(f"[sensors]\nport = {broker.port}\n")
+    settings = config.load(tmp_path)
+    password = brokers.password_path(settings, brokers.SENSOR_USER)
+    password.parent.mkdir(parents=True)
+    password.write_text("secret")
+    fleet = Fleet(settings.fleet_db)
+    fleet.add("plane-01")
+    (tmp_path / "rows.txt").write_text(cmapss_line(1, 1))
+    command = ["--project", str(tmp_path), "replay", str(tmp_path / "rows.txt"), "--mapping", "cmapss"]
+    assert cli.main(command) == 0
+    assert "device 'plane-01' has never reported" in capsys.readouterr().err
+    fleet.record_reported(Reported(device="plane-01", agent_version="1", desired_version=1, phase=Phase.IDLE))
+    assert cli.main(command) == 0
+    assert "has never reported" not in capsys.readouterr().err
