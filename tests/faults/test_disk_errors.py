@@ -15,7 +15,7 @@ from edge_agent.clock import Moment
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.slots import HEAD_BYTES
-from tests.faults.disk import DiskError, faulty_disk
+from tests.faults.disk import DiskError, FaultyDisk, faulty_disk
 from tests.faults.oracle import Name, check, draft, is_skip, moment, open_buffer
 
 APPENDS = 6
@@ -142,28 +142,6 @@ def test_a_power_cut_before_a_random_operation_loses_and_doubles_nothing(tmp_pat
         cut_at(tmp_path, operation, chance)
 
 
-def test_a_start_without_room_relies_on_nothing_that_a_dead_process_could_not_sync(tmp_path: Path) -> None:
-    """The log that is read then is not all on the disk, and what is added to it would be lost with the rest of it."""
-    (tmp_path / "run").mkdir()
-    path, known, sync = tmp_path / "run/buffer.db", dict[Name, bytes](), last_of_append(tmp_path)
-    with faulty_disk() as disk:
-        dies = open_buffer(path)
-        known |= {(dies.epoch, s.lane, s.sequence): s.block for s in dies.append([draft(1)], [], moment(1))}
-        disk.fail_at(sync, DiskError.IO, times=1_000)
-        with pytest.raises(UnavailableError):
-            dies.append([draft(2)], [], moment(2))
-        assert disk.failed[0] == "sync db-wal"
-        dies.close()  # without a last word to the disk, after a fault
-        disk.fail_at(0, DiskError.FULL)
-        buffer = open_buffer(path)
-        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(3)], [], moment(3))}
-        disk.power_cut(path.parent, tmp_path / "cut")
-        buffer.close()
-    left = open_buffer(tmp_path / "cut/buffer.db")
-    assert not check(left, known).losses
-    left.close()
-
-
 def last_of_append(tmp_path: Path) -> int:
     """The number of the last operation of an append, from 0: its sync."""
     with faulty_disk() as disk:
@@ -176,15 +154,32 @@ def last_of_append(tmp_path: Path) -> int:
     return count - 1
 
 
-@pytest.mark.long
-def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
-    chance, total = random.Random(seed), operations(tmp_path)
-    print(f"{total} operations, each broken with {', '.join(DiskError)}, and each preceded by a power cut")
-    for operation in range(total):
-        for error in DiskError:
-            for times in TIMES:
-                break_at(tmp_path, operation, error, chance, times)
-        cut_at(tmp_path, operation, chance)
+def die_in_a_sync(disk: FaultyDisk, path: Path, sync: int) -> dict[Name, bytes]:
+    """Leave a log of which the disk has the first append and not the second; what was acknowledged."""
+    buffer = open_buffer(path)
+    known = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(1)], [], moment(1))}
+    disk.fail_at(sync, DiskError.IO, times=1_000)
+    with pytest.raises(UnavailableError):
+        buffer.append([draft(2)], [], moment(2))
+    assert disk.failed[0] == "sync db-wal"
+    buffer.close()  # without a last word to the disk, after a fault
+    return known
+
+
+def test_a_start_without_room_relies_on_nothing_that_a_dead_process_could_not_sync(tmp_path: Path) -> None:
+    """The log that is read then is not all on the disk, and what is added to it would be lost with the rest of it."""
+    (tmp_path / "run").mkdir()
+    path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
+    with faulty_disk() as disk:
+        known = die_in_a_sync(disk, path, sync)
+        disk.fail_at(0, DiskError.FULL)
+        buffer = open_buffer(path)
+        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(3)], [], moment(3))}
+        disk.power_cut(path.parent, tmp_path / "cut")
+        buffer.close()
+    left = open_buffer(tmp_path / "cut/buffer.db")
+    assert not check(left, known).losses
+    left.close()
 
 
 def test_what_a_dead_process_could_not_sync_is_not_taken_for_stored_before_it_is(tmp_path: Path) -> None:
@@ -192,12 +187,7 @@ def test_what_a_dead_process_could_not_sync_is_not_taken_for_stored_before_it_is
     (tmp_path / "run").mkdir()
     path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
     with faulty_disk() as disk:
-        dies = open_buffer(path)
-        dies.append([draft(1)], [], moment(1))
-        disk.fail_at(sync, DiskError.IO, times=1_000)
-        with pytest.raises(UnavailableError):
-            dies.append([draft(2)], [], moment(2))
-        dies.close()
+        die_in_a_sync(disk, path, sync)
         disk.fail_at(0, DiskError.FULL, times=2)
         buffer = open_buffer(path, history_rows=1_000)
         history = buffer.history("pump", "1.0.0")
@@ -258,12 +248,7 @@ def test_a_start_without_room_adds_no_ledger_to_what_a_dead_process_could_not_sy
     (tmp_path / "run").mkdir()
     path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
     with faulty_disk() as disk:
-        dies = open_buffer(path)
-        dies.append([draft(1)], [], moment(1))
-        disk.fail_at(sync, DiskError.IO, times=1_000)
-        with pytest.raises(UnavailableError):
-            dies.append([draft(2)], [], moment(2))
-        dies.close()
+        die_in_a_sync(disk, path, sync)
         disk.fail_at(0, DiskError.FULL, times=2)
         buffer = Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={}, age_s_max=10.0)
         late = Moment(1_700_000_000_000_000, 60_000_000, True)
@@ -278,3 +263,14 @@ def test_a_start_without_room_adds_no_ledger_to_what_a_dead_process_could_not_sy
     left = open_buffer(tmp_path / "cut/buffer.db")
     assert check(left, known).blocks == known
     left.close()
+
+
+@pytest.mark.long
+def test_an_error_or_a_power_cut_at_every_operation_loses_and_doubles_nothing(tmp_path: Path, seed: int) -> None:
+    chance, total = random.Random(seed), operations(tmp_path)
+    print(f"{total} operations, each broken with {', '.join(DiskError)}, and each preceded by a power cut")
+    for operation in range(total):
+        for error in DiskError:
+            for times in TIMES:
+                break_at(tmp_path, operation, error, chance, times)
+        cut_at(tmp_path, operation, chance)

@@ -112,31 +112,23 @@ def test_tls_files_that_are_being_renewed_end_the_link_and_no_more(tmp_path: Pat
         assert isinstance(event, Lost) and "do not load" in event.reason
 
 
-def test_a_broker_that_breaks_the_protocol_ends_the_link() -> None:
+@pytest.mark.parametrize(
+    ("packet", "why"),
+    [
+        (b"\x30\4\0\1\xff5", "the broker breaks the protocol: a topic is not UTF-8: b'\\xff'"),
+        (b"\x30\xff\xff\xff\x7f\0\1t" + bytes(100_000), "the broker sends a packet of 268435455 bytes; at most 1048576 are taken"),
+    ],
+)
+def test_a_broker_that_breaks_the_protocol_or_fills_the_memory_ends_the_link(packet: bytes, why: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         inbox: SimpleQueue[Any] = SimpleQueue()
         link = Link(EndpointConfig("eu", "127.0.0.1", server.getsockname()[1]), TOPICS, inbox)
         link.open()
         accepted, _ = server.accept()
         with accepted:
-            accepted.sendall(b"\x20\2\0\0" + b"\x30\4\0\1\xff5")
+            accepted.sendall(b"\x20\2\0\0" + packet)
             assert isinstance(inbox.get(timeout=5), Connected)
-            event = inbox.get(timeout=5)
-            assert isinstance(event, Lost) and "not UTF-8" in event.reason
-            link.close()
-            assert nothing_more(inbox)
-
-
-def test_a_broker_that_sends_what_no_memory_holds_ends_the_link() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        inbox: SimpleQueue[Any] = SimpleQueue()
-        link = Link(EndpointConfig("eu", "127.0.0.1", server.getsockname()[1]), TOPICS, inbox)
-        link.open()
-        accepted, _ = server.accept()
-        with accepted:
-            accepted.sendall(b"\x20\2\0\0" + b"\x30\xff\xff\xff\x7f\0\1t" + bytes(100_000))
-            assert isinstance(inbox.get(timeout=5), Connected)
-            assert inbox.get(timeout=5) == Lost(link, "the broker sends a packet of 268435455 bytes; at most 1048576 are taken")
+            assert inbox.get(timeout=5) == Lost(link, why)
             link.close()
             assert nothing_more(inbox)
 
