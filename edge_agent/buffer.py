@@ -120,9 +120,8 @@ class Buffer:
             UnavailableError: the disk failed. Nothing of this call may be acknowledged; call again, with the same drafts.
         """
         with self._file.lock:
-            if not drafts and not fixes:  # all of it was stored before, as the file says: what it says must be on the disk
+            if not drafts and not fixes:  # all of it was stored before, as the file says: it must be one that is trusted
                 self._file.recover()
-                self._file.begin_log()
                 return []
             try:
                 return self._appender.append(drafts, fixes, now)

@@ -77,7 +77,7 @@ class Eviction:
         oldest = age.at(now.monotonic_us) - int(self._limits.age_s_max * 1e6)
         ledger: list[Sealed] = []
         if any(age.base_us + s.oldest_us - age.monotonic_us < oldest for s in lanes(self._file)):
-            with self._file.adding():
+            with self._file.writing():
                 self._file.catalogue.write_tail()
                 series = [s for priority in self._classes().values() for s in priority]
                 old = [p for shelf in series for p in _older(shelf, oldest)]

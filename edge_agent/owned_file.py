@@ -31,7 +31,7 @@ from edge_agent.opening import check_keys, load
 from edge_agent.salvage import OWED, SKIP, UNKNOWN_STREAM, resume, salvage, skipped
 from edge_agent.sealed import Keys
 from edge_agent.slots import PUT, fill, slots_limit
-from edge_agent.store import BufferFullError, DamagedError, DiskError, Store, log_limit, open_store
+from edge_agent.store import DamagedError, DiskError, Store, log_limit, open_store
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,13 @@ class OwnedFile:
         self._slots_bytes_max = slots_limit(bytes_max)
         self.lock = RLock()
         self.fault: BaseException | None = None
-        self._log_begun = False
         self._marks = Marks(path)
         resume(path)
-        self._open(suspect=False)
+        try:
+            self._open(suspect=False)
+        except BaseException:  # whoever tries again is to be the only one who has it open
+            self._close_store()
+            raise
 
     def close(self) -> None:
         """Write down what is only in memory, and close the file. A disk error then is logged: there is nothing left to lose."""
@@ -103,14 +106,6 @@ class OwnedFile:
             self._write_marks()
 
     @contextlib.contextmanager
-    def adding(self) -> Iterator[None]:
-        """A transaction that gives out names, beside that of `Room.make`; see `begin_log`."""
-        with self.lock:
-            self.begin_log()
-            with self.writing():
-                yield
-
-    @contextlib.contextmanager
     def noting_faults(self) -> Iterator[None]:
         """Whatever else touches the disk: an error of the disk or of the file is a fault."""
         try:
@@ -140,22 +135,11 @@ class OwnedFile:
         """Per stream, the ordinal from which readings are kept as history."""
         return self.catalogue.floors(self._history_rows)
 
-    def begin_log(self) -> None:
-        """See to it that a new log has begun since the file was opened. Before that nothing may be added to what was found.
-
-        Raises:
-            BufferFullError: the disk has no room to bring the old log into the file.
-        """
-        if not self._log_begun:
-            with self.noting_faults():
-                self.store.begin_log()
-            self._log_begun = True
-
     def skip_names(self, lane: str, used: int) -> None:
         """The lake holds blocks that this file does not know: it has gone back in time. Their names are taken."""
         now = self._clock()
         log.error("buffer has gone back, names skipped lane=%s known=%s used=%s", lane, self.catalogue.sequences.get(lane, 0), used)
-        with self.adding():
+        with self.writing():
             self.catalogue.write_tail()
             loss = skipped(self.catalogue.epoch, lane, used, now.wall_us, "the file had gone back in time")
             self.catalogue.skip(lane, used + SKIP)
@@ -201,8 +185,7 @@ class OwnedFile:
         if isinstance(fault, DamagedError):
             self._salvage(fault)
             self.fault, self._committed = DiskError(f"not opened yet after its salvage: {fault}"), {}  # it is salvaged once
-        with contextlib.suppress(UnavailableError):  # it may be closed already
-            self.store.close(checkpoint=False)
+        self._close_store()
         resume(self.path)
         known = Marked(0, self.catalogue.epoch, {lane: (1, last) for lane, last in self._committed.items()})
         self._open(suspect=True)
@@ -211,9 +194,12 @@ class OwnedFile:
         log.warning("buffer opened again after=%s", fault)
 
     def _salvage(self, cause: Exception) -> None:
-        with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened
-            self.store.close(checkpoint=False)
+        self._close_store()
         salvage(self.path, self._device, self._keys, log_bytes_max=self.log_bytes_max, vfs=self._vfs, cause=str(cause))
+
+    def _close_store(self) -> None:
+        with contextlib.suppress(AttributeError, UnavailableError):  # it may not have been opened, or be closed already
+            self.store.close(checkpoint=False)
 
     # Opening.
 
@@ -227,7 +213,7 @@ class OwnedFile:
             owed = self._open_and_load(suspect, now)
         self.fault = None
         if owed:
-            with self.adding():
+            with self.writing():
                 self._name(owed, now)
                 self.store.execute("DELETE FROM meta WHERE key = ?", (OWED,))
         mark = self._marks.read()
@@ -246,13 +232,8 @@ class OwnedFile:
                 if last > self.catalogue.sequences.get(lane, 0):
                     raise DamagedError(f"the file ends at {self.catalogue.sequences.get(lane, 0)} of lane {lane!r}; {last} were stored")
         owed = self._owed()
-        self._log_begun = False
-        try:
-            self.begin_log()
-        except BufferFullError as e:
-            if suspect:
-                raise
-            log.warning("buffer log not begun anew, no room error=%s", e)  # no reason not to start: receipts make room
+        if not self.store.begin_log():
+            log.warning("buffer log not begun anew for want of room, written once more path=%s", self.path)
         return owed
 
     def _owed(self) -> list[Loss]:
@@ -273,7 +254,7 @@ class OwnedFile:
             return
         lost = {x.of_lane: (x.first_sequence, x.last_sequence) for x in losses}
         log.error("buffer file lacks what was stored epoch=%s lost=%s", mark.epoch, lost)
-        with self.adding():
+        with self.writing():
             self.catalogue.write_tail()
             for loss in losses if mark.epoch == self.catalogue.epoch else ():
                 self.catalogue.skip(loss.of_lane, loss.last_sequence)

@@ -134,7 +134,7 @@ class Reader:
     def _take_out(self, damaged: list[Place]) -> None:
         """Keep what can be read of damaged blocks, and name in the ledger those that the lake does not hold."""
         now = self._clock()
-        with self._file.adding():
+        with self._file.writing():
             catalogue = self._file.catalogue
             catalogue.write_tail()
             # Memory knows of blocks a moment before they are committed: only what is not whole now is damaged.

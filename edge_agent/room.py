@@ -34,7 +34,6 @@ class Room:
         Raises:
             BufferFullError: the disk has no room.
         """
-        self._file.begin_log()
         wanted = 2 * size + RESERVE_BYTES  # they go to the log first, then to free or new pages
         while True:
             self.shrink_log(wanted)

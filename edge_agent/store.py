@@ -46,6 +46,7 @@ CACHE_PAGES = 256
 LOG_BYTES_MAX = 8 * 1024 * 1024
 LOG_BYTES_MIN = 16 * 1024
 BUSY_MS = 5_000
+COPY_BYTES = 1024 * 1024
 _LOG_HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 
 SCHEMA = (
@@ -78,8 +79,8 @@ class DamagedError(UnavailableError):
 class Store:
     """An open buffer file; see the module's rules. Made by `open_store`."""
 
-    def __init__(self, path: Path, writer: apsw.Connection, reader: apsw.Connection, log_bytes_max: int) -> None:
-        self.path, self._writer, self._reader = path, writer, reader
+    def __init__(self, path: Path, writer: apsw.Connection, reader: apsw.Connection, log_bytes_max: int, vfs: str | None) -> None:
+        self.path, self._writer, self._reader, self._vfs = path, writer, reader, vfs
         self._log_bytes_max = log_bytes_max
         self._read_lock = threading.Lock()
         self.page_bytes = int(writer.pragma("page_size"))  # PAGE_BYTES, but for files that others have prepared
@@ -137,15 +138,35 @@ class Store:
             log_pages, done = self._writer.wal_checkpoint(mode=mode)
             self._log_pages = log_pages - done
 
-    def begin_log(self) -> None:
+    def begin_log(self) -> bool:
         """Bring the log into the file, and begin a new one on the disk, before anything that was found in it is relied on.
 
         After a sync that failed, here or in a process before this one, the disk may hold an older log than the one we read. That it is
         cut off is not on the disk before the next sync: after a power cut the older log would undo what the file has got from ours.
+
+        Returns:
+            False if the disk has no room for a new one: then ours has been written once more, over itself, and is on the disk.
         """
-        self.checkpoint(truncate=True)
-        with translated("written"):
-            self._writer.pragma("user_version", (int(self._writer.pragma("user_version")) + 1) % 2**31)  # any commit: it is synced
+        try:
+            self.checkpoint(truncate=True)
+            with translated("written"):
+                self._writer.pragma("user_version", (int(self._writer.pragma("user_version")) + 1) % 2**31)  # any commit: it is synced
+        except BufferFullError:
+            self._write_log_again()
+            return False
+        return True
+
+    def _write_log_again(self) -> None:
+        with translated("synced"):
+            flags = [apsw.SQLITE_OPEN_WAL | apsw.SQLITE_OPEN_READWRITE, 0]
+            file = apsw.VFSFile(self._vfs or "", str(log_path(self.path)), flags)
+            try:
+                size = file.xFileSize()
+                for start in range(0, size, COPY_BYTES):
+                    file.xWrite(file.xRead(min(COPY_BYTES, size - start), start), start)
+                file.xSync(apsw.SQLITE_SYNC_FULL)  # that it was cut off goes to the disk with it
+            finally:
+                file.xClose()
 
     def used_bytes(self) -> int:
         """Bytes of pages in use, free pages left out."""
@@ -225,7 +246,7 @@ def open_store(
         except BaseException:
             writer.close()
             raise
-    return Store(path, writer, reader, log_bytes_max)
+    return Store(path, writer, reader, log_bytes_max, vfs)
 
 
 def _set_up(writer: apsw.Connection, log_bytes_max: int, building: bool) -> None:

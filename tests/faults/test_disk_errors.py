@@ -11,12 +11,11 @@ import apsw
 import pytest
 
 from edge_agent.buffer import Buffer
-from edge_agent.clock import Moment
 from edge_agent.contract.errors import UnavailableError
 from edge_agent.contract.receipt import LaneReceipt, Receipt
 from edge_agent.slots import HEAD_BYTES
 from tests.faults.disk import DiskError, FaultyDisk, faulty_disk
-from tests.faults.oracle import Name, check, draft, is_skip, moment, open_buffer
+from tests.faults.oracle import Name, check, draft, is_skip, look, moment, open_buffer
 
 APPENDS = 6
 ATTEMPTS_MAX = 50
@@ -144,6 +143,7 @@ def test_a_power_cut_before_a_random_operation_loses_and_doubles_nothing(tmp_pat
 
 def last_of_append(tmp_path: Path) -> int:
     """The number of the last operation of an append, from 0: its sync."""
+    tmp_path.mkdir(exist_ok=True)
     with faulty_disk() as disk:
         buffer = open_buffer(tmp_path / "counted.db")
         buffer.append([draft(1)], [], moment(1))
@@ -166,42 +166,37 @@ def die_in_a_sync(disk: FaultyDisk, path: Path, sync: int) -> dict[Name, bytes]:
     return known
 
 
-def test_a_start_without_room_relies_on_nothing_that_a_dead_process_could_not_sync(tmp_path: Path) -> None:
-    """The log that is read then is not all on the disk, and what is added to it would be lost with the rest of it."""
+def test_what_a_start_without_room_finds_is_on_the_disk_from_then_on(tmp_path: Path) -> None:
+    """It is sent, known again when it comes again, and added to: a power cut must not take what a dead process could not sync."""
     (tmp_path / "run").mkdir()
     path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
     with faulty_disk() as disk:
         known = die_in_a_sync(disk, path, sync)
         disk.fail_at(0, DiskError.FULL)
         buffer = open_buffer(path)
-        known |= {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(3)], [], moment(3))}
-        disk.power_cut(path.parent, tmp_path / "cut")
+        found = look(buffer).blocks
+        assert len(found) == 2 and found.keys() > known.keys()
+        disk.power_cut(path.parent, tmp_path / "at once")
+        added = found | {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.append([draft(3)], [], moment(3))}
+        disk.power_cut(path.parent, tmp_path / "later")
         buffer.close()
-    left = open_buffer(tmp_path / "cut/buffer.db")
-    assert not check(left, known).losses
-    left.close()
+    for image, blocks in (("at once", found), ("later", added)):
+        left = open_buffer(tmp_path / image / "buffer.db")
+        assert check(left, blocks).blocks == blocks
+        left.close()
 
 
-def test_what_a_dead_process_could_not_sync_is_not_taken_for_stored_before_it_is(tmp_path: Path) -> None:
-    """The sensors send it again, it is known from history, and nothing is left to store: that alone must not acknowledge it."""
-    (tmp_path / "run").mkdir()
-    path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
+def test_a_start_that_can_write_nothing_waits_and_loses_nothing(tmp_path: Path) -> None:
+    path, sync = tmp_path / "buffer.db", last_of_append(tmp_path / "count")
     with faulty_disk() as disk:
-        die_in_a_sync(disk, path, sync)
-        disk.fail_at(0, DiskError.FULL, times=2)
-        buffer = open_buffer(path, history_rows=1_000)
-        history = buffer.history("pump", "1.0.0")
-        assert history is not None and len(history["t"]) == 6
+        known = die_in_a_sync(disk, path, sync)
+        disk.fail_at(0, DiskError.FULL, times=1_000)
         with pytest.raises(UnavailableError):
-            buffer.append([], [], moment(3))
-        assert buffer.append([], [], moment(3)) == []
-        disk.power_cut(path.parent, tmp_path / "cut")
+            open_buffer(path)
+        disk.fail_at(0, DiskError.FULL, times=0)
+        buffer = open_buffer(path)
+        assert check(buffer, known).blocks.keys() > known.keys()
         buffer.close()
-    (tmp_path / "cut/buffer.db.marks").unlink()  # never synced
-    left = open_buffer(tmp_path / "cut/buffer.db", history_rows=1_000)
-    found = left.history("pump", "1.0.0")
-    assert found is not None and len(found["t"]) == 6
-    left.close()
 
 
 def test_a_commit_that_landed_in_a_damaged_file_is_not_stored_twice(tmp_path: Path) -> None:
@@ -241,28 +236,6 @@ def test_a_damaged_block_on_a_full_disk_keeps_back_no_other(tmp_path: Path) -> N
         disk.fail_at(0, DiskError.FULL, times=0)
         assert [(b.sequence, b.stream) for b in buffer.pending("europe", 0, 10)] == [(3, "pump"), (5, "pump"), (6, "pump"), (7, "losses")]
         buffer.close()
-
-
-def test_a_start_without_room_adds_no_ledger_to_what_a_dead_process_could_not_sync(tmp_path: Path) -> None:
-    """Its block would be sent, be gone after a power cut, and its name given to another."""
-    (tmp_path / "run").mkdir()
-    path, sync = tmp_path / "run/buffer.db", last_of_append(tmp_path)
-    with faulty_disk() as disk:
-        die_in_a_sync(disk, path, sync)
-        disk.fail_at(0, DiskError.FULL, times=2)
-        buffer = Buffer(path, "plane-01", "boot", bytes_max=1 << 30, history_rows={}, age_s_max=10.0)
-        late = Moment(1_700_000_000_000_000, 60_000_000, True)
-        with pytest.raises(UnavailableError):
-            buffer.tidy(late)
-        later = Moment(1_700_000_000_000_000, 80_000_000, True)
-        known = {(buffer.epoch, s.lane, s.sequence): s.block for s in buffer.tidy(later)}
-        assert len(known) == 2
-        disk.power_cut(path.parent, tmp_path / "cut")
-        buffer.close()
-    (tmp_path / "cut/buffer.db.marks").unlink()  # never synced
-    left = open_buffer(tmp_path / "cut/buffer.db")
-    assert check(left, known).blocks == known
-    left.close()
 
 
 @pytest.mark.long
