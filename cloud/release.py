@@ -361,7 +361,8 @@ def _download(client: MlflowClient, version: ModelVersion, mlflow_url: str) -> B
             manifest = msgspec.json.decode((folder / "manifest.json").read_bytes(), type=Manifest)
             onnx = (folder / "model.onnx").read_bytes()
         except (MlflowException, OSError, msgspec.MsgspecError) as e:
-            raise BundleError(f"{origin} has no usable {ARTIFACT_DIR}/manifest.json and {ARTIFACT_DIR}/model.onnx: {e}") from e
+            files = f"{ARTIFACT_DIR}/manifest.json and {ARTIFACT_DIR}/model.onnx"
+            raise BundleError(f"{origin} has no usable {files}: {public(str(e))}") from e
     if manifest.model != version.name:
         raise BundleError(f"run {version.run_id} made a bundle for model {manifest.model!r}, not {version.name!r}")
     return Bundle(msgspec.structs.replace(manifest, model_version=str(version.version)), onnx)
